@@ -1,0 +1,41 @@
+"""Meshes, the table from logical axes to mesh axes, and making arrays where they live.
+
+Knows nothing of any model: names of axes in, places on devices out.
+"""
+
+from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
+from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
+from sharding.rules import (
+    DEFAULT_RULES,
+    LayoutError,
+    Rule,
+    Rules,
+    constrain,
+    local_experts,
+    per_device,
+    place,
+    spec,
+    use,
+)
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "LayoutError",
+    "MeshShape",
+    "Rule",
+    "Rules",
+    "abstract_params",
+    "bytes_per_device",
+    "constrain",
+    "default_mesh_shape",
+    "init_params",
+    "local_experts",
+    "make_mesh",
+    "per_device",
+    "place",
+    "shardings_of",
+    "simulate_devices",
+    "spec",
+    "use",
+]

@@ -1,0 +1,216 @@
+"""The one table from logical axis names to mesh axes, and what is made from it.
+
+A model names the dimensions of its arrays ("heads", "mlp", "experts"); this table alone says over
+which axes of the device mesh each name is split. Pass another table to `use` to lay a model out
+differently.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.errors import LayoutError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where one logical axis goes.
+
+    `mesh_axes` are tried in order, each taken if it divides what is left of the dimension. What happens
+    to a mesh axis that does not divide is `otherwise`: "error"; "copy", every device along it keeps
+    the whole (said once in the log); or a logical axis name, whose dimension in the same array takes
+    it over, so that stored bytes still shrink.
+    """
+
+    mesh_axes: tuple[str, ...]
+    otherwise: str = "error"
+
+
+Rules = Mapping[str, Rule]
+
+# Heads go to `tensor` before `expert`: with more devices than key/value heads, the devices that share
+# a key/value head are then the ones that hold its query heads.
+_MODEL = ("tensor", "expert")
+
+DEFAULT_RULES: Rules = {
+    # Activations.
+    "batch": Rule(("data", "fsdp"), "copy"),
+    "sequence": Rule(()),
+    "residual": Rule(()),
+    # Parameters of the language model.
+    "embed": Rule(("fsdp",)),
+    "kv_heads": Rule(_MODEL, "embed"),
+    "head_dim": Rule(()),
+    "mlp": Rule(("tensor",)),
+    "experts": Rule(("expert",)),
+    "vocab": Rule(_MODEL),
+    "vocab_rows": Rule(("fsdp",)),
+    "channels": Rule(_MODEL),
+    "layers": Rule(()),
+    # Too small to be worth a collective.
+    "norm": Rule(()),
+    "embed_small": Rule(()),
+    # Vision: sizes are the encoders' own, so an axis that does not divide goes elsewhere.
+    "vision_embed": Rule(("fsdp",), "copy"),
+    "vision_heads": Rule(_MODEL, "vision_embed"),
+    "vision_mlp": Rule(_MODEL, "copy"),
+    "vision_channels": Rule(_MODEL, "copy"),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> P:
+    """The PartitionSpec of an array whose dimensions carry `names` (None: whole on every device).
+
+    Raises LayoutError on a name that the table lacks, on two dimensions that claim one mesh axis, and on
+    a dimension that a mesh axis does not divide where the rule allows no way out.
+    """
+    if len(names) != len(shape):
+        raise LayoutError(f"{len(shape)} dimensions {shape} but {len(names)} names {names}")
+    placed: list[list[str]] = [[] for _ in names]
+    owner: dict[str, str] = {}
+
+    def split(dim: int, axis: str) -> bool:
+        """Split dimension `dim` over mesh axis `axis` too, if it divides."""
+        factor = math.prod(mesh.shape[a] for a in placed[dim]) * mesh.shape[axis]
+        if shape[dim] % factor:
+            return False
+        if axis in owner:
+            raise LayoutError(
+                f"dimensions {owner[axis]!r} and {names[dim]!r} of one array {names} both claim mesh axis {axis!r}"
+            )
+        owner[axis] = names[dim]
+        placed[dim].append(axis)
+        return True
+
+    left_over: list[tuple[int, str]] = []
+    for dim, name in enumerate(names):
+        if name is None:
+            continue
+        if name not in rules:
+            raise LayoutError(f"unknown logical axis {name!r} in {names}; the table knows {sorted(rules)}")
+        for axis in rules[name].mesh_axes:
+            if mesh.shape[axis] > 1 and not split(dim, axis):
+                left_over.append((dim, axis))
+    for dim, axis in left_over:
+        name, otherwise = names[dim], rules[names[dim]].otherwise
+        if otherwise == "error":
+            raise LayoutError(
+                f"{name!r} of size {shape[dim]} is not divisible by mesh axis {axis!r} of size {mesh.shape[axis]}"
+                f" (after {placed[dim] or 'no other axis'}); sizes that fit: {_divisors(shape[dim], placed[dim], mesh)}"
+            )
+        if otherwise in names and split(names.index(otherwise), axis):
+            _say_once(f"{names} {shape}: {name!r} does not divide over {axis!r}, {otherwise!r} is split instead")
+        else:
+            _say_once(f"{names} {shape}: {name!r} does not divide over {axis!r}, each device keeps a copy")
+    return P(*(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None) for axes in placed))
+
+
+def _divisors(size: int, placed: list[str], mesh: Mesh) -> list[int]:
+    rest = size // math.prod(mesh.shape[a] for a in placed)
+    return [n for n in range(1, rest + 1) if rest % n == 0]
+
+
+def place(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> NamedSharding:
+    """`spec` on its mesh."""
+    return NamedSharding(mesh, spec(names, shape, mesh, rules))
+
+
+_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+    """Within this context, `constrain` and `per_device` lay arrays out on `mesh`. Outside, they do nothing.
+
+    Trace (first call a jitted function) inside it: the layout is part of the compiled program.
+    """
+    token = _active.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out as the names of its dimensions say."""
+    active = _active.get()
+    if active is None or active[0].size == 1:
+        return x
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, place(names, x.shape, mesh, rules))
+
+
+def per_device(
+    body: Callable[..., jax.Array],
+    in_names: tuple[tuple[str | None, ...], ...],
+    out_names: tuple[str | None, ...],
+    sum_over: tuple[str, ...],
+) -> Callable[..., jax.Array]:
+    """`body` run on each device's own part of its arguments, results added over the devices that split `sum_over`.
+
+    The names say how each argument and the result are split; a parameter that is stored split further (by
+    fsdp) is gathered on entry. Without a mesh it is `body` itself.
+    """
+    active = _active.get()
+    if active is None or active[0].size == 1:
+        return body
+    mesh, rules = active
+    axes = tuple(axis for name in sum_over for axis in rules[name].mesh_axes if mesh.shape[axis] > 1)
+
+    def call(*args: jax.Array) -> jax.Array:
+        in_specs = tuple(spec(n, a.shape, mesh, rules) for n, a in zip(in_names, args, strict=True))
+        # The result's batch is split like the first argument's.
+        out_spec = spec(out_names, args[0].shape, mesh, rules)
+        own = [_mesh_axes(s) for s in in_specs]
+        used = set().union(*own)
+
+        def on_device(*parts: jax.Array) -> jax.Array:
+            # Each device's copy counts as its own from here on, so that gradients of what is shared
+            # are added up once, where the copies part.
+            parts = [_vary(part, used - split) for part, split in zip(parts, own, strict=True)]
+            return jax.lax.psum(body(*parts), axes) if axes else body(*parts)
+
+        return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
+
+    return call
+
+
+def _mesh_axes(s: P) -> set[str]:
+    return {axis for part in s if part for axis in ((part,) if isinstance(part, str) else part)}
+
+
+def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def local_experts(experts: jax.Array, count: int) -> jax.Array:
+    """Inside `per_device`: global expert numbers as indices into this device's `count` experts.
+
+    Experts of other devices become `count`. Outside of a mesh the numbers are unchanged.
+    """
+    active = _active.get()
+    axes: tuple[Any, ...] = ()
+    if active is not None:
+        axes = tuple(a for a in active[1]["experts"].mesh_axes if active[0].shape[a] > 1)
+    if not axes:
+        return experts
+    local = experts - jax.lax.axis_index(axes) * count
+    return jax.numpy.where((local >= 0) & (local < count), local, count)

@@ -1,0 +1,47 @@
+"""Eight simulated CPU devices and exact float32 products for every test."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import sharding
+
+sharding.simulate_devices(8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+MESHES = [
+    {},
+    {"tensor": 2},
+    {"expert": 4},
+    {"tensor": 2, "expert": 2, "fsdp": 2},
+    {"data": 2, "tensor": 4},
+]
+"""One device, and the ways of sharing a model out that every layer must agree on."""
+
+
+def mesh_name(shape: dict[str, int]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in shape.items()) or "one"
+
+
+@pytest.fixture(params=MESHES, ids=mesh_name)
+def mesh(request):
+    return sharding.make_mesh(**request.param)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reads reference data that the original program computed: `.npz` as a dict of arrays, `.json` parsed."""
+
+    def read(name: str):
+        path = GOLDEN / name
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    return read
