@@ -1,0 +1,253 @@
+"""Sizes of every part of the model, as frozen dataclasses, and the named presets.
+
+A config says shapes and nothing else: no mesh, no files, no learning rates. Two configs that
+compare equal build models with the same parameter tree.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from sphinx_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Mixtral decoder (https://arxiv.org/abs/2401.04088)."""
+
+    dim: int = 4096
+    hidden_dim: int = 14336
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    num_experts: int = 8
+    experts_per_token: int = 2
+    vocab_size: int = 32000
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """CLIP's vision transformer as open_clip builds it; all tokens after `ln_post`, no projection."""
+
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    patch: int = 14
+    image_size: int = 224
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+
+    @property
+    def channels(self) -> int:
+        return self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNextConfig:
+    """ConvNeXt trunk as in OpenCLIP's ConvNeXt-XXL: the normed feature map and, first, its mean."""
+
+    depths: tuple[int, ...] = (3, 4, 30, 3)
+    dims: tuple[int, ...] = (384, 768, 1536, 3072)
+    kernel: int = 7
+    image_size: int = 512
+
+    @property
+    def channels(self) -> int:
+        return self.dims[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoConfig:
+    """DINOv2 ViT-g/14: SwiGLU, layer scale, positions interpolated from `position_grid`."""
+
+    width: int = 1536
+    num_layers: int = 40
+    num_heads: int = 24
+    patch: int = 14
+    image_size: int = 224
+    position_grid: int = 37
+
+    @property
+    def channels(self) -> int:
+        return self.width
+
+    @property
+    def hidden_dim(self) -> int:
+        # Two thirds of 4 x width, rounded up to a multiple of 8: SwiGLU's three matrices then cost
+        # what two plain ones would (https://arxiv.org/abs/2002.05202).
+        return (int(4 * self.width * 2 / 3) + 7) // 8 * 8
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormerConfig:
+    """BLIP-2's Q-Former over an EVA ViT-g (https://arxiv.org/abs/2301.12597)."""
+
+    vision_width: int = 1408
+    vision_layers: int = 39
+    vision_heads: int = 16
+    vision_mlp: int = 6144
+    patch: int = 14
+    image_size: int = 224
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp: int = 3072
+    num_queries: int = 32
+    cross_attention_every: int = 2
+
+    @property
+    def channels(self) -> int:
+        return self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Which encoders look at a picture, at what input size and in how many views.
+
+    `image_size` is the side in pixels of the square picture handed to the model. `views` is 1 (the
+    whole) or 5 (the whole and its four quarters). An encoder that is None is absent. CLIP, ConvNeXt
+    and DINOv2 must give the same number of words, since their channels are concatenated.
+    """
+
+    image_size: int = 512
+    views: Literal[1, 5] = 1
+    clip: ClipConfig | None = ClipConfig()
+    convnext: ConvNextConfig | None = ConvNextConfig()
+    dino: DinoConfig | None = DinoConfig()
+    qformer: QFormerConfig | None = QFormerConfig()
+
+    @property
+    def ensemble_channels(self) -> int:
+        return sum(e.channels for e in (self.clip, self.convnext, self.dino) if e is not None)
+
+    @property
+    def ensemble_words(self) -> int:
+        """Words of the concatenated encoders: a square grid and one class word before it."""
+        grids = {
+            name: side
+            for name, side in (
+                ("clip", self.clip and self.clip.image_size // self.clip.patch),
+                ("convnext", self.convnext and self._convnext_grid()),
+                ("dino", self.dino and self.dino.image_size // self.dino.patch),
+            )
+            if side
+        }
+        if len(set(grids.values())) > 1:
+            raise ValueError(f"encoders of one ensemble must give one grid of words, got {grids}")
+        return max(grids.values()) ** 2 + 1 if grids else 0
+
+    def _convnext_grid(self) -> int:
+        return self.convnext.image_size // (4 * 2 ** (len(self.convnext.depths) - 1))
+
+    @property
+    def view_words(self) -> int:
+        """Words of one view, without the learned start and end vectors."""
+        return self.ensemble_words + (self.qformer.num_queries if self.qformer else 0)
+
+    @property
+    def image_words(self) -> int:
+        """Sequence positions that one picture takes, start and end vectors included."""
+        return self.views * (self.view_words + 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SphinxConfig:
+    """The whole model. `balance_weight` scales the router's load-balancing loss in training."""
+
+    language: DecoderConfig = DecoderConfig()
+    vision: VisionConfig | None = VisionConfig()
+    balance_weight: float = 0.1
+
+    @property
+    def image_words(self) -> int:
+        return self.vision.image_words if self.vision else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as written to `config.json` of a native checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SphinxConfig":
+        """Inverse of `to_dict`. Raises UserError on a missing or unknown key."""
+        return _build(cls, values, "config")
+
+
+_NESTED: dict[str, type] = {
+    "language": DecoderConfig,
+    "vision": VisionConfig,
+    "clip": ClipConfig,
+    "convnext": ConvNextConfig,
+    "dino": DinoConfig,
+    "qformer": QFormerConfig,
+}
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) != known:
+        got = set(values) if isinstance(values, dict) else {repr(values)}
+        raise UserError(
+            f"{where}: expected the keys {sorted(known)}; missing {sorted(known - got)}, unknown {sorted(got - known)}"
+        )
+    built = {}
+    for name, value in values.items():
+        if name in _NESTED and value is not None:
+            value = _build(_NESTED[name], value, f"{where}.{name}")
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def sphinx_moe() -> SphinxConfig:
+    """SPHINX-MoE as published: one view of 512 pixels, 291 image words."""
+    return SphinxConfig()
+
+
+def sphinx_moe_1k() -> SphinxConfig:
+    """SPHINX-MoE-1k as published: five views of 1,024 pixels, 1,455 image words."""
+    return SphinxConfig(vision=VisionConfig(image_size=1024, views=5), balance_weight=0.01)
+
+
+def mixtral_8x7b() -> SphinxConfig:
+    """Mixtral-8x7B, text only."""
+    return SphinxConfig(vision=None, balance_weight=0.02)
+
+
+def nano() -> SphinxConfig:
+    """About a million parameters for 64 x 64 pictures: trains on two CPU cores in minutes."""
+    return SphinxConfig(
+        language=DecoderConfig(
+            dim=96, hidden_dim=192, num_layers=2, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512
+        ),
+        vision=VisionConfig(
+            image_size=64,
+            clip=ClipConfig(width=64, num_layers=2, num_heads=4, patch=16, image_size=64),
+            convnext=ConvNextConfig(depths=(1, 1, 1), dims=(32, 64, 128), kernel=3, image_size=64),
+            dino=None,
+            qformer=None,
+        ),
+        balance_weight=0.1,
+    )
+
+
+PRESETS: dict[str, Callable[[], SphinxConfig]] = {
+    "nano": nano,
+    "mixtral-8x7b": mixtral_8x7b,
+    "sphinx-moe": sphinx_moe,
+    "sphinx-moe-1k": sphinx_moe_1k,
+}
+
+
+def preset(name: str) -> SphinxConfig:
+    """The preset called `name`. Raises UserError that lists the known ones."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,84 @@
+"""Grouped-query attention with rotary positions, and the cache that decoding reads."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sharding import constrain
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.attention import attention
+from sphinx_jax.layers import fan_in_normal, param
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer; slot s holds position s of the row."""
+
+    k: Float[Array, "batch slots kv_heads head_dim"]
+    v: Float[Array, "batch slots kv_heads head_dim"]
+
+
+def rotate(
+    x: Float[Array, "batch length kv_heads any head_dim"], positions: Int[Array, "batch length"], theta: float
+) -> Float[Array, "batch length kv_heads any head_dim"]:
+    """Rotary positions on interleaved pairs (x[2i], x[2i + 1]), in float32 (https://arxiv.org/abs/2104.09864)."""
+    half = x.shape[-1] // 2
+    frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (positions.astype(jnp.float32)[..., None] * frequencies)[:, :, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Queries, keys and values in one product, grouped by key/value head.
+
+    `wqkv[dim, kv_heads, queries_per_kv + 2, head_dim]` holds, for each key/value head, its query
+    heads, then its key, then its value: split over the key/value heads it needs no reshuffling.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        groups, head_dim = config.queries_per_kv, config.head_dim
+        self.wqkv = param(
+            rngs,
+            (config.dim, config.num_kv_heads, groups + 2, head_dim),
+            ("embed", "kv_heads", None, "head_dim"),
+            fan_in_normal(config.dim),
+        )
+        self.wo = param(
+            rngs,
+            (config.num_kv_heads, groups, head_dim, config.dim),
+            ("kv_heads", None, "head_dim", "embed"),
+            fan_in_normal(config.dim),
+        )
+        self.theta = config.rope_theta
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length dim"],
+        positions: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length keys"],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
+        """With a cache, this call's keys and values are written at `positions` before they are read."""
+        qkv = jnp.einsum("btd,dkgh->btkgh", x, self.wqkv[...].astype(x.dtype))
+        qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
+        groups = qkv.shape[3] - 2
+        turned = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
+        q, k, v = turned[:, :, :, :groups], turned[:, :, :, groups], qkv[:, :, :, groups + 1]
+        if cache is not None:
+            cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
+            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+        out = attention(q, k, v, mask)
+        out = jnp.einsum("btkgh,kghd->btd", out, self.wo[...].astype(x.dtype))
+        return constrain(out, "batch", "residual", None), cache
+
+
+def _write(slots: Array, new: Array, positions: Int[Array, "batch length"]) -> Array:
+    """`new` written into each row at its first position on: one contiguous run a row."""
+    write_row = lambda row, values, start: jax.lax.dynamic_update_slice_in_dim(row, values, start, 0)
+    return jax.vmap(write_row)(slots, new.astype(slots.dtype), positions[:, 0])

@@ -1,0 +1,42 @@
+"""Allocating the key/value cache, and the masks that say what a query may look at."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from sharding import constrain
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.language.attention import LayerCache
+
+Cache = list[LayerCache]
+
+
+def make_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache: 2 x layers x slots x kv_heads x head_dim values for each of `batch` rows."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    empty = lambda: constrain(jnp.zeros(shape, dtype), "batch", None, "kv_heads", None)
+    return [LayerCache(empty(), empty()) for _ in range(config.num_layers)]
+
+
+def causal_mask(positions: Int[Array, "batch length"], slots: int) -> Bool[Array, "batch length slots"]:
+    """A query at position p sees slots 0 to p. Slots past it may hold anything."""
+    return jnp.arange(slots)[None, None, :] <= positions[:, :, None]
+
+
+def turn_mask(turns: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:
+    """Causal, and each turn sees only itself and turn 0, the shared beginning.
+
+    Several questions about one picture then train in one sequence exactly as if each were asked alone,
+    provided that positions start again after turn 0 (`turn_positions`).
+    """
+    length = turns.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
+    return causal & same
+
+
+def turn_positions(turns: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Position of each token if its turn followed turn 0 directly."""
+    index = jnp.arange(turns.shape[1])[None, :]
+    starts = (turns[:, None, :] == turns[:, :, None]).argmax(axis=-1)
+    shared = (turns == 0).sum(axis=-1, keepdims=True)
+    return jnp.where(turns == 0, index, shared + index - starts)

@@ -1,0 +1,106 @@
+"""The mixture of experts: a router that picks two of eight, and the experts it picks.
+
+Dropless: every token is served by all the experts it chose, however uneven the choice.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sharding import constrain, local_experts, per_device
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.grouped_matmul import grouped_matmul
+from sphinx_jax.layers import fan_in_normal, param
+
+
+class Routing(NamedTuple):
+    """What the router said of one layer's tokens."""
+
+    logits: Float[Array, "batch length experts"]
+    experts: Int[Array, "batch length k"]
+    weights: Float[Array, "batch length k"]
+    share: Float[Array, "experts"]
+    """Fraction of all assignments that each expert received; sums to 1."""
+    balance_loss: Float[Array, ""]
+
+
+def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
+    """Softmax over all experts in float32, the best k, their weights scaled to sum to 1.
+
+    The balance loss is E x sum over experts of (share of assignments) x (mean probability): 1 when the
+    load is even (Switch Transformer, https://arxiv.org/abs/2101.03961, equation 4, for top-k).
+    """
+    num_experts = logits.shape[-1]
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, k)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
+    share = chosen.sum(axis=(0, 1, 2)) / experts.size
+    balance = num_experts * jnp.dot(share, probabilities.mean(axis=(0, 1)))
+    return Routing(logits, experts, weights, share, balance)
+
+
+class MoE(nnx.Module):
+    """Router and SwiGLU experts; gate and up projection are one array and one product."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        experts, dim, hidden = config.num_experts, config.dim, config.hidden_dim
+        self.router = param(rngs, (dim, experts), ("embed_small", None), fan_in_normal(dim))
+        self.w_in = param(rngs, (experts, dim, 2, hidden), ("experts", "embed", None, "mlp"), fan_in_normal(dim))
+        self.w_out = param(rngs, (experts, hidden, dim), ("experts", "mlp", "embed"), fan_in_normal(hidden))
+        self.k = config.experts_per_token
+
+    def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
+        routing = route(jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32), self.k)
+        compute = per_device(
+            _local_experts_sum,
+            in_names=(
+                ("batch", None, None),
+                ("batch", None, None),
+                ("batch", None, None),
+                ("experts", None, None, "mlp"),
+                ("experts", "mlp", None),
+            ),
+            out_names=("batch", None, None),
+            sum_over=("experts", "mlp"),
+        )
+        y = compute(
+            x,
+            routing.experts,
+            routing.weights.astype(x.dtype),
+            self.w_in[...].astype(x.dtype),
+            self.w_out[...].astype(x.dtype),
+        )
+        return constrain(y, "batch", "residual", None), routing
+
+
+def _local_experts_sum(
+    x: Float[Array, "batch length dim"],
+    experts: Int[Array, "batch length k"],
+    weights: Float[Array, "batch length k"],
+    w_in: Float[Array, "local_experts dim 2 local_hidden"],
+    w_out: Float[Array, "local_experts local_hidden dim"],
+) -> Float[Array, "batch length dim"]:
+    """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.
+
+    Assignments are sorted by expert; those of other devices' experts sort last and are not computed.
+    The router's weights are applied and the k results added before anything is sent, so that the
+    reduction over devices carries [tokens, dim] and not [tokens x k, dim].
+    """
+    *lead, dim = x.shape
+    count, _, _, hidden = w_in.shape
+    k = experts.shape[-1]
+    tokens = x.reshape(-1, dim)
+    local = local_experts(experts.reshape(-1), count)
+    order = jnp.argsort(local, stable=True)
+    sizes = jnp.sum(local[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    rows = tokens[order // k]
+    gate_up = grouped_matmul(rows, w_in.reshape(count, dim, 2 * hidden), sizes)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    out = grouped_matmul(jax.nn.silu(gate) * up, w_out, sizes)
+    back = jnp.argsort(order)
+    parts = out[back].reshape(-1, k, dim) * weights.reshape(-1, k, 1)
+    return parts.sum(axis=1).reshape(*lead, dim)
