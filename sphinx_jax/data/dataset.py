@@ -1,0 +1,31 @@
+"""Batches prepared off the training thread, endless, the same for the same seed, resumable."""
+
+from collections.abc import Callable
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+Batch = dict[str, np.ndarray]
+
+
+def batches(
+    count: int,
+    make_batch: Callable[[Int[np.ndarray, "batch"], np.random.Generator], Batch],
+    batch_size: int,
+    seed: int,
+) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over `make_batch(indices, random)`: every index below `count` once an epoch, shuffled anew.
+
+    `random` depends on the seed (0 or more) and the position alone, so the same seed gives the same batches.
+    """
+    shuffled = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+    return read_ahead(shuffled.batch(batch_size).random_map(make_batch), threads=1)
+
+
+def read_ahead(dataset: grain.MapDataset[Batch], threads: int) -> grain.DatasetIterator[Batch]:
+    """Iterates with `threads` that keep a few batches ready; more than needed compete with training for the cores.
+
+    `get_state()` of the iterator is its position, for a checkpoint; `set_state()` continues there.
+    """
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
