@@ -25,11 +25,6 @@ class MeshShape:
     tensor: int = 1
     """Devices that each expert's hidden dimension, and the attention heads, are split over."""
 
-    def __post_init__(self):
-        for axis in AXES:
-            if getattr(self, axis) < 1:
-                raise LayoutError(f"mesh axis {axis!r} must be 1 or more, got {getattr(self, axis)}")
-
     @property
     def size(self) -> int:
         return math.prod(dataclasses.astuple(self))
@@ -58,6 +53,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, de
     Uses the first devices that jax sees unless `devices` are given. Raises LayoutError if there are too few.
     """
     shape = MeshShape(data, fsdp, expert, tensor)
+    for axis in AXES:
+        if getattr(shape, axis) < 1:
+            raise LayoutError(f"mesh axis {axis!r} must be 1 or more, got {getattr(shape, axis)}")
     available = list(jax.devices() if devices is None else devices)
     if len(available) < shape.size:
         wanted = " x ".join(f"{axis} {getattr(shape, axis)}" for axis in AXES)

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,19 @@ def epoch_order(
     return batches[:, rank].reshape(-1)
 
 
+def collate(
+    items: Sequence[Item], tokenizer: Tokenizer, *, max_length: int, image_size: int, image_words: int
+) -> Batch:
+    """One batch of items of one type (see `train_batches`). Raises UserError as iterating over that does."""
+    pictures = items[0].image is not None
+    words = image_words if pictures else 0
+    rows = [fit(item.conversation.example(tokenizer), max_length, words, item.where) for item in items]
+    batch = {"tokens": np.stack([row.tokens for row in rows]), "labels": np.stack([row.labels for row in rows])}
+    if pictures:
+        batch["images"] = np.stack([padded_resize(open_image(item.image), image_size) for item in items])
+    return batch
+
+
 def train_batches(
     annotations: Annotations,
     tokenizer: Tokenizer,
@@ -223,12 +237,6 @@ def train_batches(
     def make_batch(number: int) -> Batch:
         epoch, position = divmod(number, batches)
         items = [annotations.items[i] for i in order(epoch)[position]]
-        pictures = items[0].image is not None
-        words = image_words if pictures else 0
-        rows = [fit(item.conversation.example(tokenizer), max_length, words, item.where) for item in items]
-        batch = {"tokens": np.stack([row.tokens for row in rows]), "labels": np.stack([row.labels for row in rows])}
-        if pictures:
-            batch["images"] = np.stack([padded_resize(open_image(item.image), image_size) for item in items])
-        return batch
+        return collate(items, tokenizer, max_length=max_length, image_size=image_size, image_words=image_words)
 
     return read_ahead(grain.MapDataset.range(_ENDLESS).map(make_batch), threads)

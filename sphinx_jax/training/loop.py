@@ -1,0 +1,197 @@
+"""The training loop: flat, one function, from a task and a mesh to a finished run directory."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import sharding
+from sphinx_jax.checkpoints import native
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
+from sphinx_jax.data.task import Task
+from sphinx_jax.errors import UserError
+from sphinx_jax.model import SphinxMoE
+from sphinx_jax.training.attributes import init_probe
+from sphinx_jax.training.metrics import RunLog
+from sphinx_jax.training.optimizer import adamw, cosine_with_warmup
+from sphinx_jax.training.state import StateStore, abstract_state, init_state
+from sphinx_jax.training.step import Batch, TrainState, make_eval_step, make_loss, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that changes the numbers of a run besides the model and the data."""
+
+    steps: int
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 3e-3
+    min_lr: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    attribute_weight: float = 0.0
+    remat: str = "none"
+    dtype: str = "float32"
+    seed: int = 0
+
+
+def train(
+    config: SphinxConfig,
+    task: Task,
+    recipe: Recipe,
+    mesh: Mesh,
+    out: Path,
+    *,
+    resume: bool = False,
+    initial: Any = None,
+    save_every: int = 500,
+    log_every: int = 20,
+) -> dict[str, Any]:
+    """Train, evaluate on the held-out examples, write `out`, and return what is in its `summary.json`.
+
+    `initial` are model parameters to start from, already on the mesh; by default they are drawn from the seed.
+    Raises UserError where the loss is not finite or there is nothing to resume.
+    """
+    started = time.monotonic()
+    make = lambda rngs: SphinxMoE(config, rngs=rngs)
+    graph, abstract = sharding.abstract_params(make, mesh)
+    probe = init_probe(config.language.dim, mesh) if recipe.attribute_weight else {}
+    shapes = {"model": abstract, "attributes": probe}
+    optimizer = adamw(schedule(recipe), weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm)
+    loss = make_loss(
+        graph, config, attribute_weight=recipe.attribute_weight, remat=recipe.remat, dtype=jnp.dtype(recipe.dtype)
+    )
+    prepared_loss = lambda params, batch: loss(params, normalised(batch))
+    step = jax.jit(
+        make_train_step(prepared_loss, optimizer, sharding.shardings_of(shapes), recipe.accumulate), donate_argnums=0
+    )
+    batches = task.batches(recipe.batch_size, recipe.seed)
+    store = StateStore(out / "checkpoints")
+    if resume:
+        state, position = store.restore(abstract_state(shapes, optimizer, mesh))
+        batches.set_state(position)
+    else:
+        model = sharding.init_params(make, recipe.seed, mesh)[1] if initial is None else initial
+        state = init_state({"model": model, "attributes": probe}, optimizer, mesh)
+
+    first = done = int(state.step)
+    logged: dict[str, Any] = {}
+    with sharding.use(mesh), RunLog(out, recipe.steps, first_step=first) as log:
+        while done < recipe.steps:
+            batch = put(next(batches), mesh)
+            state, metrics = step(state, batch)
+            done += 1
+            log.count(done, batch["tokens"].size + recipe.batch_size * config.image_words)
+            if done % log_every == 0 or done == recipe.steps:
+                logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+                logged["lr"] = float(schedule(recipe)(done - 1))
+                log.write(done, logged)
+                if not np.isfinite(logged["loss"]):
+                    raise UserError(
+                        f"the loss is {logged['loss']} at step {done}; lower --lr, or continue before it from "
+                        f"{out / 'checkpoints'} with --resume"
+                    )
+            if done % save_every == 0 and done < recipe.steps:
+                store.save(state, batches.get_state())
+        if done > first:
+            store.save(state, batches.get_state())
+        store.close()
+        trained = time.monotonic() - started
+        scores, share = evaluate(graph, state, task, recipe.batch_size, mesh)
+
+    write_weights(out, config, state, task)
+    summary = {
+        "steps": done,
+        "seconds": round(trained, 1),
+        "loss": logged.get("loss"),
+        **scores,
+        "expert_share": rounded(share.mean(axis=0)),
+        "expert_share_by_layer": rounded(share),
+        "mesh": dict(mesh.shape),
+        "recipe": dataclasses.asdict(recipe),
+        "versions": versions(),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def check_batch(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises UserError unless each part of the batch divides over the mesh."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = recipe.accumulate * replicas
+    if recipe.batch_size % parts:
+        near = max(recipe.batch_size // parts, 1) * parts
+        raise UserError(
+            f"--batch-size {recipe.batch_size} does not divide into --accumulate {recipe.accumulate} parts over "
+            f"{replicas} devices of data x fsdp; try --batch-size {near}"
+        )
+
+
+def schedule(recipe: Recipe):
+    """Learning rate by optimizer step. Step 0 already learns: the warm-up is taken one step ahead."""
+    return lambda step: cosine_with_warmup(
+        step + 1, lr=recipe.lr, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_steps, epochs=recipe.steps
+    )
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """A host batch on the mesh, its rows split over data and fsdp."""
+    names = lambda x: ("batch", *[None] * (x.ndim - 1))
+    return {key: jax.device_put(x, sharding.place(names(x), x.shape, mesh)) for key, x in batch.items()}
+
+
+def normalised(batch: Batch) -> Batch:
+    """The batch with uint8 pictures turned to float32 with CLIP's statistics, on the device."""
+    if "images" not in batch:
+        return batch
+    pixels = batch["images"].astype(jnp.float32) / 255
+    return batch | {"images": (pixels - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)}
+
+
+def evaluate(graph, state: TrainState, task: Task, batch_size: int, mesh: Mesh) -> tuple[dict[str, Any], np.ndarray]:
+    """The task's held-out scores, and each layer's share of words by expert, [layers, experts]."""
+    step = jax.jit(lambda params, batch: make_eval_step(graph)(params, normalised(batch)))
+    right, exists, shares = [], [], []
+    for batch in task.held_out(batch_size):
+        rows = len(batch["tokens"])
+        # One shape, one compilation: a smaller batch is filled up with copies of its first row.
+        filled = {key: np.concatenate([x, np.repeat(x[:1], batch_size - rows, axis=0)]) for key, x in batch.items()}
+        correct, there, share = step(state.params["model"], put(filled, mesh))
+        right.extend(np.asarray(correct)[:rows])
+        exists.extend(np.asarray(there)[:rows])
+        shares.append(np.asarray(share))
+    return task.score(right, exists), np.mean(shares, axis=0)
+
+
+def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task) -> None:
+    """The model as a native checkpoint in the run directory itself, so that the run is what `--checkpoint` takes."""
+    partial = out / "weights.partial"
+    native.save(partial, config, state.params["model"], task.tokenizer_bytes, overwrite=True)
+    for name in ("params", "tokenizer.model", "config.json"):
+        target = out / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        (partial / name).replace(target)
+    partial.rmdir()
+
+
+def rounded(values: np.ndarray) -> list:
+    """As JSON, to four places."""
+    return values.astype(np.float64).round(4).tolist()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,70 @@
+"""The train state: where each part of it lives, making it, saving it and taking it up again."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding import shardings_of
+from sphinx_jax.errors import UserError
+from sphinx_jax.training.step import Params, TrainState
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the train state of (abstract) parameters: each moment lies where its parameter does."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, abstract),
+        abstract,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    )
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, moments)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Step 0, with the optimizer's state made where it lives."""
+    shardings = shardings_of(abstract_state(params, optimizer, mesh))
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step, params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params))
+
+
+class StateStore:
+    """Checkpoints of a run under `directory`/STEP, written in the background and renamed into place when whole."""
+
+    def __init__(self, directory: Path, keep: int = 2):
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def save(self, state: TrainState, data_position: dict[str, Any]) -> None:
+        """Save the state, and where the data iterator stands."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)),
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, laid out as `abstract` says, whatever mesh wrote it. Raises UserError without one."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"nothing to resume in {self._manager.directory}: no checkpoint was saved there yet")
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()),
+        )
+        return restored["state"], restored["data"]
+
+    def close(self) -> None:
+        """Wait for the last save to be whole."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,137 @@
+"""One training step and one evaluation step, as pure functions to be compiled for a mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.conversation import NOT_LEARNED
+from sphinx_jax.model import bind
+from sphinx_jax.training.attributes import attribute_losses
+
+Batch = dict[str, Array]
+Params = dict[str, Any]
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and replaces. `params` holds "model" and "attributes" (empty where not used)."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: Any
+
+
+def next_tokens(
+    logits: Float[Array, "batch text vocab"], labels: Int[Array, "batch text"]
+) -> tuple[Float[Array, "batch text-1"], Bool[Array, "batch text-1"], Bool[Array, "batch text-1"]]:
+    """For each position but the last: -log p(next label), whether greedy decoding would give it, whether it counts.
+
+    `labels[i]` is the id of token i where it is to be learned, NOT_LEARNED elsewhere; position i predicts label i + 1.
+    """
+    targets = labels[:, 1:]
+    counted = targets != NOT_LEARNED
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+    return losses, logits[:, :-1].argmax(axis=-1) == targets, counted
+
+
+def answers(
+    right: Bool[Array, "batch text-1"], counted: Bool[Array, "batch text-1"]
+) -> tuple[Bool[Array, "batch text"], Bool[Array, "batch text"]]:
+    """For answer 1, 2, ... of each row (second axis): whether all its tokens are right, and whether it exists.
+
+    An answer is a run of learned tokens. One all of whose tokens are the likeliest given the true ones before is
+    what greedy decoding would write.
+    """
+    begins = counted & ~jnp.pad(counted[:, :-1], ((0, 0), (1, 0)))
+    number = jnp.cumsum(begins, axis=1)
+    rows = jnp.arange(counted.shape[0])[:, None]
+    count = lambda flags: jnp.zeros((counted.shape[0], counted.shape[1] + 1), jnp.int32).at[rows, number].add(flags)
+    exists = count(counted) > 0
+    return exists & (count(counted & ~right) == 0), exists
+
+
+def make_loss(
+    graph: nnx.GraphDef, config: SphinxConfig, *, attribute_weight: float = 0.0, remat: str = "none", dtype: Any = None
+) -> Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]:
+    """The training loss of a batch: next-word loss, balance loss, and the loss on attributes if it has a weight.
+
+    The batch holds `tokens` and `labels` int[B, T]; where there are any, `turns` int[B, T] and `images`
+    float[B, S, S, 3]; and for the loss on attributes `shape` and `colour` int[B].
+    `dtype` is what the model computes in; parameters of another dtype are cast once.
+    """
+
+    def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        weights = params["model"]
+        if dtype is not None:
+            weights = jax.tree.map(lambda p: p.astype(dtype), weights)
+        logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("turns"), remat=remat)
+        losses, right, counted = next_tokens(logits, batch["labels"])
+        words = losses.sum(where=counted) / jnp.maximum(counted.sum(), 1)
+        correct, asked = answers(right, counted)
+        routing = record["layers"]["routing"]
+        balance = routing.balance_loss.mean()
+        metrics = {
+            "loss": words,
+            "balance_loss": balance,
+            "accuracy": correct.sum() / jnp.maximum(asked.sum(), 1),
+            "expert_share": routing.share.mean(axis=0),
+        }
+        total = words + config.balance_weight * balance
+        if attribute_weight:
+            extra, extra_metrics = attribute_losses(params["attributes"], record["words"], batch)
+            total, metrics = total + attribute_weight * extra, metrics | extra_metrics
+        return total, metrics
+
+    return loss
+
+
+def make_train_step(
+    loss: Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]],
+    optimizer: optax.GradientTransformation,
+    shardings: Params,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """state, batch -> next state, metrics. With `accumulate` > 1 the batch is worked through in that many parts.
+
+    Gradients are held to the parameters' `shardings`, so that with fsdp each device keeps only its part of them.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def one(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        (_, metrics), grads = gradient(params, batch)
+        return jax.lax.with_sharding_constraint(grads, shardings), metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if accumulate == 1:
+            grads, metrics = one(state.params, batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, one(state.params, part)), None)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, state.params, jax.tree.map(lambda x: x[0], parts)))
+            summed, _ = jax.lax.scan(add, zeros, parts)
+            grads, metrics = jax.tree.map(lambda x: x / accumulate, summed)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    graph: nnx.GraphDef,
+) -> Callable[[Params, Batch], tuple[Bool[Array, "batch text"], Bool[Array, "batch text"], Array]]:
+    """model parameters, batch -> `answers` right and existing, and each layer's share of tokens by expert."""
+
+    def evaluate(params: Params, batch: Batch):
+        logits, record = bind(graph, params)(batch["tokens"], batch.get("images"), batch.get("turns"))
+        _, right, counted = next_tokens(logits, batch["labels"])
+        return *answers(right, counted), record["layers"]["routing"].share
+
+    return evaluate

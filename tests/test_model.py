@@ -1,0 +1,129 @@
+"""The whole model at nano size: the same numbers on every mesh, and what a causal model must not see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.config import SphinxConfig, nano
+from sphinx_jax.errors import UserError
+from sphinx_jax.language.cache import turn_positions
+from sphinx_jax.model import SphinxMoE, bind
+from sphinx_jax.training.step import make_loss
+
+CONFIG = dataclasses.replace(nano(), language=dataclasses.replace(nano().language, vocab_size=64))
+BATCH, TEXT = 4, 14
+
+
+def make(rngs):
+    return SphinxMoE(CONFIG, rngs=rngs)
+
+
+def make_batch():
+    keys = jax.random.split(jax.random.key(1), 2)
+    tokens = jax.random.randint(keys[0], (BATCH, TEXT), 3, 64)
+    turns = jnp.array([[0] * 4 + [1] * 5 + [2] * 5] * BATCH)
+    labels = jnp.where(jnp.arange(TEXT) % 3 == 0, tokens, 0)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "turns": turns,
+        "images": jax.random.normal(keys[1], (BATCH, 64, 64, 3)),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Loss, gradients and logits on one device, and the parameters they are of."""
+    return run(sharding.make_mesh())
+
+
+def run(mesh):
+    graph, params = sharding.init_params(make, 0, mesh)
+    batch = make_batch()
+    loss = make_loss(graph, CONFIG)
+
+    def both(params):
+        (value, _), grads = jax.value_and_grad(lambda p: loss({"model": p}, batch), has_aux=True)(params)
+        return value, grads, bind(graph, params)(batch["tokens"], batch["images"])[0]
+
+    with sharding.use(mesh):
+        value, grads, logits = jax.jit(both)(params)
+    return float(value), jax.tree.map(np.asarray, grads), np.asarray(logits)
+
+
+def close(ours, theirs, rtol=1e-5):
+    assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs) + 1e-8
+
+
+def test_every_mesh_gives_the_same_numbers(mesh, one_device):
+    loss, grads, logits = run(mesh)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    close(logits, one_device[2])
+    jax.tree.map(close, grads, one_device[1])
+
+
+def test_no_word_sees_a_later_one():
+    """The gradient of the score at position p with respect to the words after p is exactly zero, before it is not."""
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
+    model = bind(graph, params)
+    x = jax.random.normal(jax.random.key(0), (1, 8, CONFIG.language.dim))
+    positions = jnp.arange(8)[None]
+    mask = jnp.tril(jnp.ones((1, 8, 8), bool))
+    score = lambda x: model.language(x, positions, mask)[0][0, 3].sum()
+    seen = np.abs(np.asarray(jax.grad(score)(x)))[0].max(axis=-1)
+    assert (seen[:4] > 0).all()
+    assert (seen[4:] == 0).all()
+
+
+def test_turns_are_as_if_asked_alone(one_device):
+    """Two questions in one sequence after a shared beginning score as each does by itself."""
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
+    batch = make_batch()
+    forward = jax.jit(lambda tokens, turns: bind(graph, params)(tokens, batch["images"], turns)[0])
+    together = forward(batch["tokens"], batch["turns"])
+    second = jnp.concatenate([batch["tokens"][:, :4], batch["tokens"][:, 9:]], axis=1)
+    alone = forward(second, jnp.zeros_like(second))
+    np.testing.assert_allclose(together[:, 9:], alone[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_turn_positions():
+    turns = jnp.array([[0, 0, 1, 1, 1, 2, 2, 5, 5]])
+    np.testing.assert_array_equal(turn_positions(turns), [[0, 1, 2, 3, 4, 2, 3, 2, 3]])
+
+
+def test_picture_stands_after_the_first_token():
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
+    model, batch = bind(graph, params), make_batch()
+    words = model.encode_images(batch["images"])
+    x = model.embed(batch["tokens"], words)
+    assert CONFIG.image_words == 4 * 4 + 1 + 2
+    assert words.shape == (BATCH, 1, 17, CONFIG.language.dim)
+    assert x.shape[1] == TEXT + CONFIG.image_words
+    table = params["language"]["embedding"]["table"]
+    np.testing.assert_array_equal(x[:, 0], table[batch["tokens"][:, 0]])
+    np.testing.assert_array_equal(x[:, 1], jnp.broadcast_to(params["vision"]["start"], x[:, 1].shape))
+    np.testing.assert_array_equal(x[:, 2:19], words[:, 0])
+    np.testing.assert_array_equal(x[:, 19], jnp.broadcast_to(params["vision"]["end"], x[:, 1].shape))
+    np.testing.assert_array_equal(x[:, 20:], table[batch["tokens"][:, 1:]])
+
+
+def test_bfloat16_stays_bfloat16():
+    """No seam widens the model: hidden states, image words and cache are bfloat16 when the parameters are."""
+    graph, params = sharding.abstract_params(make, sharding.make_mesh(), dtype=jnp.bfloat16)
+    batch = make_batch()
+    logits, record = jax.eval_shape(lambda p: bind(graph, p)(batch["tokens"], batch["images"]), params)
+    assert record["words"].dtype == record["hidden"].dtype == record["embedded"].dtype == jnp.bfloat16
+    assert record["layers"]["out"].dtype == jnp.bfloat16
+    assert logits.dtype == record["layers"]["routing"].weights.dtype == jnp.float32
+
+
+def test_config_round_trip_and_its_errors():
+    assert SphinxConfig.from_dict(nano().to_dict()) == nano()
+    broken = nano().to_dict()
+    broken["vision"]["clip"]["widht"] = broken["vision"]["clip"].pop("width")
+    with pytest.raises(UserError, match=r"config.vision.clip.*missing \['width'\], unknown \['widht'\]"):
+        SphinxConfig.from_dict(broken)
