@@ -1,0 +1,49 @@
+"""What the entry points share: options from the command line, and errors as one line."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from sharding import LayoutError
+from sphinx_jax.errors import UserError
+
+Options = TypeVar("Options")
+
+FLAGS = (tyro.conf.FlagCreatePairsOff,)
+"""A switch that is off has no second spelling for staying off."""
+
+
+def parse(kind: type[Options], argv: Sequence[str], program: str, description: str) -> Options:
+    """The options in `argv`, a dataclass. `--help` prints and exits; raises UserError on what does not parse."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            return tyro.cli(kind, args=list(argv), prog=program, description=description, config=FLAGS)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # tyro draws a box, of spaces where the terminal has no lines: a title, what is wrong, a rule, help.
+    lines = [line.strip("│ ") for line in drawn.getvalue().splitlines()[1:]]
+    problem = " ".join(itertools.takewhile(lambda line: line.strip("─-╰╯"), lines))
+    raise UserError(f"{problem or 'the options could not be read'}; see {program} --help")
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of main(argv): 2 after an error that is the user's to mend, told on the last line of stderr."""
+    try:
+        return main(argv)
+    except (UserError, LayoutError) as error:
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it flushes on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,95 @@
+"""train.py as a person meets it: a short run, going on with it, and every way of asking for the wrong thing."""
+
+import json
+import shutil
+
+import pytest
+
+import train
+from sphinx_jax import checkpoints, commandline
+
+QUICK = ["--tuning", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
+EIGHT = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
+
+
+def call(*argv):
+    return commandline.run(train.main, list(map(str, argv)))
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert call("--out", out, *QUICK) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert set(summary["held_out"]) == set(summary["blind"]) == {"overall", "yes_no", "open"}
+    assert sum(summary["expert_share"]) == pytest.approx(1, abs=1e-3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "balance_loss", "grad_norm", "lr", "tokens_per_second", "accuracy"} <= set(lines[0])
+    assert checkpoints.load(run).config.vision.image_size == 64
+
+
+@pytest.mark.parametrize(("mesh", "tolerance"), [([], 0), (EIGHT, 1e-3)], ids=["same mesh", "eight devices"])
+def test_resume_goes_on_as_if_never_interrupted(run, tmp_path, mesh, tolerance):
+    """Killed after the save at step 2: the losses of steps 3 and 4 are the uninterrupted run's."""
+    out = tmp_path / "killed"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "4")
+    (out / "summary.json").unlink()
+    assert call("--out", out, *QUICK, "--resume", *mesh) == 0
+    assert losses(out) == pytest.approx(losses(run), rel=tolerance)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 4
+
+
+def test_a_run_is_never_overwritten_unasked(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert call("--out", run, *QUICK) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "--resume" in last and "--overwrite" in last
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--preset", "micro"], "unknown preset 'micro'; choose one of nano"),
+        (["--preset", "mixtral-8x7b"], "choose --preset nano"),
+        (["--data", "cats"], "--data cats: unknown"),
+        (["--data", "missing.yaml"], "missing.yaml: cannot read"),
+        (["--batch-size", "10", "--mesh.data", "4"], "try --batch-size 8"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--mesh.tensor", "16"], "needs 16 devices and there are 8"),
+        (["--mesh.tensor", "7"], "is not divisible by mesh axis 'tensor' of size 7"),
+        (["--mesh.tensor", "0"], "'tensor' must be 1 or more"),
+        (["--steps", "3", "--epochs", "1"], "--steps and --epochs exclude each other"),
+        (["--steps", "0"], "--steps"),
+        (["--resume"], "holds no run"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--init", "nowhere"], "nowhere is not a directory"),
+        (["--seed", "-1"], "--seed"),
+        (["--lr", "fast"], "lr"),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(argv, said, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call("--out", out, *argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert not out.exists()
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert call("--out", tmp_path, "--overwrite") == 2
+    assert "is not a run; choose another directory" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
