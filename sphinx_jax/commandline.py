@@ -30,7 +30,8 @@ def parse(kind: type[Options], argv: Sequence[str], program: str, description: s
             raise
     # tyro draws a box, of spaces where the terminal has no lines: a title, what is wrong, a rule, help.
     lines = [line.strip("│ ") for line in drawn.getvalue().splitlines()[1:]]
-    problem = " ".join(itertools.takewhile(lambda line: line.strip("─-╰╯"), lines))
+    is_text = lambda line: line.strip("─-╰╯") != ""
+    problem = " ".join(itertools.takewhile(is_text, itertools.dropwhile(lambda line: not is_text(line), lines)))
     raise UserError(f"{problem or 'the options could not be read'}; see {program} --help")
 
 

@@ -1,6 +1,7 @@
 """Eight simulated CPU devices and exact float32 products for every test."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import jax
@@ -45,3 +46,26 @@ def golden():
             return dict(arrays)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(tmp_path_factory):
+    """The path of a checkpoint directory that the original program wrote, `ens` or `ens5`, of 1 or 2 shards.
+
+    Both variants have the same weights, which are kept once.
+    """
+    unpacked = tmp_path_factory.mktemp("weights")
+    with tarfile.open(GOLDEN / "checkpoints.tar.xz") as archive:
+        archive.extractall(unpacked, filter="data")
+
+    def path(variant: str, shards: int) -> Path:
+        directory = tmp_path_factory.getbasetemp() / f"{variant}-mp{shards}"
+        if not directory.exists():
+            directory.mkdir()
+            described = [GOLDEN / variant / f"{name}.json" for name in ("config", "meta", "vision")]
+            weights = (unpacked / f"mp{shards}").iterdir()
+            for file in (*weights, *described, GOLDEN / "tokenizer" / "tokenizer.model"):
+                (directory / file.name).symlink_to(file)
+        return directory
+
+    return path
