@@ -1,0 +1,59 @@
+"""DINOv2's vision transformer (https://arxiv.org/abs/2304.07193), ViT-g/14 without registers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sharding import constrain
+from sphinx_jax.config import DinoConfig
+from sphinx_jax.layers import LayerNorm, Linear, fan_in_normal, make_layers, param
+from sphinx_jax.vision.transformer import Block, Tokens, run_blocks
+from sphinx_jax.vision.views import resize
+
+NORM_EPS = 1e-6
+
+
+class SwiGLU(nnx.Module):
+    """silu(x A) * (x B), then Linear (https://arxiv.org/abs/2002.05202); A and B are one array."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        names = ("vision_embed", None, "vision_mlp")
+        self.gate_up = param(rngs, (width, 2, hidden), names, fan_in_normal(width))
+        self.gate_up_bias = param(rngs, (2, hidden), names[1:], nnx.initializers.zeros)
+        self.down = Linear(hidden, width, ("vision_mlp", "vision_embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        both = jnp.einsum("btd,dch->btch", x, self.gate_up[...].astype(x.dtype))
+        both = constrain(both + self.gate_up_bias[...].astype(x.dtype), "batch", None, None, "vision_mlp")
+        return constrain(self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1]), "batch", "residual", None)
+
+
+class DinoV2(nnx.Module):
+    """All tokens, class token first, after the last norm."""
+
+    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
+        width = config.width
+
+        def block(r: nnx.Rngs) -> Block:
+            mlp = SwiGLU(width, config.hidden_dim, rngs=r)
+            return Block(width, config.num_heads, mlp, NORM_EPS, layer_scale=True, rngs=r)
+
+        self.grid = config.image_size // config.patch
+        self.position_grid = config.position_grid
+        self.tokens = Tokens(width, config.patch, config.position_grid, rngs=rngs)
+        self.blocks = make_layers(block, config.num_layers, rngs)
+        self.norm = LayerNorm(width, NORM_EPS, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch length width"]:
+        """`images` are normalised with ImageNet's statistics; length is 1 + (size / patch) squared."""
+        return self.norm(run_blocks(self.blocks, self.tokens(images, self.positions())))
+
+    def positions(self) -> Float[Array, "length width"]:
+        """The learned positions, resized from the grid they were learned for to that of this input size."""
+        learned = self.tokens.positions[...].astype(jnp.float32)
+        places = learned[1:].reshape(1, self.position_grid, self.position_grid, -1)
+        # The 0.1 guarded PyTorch's output size against rounding, and moves every sample a little: the
+        # published weights have only ever seen positions moved like that.
+        places = resize(places, self.grid, scale=(self.grid + 0.1) / self.position_grid)
+        return jnp.concatenate([learned[:1], places.reshape(self.grid**2, -1)])

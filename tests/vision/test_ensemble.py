@@ -1,0 +1,102 @@
+"""Which encoders are built, the order of words, and gradients on any mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sharding
+from sphinx_jax.config import ClipConfig, ConvNextConfig, DinoConfig, QFormerConfig, VisionConfig, nano
+from sphinx_jax.vision.ensemble import Ensemble
+
+DIM = 16
+TINY = VisionConfig(
+    image_size=32,
+    clip=ClipConfig(width=16, num_layers=2, num_heads=2, patch=16, image_size=32),
+    convnext=ConvNextConfig(depths=(1, 2), dims=(8, 16), kernel=3, image_size=16),
+    dino=DinoConfig(width=24, num_layers=1, num_heads=3, patch=16, image_size=32, position_grid=5),
+    qformer=QFormerConfig(
+        vision_width=16, vision_layers=1, vision_heads=2, vision_mlp=24, patch=16, image_size=32,
+        width=24, num_layers=2, num_heads=3, mlp=40, num_queries=5,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Graph and parameters of TINY on one device."""
+    return sharding.init_params(lambda rngs: Ensemble(TINY, DIM, rngs=rngs), 0, sharding.make_mesh())
+
+
+@pytest.mark.parametrize("present", [("clip",), ("convnext",), ("dino",), ("qformer",), ("clip", "dino", "qformer")])
+def test_only_the_named_encoders_exist(present):
+    others = {name: None for name in ("clip", "convnext", "dino", "qformer") if name not in present}
+    config = dataclasses.replace(TINY, **others)
+    _, params = sharding.abstract_params(lambda rngs: Ensemble(config, DIM, rngs=rngs), sharding.make_mesh())
+    expected = {*present, "start", "end"}
+    expected |= {"qformer_proj", "qformer_norm"} if "qformer" in present else set()
+    expected |= {"visual_proj", "visual_norm"} if set(present) - {"qformer"} else set()
+    assert set(params) == expected
+    words = jax.eval_shape(lambda x: Ensemble(config, DIM, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 32, 32, 3)))
+    assert words.shape == (2, 1, config.view_words, DIM)
+
+
+def test_nano_words():
+    config = nano()
+    make = lambda x: Ensemble(config.vision, config.language.dim, rngs=nnx.Rngs(0))(x)
+    assert jax.eval_shape(make, jnp.zeros((3, 64, 64, 3))).shape == (3, 1, 17, config.language.dim)
+
+
+def test_the_queries_words_come_first(tiny, images):
+    """The Q-Former's last bias moves the first five words and no other."""
+    graph, params = tiny
+    encode = jax.jit(lambda params: nnx.merge(graph, nnx.State(params))(images))
+    norm = params["qformer_norm"]
+    moved = encode(params | {"qformer_norm": norm | {"bias": norm["bias"] + 1}}) - encode(params)
+    np.testing.assert_allclose(moved[:, :, :5], 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(moved[:, :, 5:], 0.0)
+
+
+def test_between_markers(tiny):
+    graph, params = tiny
+    words = np.random.default_rng(1).normal(size=(2, 5, 3, DIM)).astype(np.float32)
+    out = np.asarray(nnx.merge(graph, nnx.State(params)).between_markers(words)).reshape(2, 5, 5, DIM)
+    np.testing.assert_array_equal(out[:, :, 1:-1], words)
+    np.testing.assert_array_equal(out[:, :, 0], np.broadcast_to(params["start"], (2, 5, DIM)))
+    np.testing.assert_array_equal(out[:, :, -1], np.broadcast_to(params["end"], (2, 5, DIM)))
+
+
+def test_pictures_of_another_size_are_refused(tiny, images):
+    graph, params = tiny
+    with pytest.raises(ValueError, match=r"must be \[batch, 32, 32, 3\], got \[2, 16, 16, 3\]"):
+        nnx.merge(graph, nnx.State(params))(images[:, ::2, ::2])
+
+
+def test_gradients_agree_on_a_mesh(tiny, images):
+    """Every parameter's gradient, where three heads do not divide over the devices and where two do."""
+    graph, params = tiny
+
+    def gradients(mesh):
+        _, abstract = sharding.abstract_params(lambda rngs: Ensemble(TINY, DIM, rngs=rngs), mesh)
+
+        def loss(params):
+            model = nnx.merge(graph, nnx.State(params))
+            return (model.between_markers(model(images)) * np.linspace(-1, 1, DIM, dtype=np.float32)).var()
+
+        with sharding.use(mesh):
+            return jax.device_get(jax.jit(jax.grad(loss))(jax.device_put(params, sharding.shardings_of(abstract))))
+
+    one = gradients(sharding.make_mesh())
+    many = gradients(sharding.make_mesh(fsdp=2, expert=2, tensor=2))
+    for (path, expected), ours in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True):
+        name, scale = jax.tree_util.keystr(path), np.abs(expected).max()
+        assert scale > 0, f"no gradient reaches {name}"
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
