@@ -1,0 +1,110 @@
+"""Checkpoints of every format: native, LLaMA2-Accessory, Mixtral of Hugging Face and of Mistral.
+
+    loaded = checkpoints.load("SPHINX-MoE", mesh)      # the format is read off the files
+    checkpoints.save("out", config, params, tokenizer_bytes, format="mixtral")
+
+`python -m sphinx_jax.checkpoints --help` converts and inspects.
+"""
+
+import os
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from sharding import make_mesh
+from sphinx_jax.checkpoints import accessory, mixtral, native, stream
+from sphinx_jax.checkpoints.loaded import Loaded, Params, abstract_model
+from sphinx_jax.checkpoints.opened import Opened, match
+from sphinx_jax.checkpoints.writing import check_new
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.errors import UserError
+
+__all__ = ["FORMATS", "Loaded", "Opened", "convert", "load", "open", "save"]
+
+_FOREIGN = {"accessory": accessory, "mixtral": mixtral}
+FORMATS = ("native", *_FOREIGN)
+"""What can be written. "mixtral" is Hugging Face's layout and holds the language part alone."""
+
+
+def open(path: str | os.PathLike) -> Opened:
+    """The checkpoint in a directory, whatever its format; no weight is read.
+
+    Raises UserError if there is none, or what can be seen of it without reading is damaged.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; give the one that holds the checkpoint's files")
+    if native.is_native(path):
+        return native.open_directory(path)
+    if accessory.is_accessory(path):
+        return accessory.open_directory(path)
+    if mixtral.is_mixtral(path):
+        return mixtral.open_directory(path)
+    raise UserError(
+        f"{path} holds no known checkpoint: no params folder (native), consolidated.XX-of-YY.model.pth (Accessory), "
+        "model.safetensors or its index (Hugging Face), or consolidated.* (Mistral)"
+    )
+
+
+def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, apart: bool = True) -> Loaded:
+    """The model of a checkpoint of any format on `mesh` (None: all devices).
+
+    `dtype` is "bfloat16", "float32", or None for as stored. `apart` holds the decoder's layers as a list, for
+    decoding, instead of stacked, for training. Raises UserError that names everything missing, unexpected,
+    mis-shaped or damaged; nothing is loaded then.
+    """
+    return stream.load(open(path), mesh, dtype, apart)
+
+
+def save(
+    path: str | os.PathLike,
+    config: SphinxConfig,
+    params: Params,
+    tokenizer_bytes: bytes | None = None,
+    format: str = "native",
+    shards: int | None = None,
+) -> None:
+    """Write a model in memory. `shards` is the number of files of the other formats (None: as few as usual).
+
+    Raises UserError if `path` exists and is not empty, or the format cannot hold the model.
+    """
+    _check(format, shards, tokenizer_bytes)
+    if format == "native":
+        native.save(path, config, params, tokenizer_bytes)
+    else:
+        _FOREIGN[format].save(path, config, params, tokenizer_bytes, shards)
+
+
+def _check(format: str, shards: int | None, tokenizer_bytes: bytes | None) -> None:
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    if shards is not None and (format == "native" or shards < 1):
+        raise UserError(f"--shards {shards} does not go with format {format}; leave it out or give another number")
+    if format == "native" and tokenizer_bytes is None:
+        raise UserError("a native checkpoint needs a tokenizer; put tokenizer.model beside the weights it is made of")
+
+
+def convert(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    format: str,
+    shards: int | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write a checkpoint of any format in another one, in `dtype` (None: as stored).
+
+    Accessory and Mixtral checkpoints are written parameter by parameter; a native one takes the whole model
+    into device memory first. Raises UserError as `load` and `save` do.
+    """
+    check_new(Path(path))
+    opened = open(source)
+    tokenizer_bytes = opened.tokenizer_bytes
+    _check(format, shards, tokenizer_bytes)
+    if format == "native":
+        loaded = stream.load(opened, None, dtype, False)
+        native.save(path, loaded.config, loaded.params, tokenizer_bytes)
+        return
+    parts = match(opened, apart=True)
+    _, abstract = abstract_model(opened.config, make_mesh(), dtype, apart=True)
+    with stream.Reader(opened, parts, abstract, dtype) as reader:
+        _FOREIGN[format].write(Path(path), opened.config, reader, tokenizer_bytes, shards)
