@@ -1,0 +1,199 @@
+"""Ask a model about pictures: one question, a chat, or a file of questions.
+
+Examples:
+  python infer.py                                       three held-out pictures, asked of the newest run
+  python infer.py --image cat.jpg --prompt "What is this?"
+  python infer.py --image cat.jpg                       chat about a picture
+  python infer.py --chat                                chat without one
+  python infer.py --batch questions.jsonl --out answers.jsonl
+  python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
+  python infer.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2
+
+A line of questions.jsonl is {"id": 1, "image": "cat.jpg" or null, "prompt": "What is this?"}; answers.jsonl gets
+{"id": 1, "answer": "A cat."} as answers end. Started again, it goes on where it was.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import sharding
+import sphinx_jax
+from sphinx_jax import Sphinx, UserError, commandline
+from sphinx_jax.data.images import open_image
+from sphinx_jax.inference import batch, requests, sampling, stopping
+from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
+
+HELD_OUT = (0, 1, 4)
+"""Pictures of easy-vqa's test set that are shown when nothing is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    checkpoint: Path | None = None
+    """Directory of a trained run, of a published SPHINX-MoE, or of a Hugging Face Mixtral. Default: the newest run
+    under ./runs, or else the small model that comes with the project."""
+    image: Path | None = None
+    """The picture that is asked about."""
+    prompt: str | None = None
+    """The question. Without it, and without --batch, --image chats."""
+    chat: bool = False
+    """Chat; through a pipe, answer each line of standard input."""
+    batch: Path | None = None
+    """A file of questions, one JSON object a line."""
+    out: Path | None = None
+    """The file that the answers to --batch are added to."""
+    rows: int = 64
+    """Questions of --batch answered at the same time; the cache grows with it."""
+    logprobs: bool = False
+    """Add to each answer of --batch the log-probability of each of its tokens."""
+    max_new_tokens: int = 512
+    """Tokens in an answer at most."""
+    temperature: float = 0.0
+    """0 takes the most probable token; higher is more varied."""
+    top_p: float = 0.95
+    """Draw from the most probable tokens that together reach this probability."""
+    top_k: int = 0
+    """Draw from so many most probable tokens at most; 0 is no limit."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were used before become less probable."""
+    seed: int = 0
+    """With a temperature, the same seed gives the same text, on every mesh."""
+    stop: tuple[str, ...] = ()
+    """End the answer before any of these texts."""
+    context: int = 4096
+    """Positions that the picture, the conversation and the answer may take together."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Number format of the weights. Default: as they are stored."""
+    mesh: sharding.MeshShape = dataclasses.field(default_factory=sharding.MeshShape)
+    """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
+    simulate_devices: int | None = None
+    """Pretend that this CPU is so many devices."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load, answer as the options say, and tell how long it took; returns the exit code."""
+    start = time.perf_counter()
+    options = commandline.parse(Options, argv, "infer.py", __doc__)
+    check(options)
+    if options.simulate_devices:
+        sharding.simulate_devices(options.simulate_devices)
+    own_mesh = options.mesh != sharding.MeshShape()
+    mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
+    checkpoint = options.checkpoint or default_checkpoint()
+    nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
+    held_out = read_held_out() if nothing_asked else []
+
+    model = sphinx_jax.load(checkpoint, mesh, options.dtype, context=options.context)
+    say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
+    times = [f"loaded after {time.perf_counter() - start:.1f} s"]
+    if options.batch:
+        answer_batch(model, options)
+    elif nothing_asked:
+        show(model, held_out, options)
+    elif options.prompt is not None:
+        first_token = answer(model, options)
+        times.append(f"first token after {first_token - start:.1f} s")
+    else:
+        chat(model, options)
+    times += [f"compiling took {model.engine.compile_seconds:.1f} s", f"all {time.perf_counter() - start:.1f} s"]
+    say(", ".join(times))
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raises UserError on what is wrong, before a model is loaded, which may take minutes."""
+    sampling.Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty)
+    stopping.check_stops(options.stop)
+    requests.Request((), None, options.max_new_tokens, options.seed)
+    for name in ("rows", "simulate_devices"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if (options.batch is None) != (options.out is None):
+        raise UserError("--batch and --out go together: a file of questions, and one for the answers")
+    if options.batch and (options.image or options.prompt is not None or options.chat):
+        raise UserError("--batch stands alone: --image, --prompt and --chat belong to one question or a chat")
+    if options.prompt is not None and (options.chat or not options.prompt.strip()):
+        raise UserError("--prompt asks one question: it must not be empty, and --chat goes without it")
+    if options.image:
+        open_image(options.image)
+    if options.batch:
+        batch.read_questions(options.batch)
+
+
+def default_checkpoint() -> Path:
+    """The newest run under ./runs, or else the checkpoint that comes with the project."""
+    runs = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    if not runs and not sphinx_jax.SHIPPED.is_dir():
+        raise UserError(f"no run under ./runs and nothing in {sphinx_jax.SHIPPED}: run train.py, or give --checkpoint")
+    return runs[-1].parent if runs else sphinx_jax.SHIPPED
+
+
+def read_held_out() -> list[tuple[Path, str, str]]:
+    """Picture, question and true answer of a few pictures that no training saw."""
+    from sphinx_jax.data import easy_vqa
+
+    records = easy_vqa.load("test")
+    chosen = [(records[i].id, records[i].questions[0]) for i in HELD_OUT]
+    return [(easy_vqa.image_file("test", number), question.text, question.answer) for number, question in chosen]
+
+
+def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options) -> None:
+    """Ask what is known about held-out pictures, and print it beside the truth."""
+    images, questions, truths = zip(*held_out, strict=True)
+    answers = model.generate(questions, images, **choice(options))
+    for image, question, truth, said in zip(images, questions, truths, answers, strict=True):
+        print(f"{image}\n  question: {question}\n  answer:   {said}\n  truth:    {truth}")
+
+
+def answer(model: Sphinx, options: Options) -> float:
+    """Print the answer to one question as it comes; when its first piece came."""
+    first = None
+    for piece in model.stream(options.prompt, options.image, **choice(options)):
+        first = first or time.perf_counter()
+        print(piece, end="", flush=True)
+    print()
+    return first or time.perf_counter()
+
+
+def chat(model: Sphinx, options: Options) -> None:
+    """A conversation on the terminal, or with whatever feeds standard input."""
+    conversation = model.chat(options.image, **choice(options))
+    if sys.stdin.isatty():
+        chat_on_terminal(conversation, options.image, model.picture)
+    else:
+        chat_in_pipe(conversation)
+
+
+def answer_batch(model: Sphinx, options: Options) -> None:
+    """Answer a file of questions, with a progress bar."""
+    chosen = choice(options) | {"rows": options.rows, "logprobs": options.logprobs}
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn()
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, speed=0.0)
+        for done in model.answer_file(options.batch, options.out, **chosen):
+            completed = done.skipped + done.answered + done.failed
+            bar.update(task, total=done.total, completed=completed, speed=done.tokens / (time.perf_counter() - start))
+    say(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")
+
+
+def choice(options: Options) -> dict[str, Any]:
+    """How the words of an answer are chosen, and when it ends."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
+    return {name: getattr(options, name) for name in names}
+
+
+def say(text: str) -> None:
+    """A remark beside the answers: dim, on standard error."""
+    Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(main, sys.argv[1:]))

@@ -1,0 +1,269 @@
+"""A model ready to answer: shapes rounded to buckets, one compiled program per bucket, pictures encoded once.
+
+Every device program is compiled ahead of time and kept under the shapes it is for, so that nothing is ever
+compiled again without anyone noticing. The programs themselves are in `steps`; `serving` says when they run.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import sharding
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.errors import UserError
+from sphinx_jax.inference import steps
+from sphinx_jax.inference.requests import Picture, Request
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.stopping import stop_table
+from sphinx_jax.model import bind
+
+CONTEXT = 4096
+"""Positions that a conversation may take, the picture included, unless the user says otherwise."""
+
+PREFILL_TOKENS = 512
+"""Longer prompts are read in pieces of this many tokens, so that memory does not grow with the prompt."""
+
+ENCODE_PIXELS = 1 << 21
+"""Pixels of pictures encoded at once at most: 8 of 512 x 512."""
+
+PICTURE_BYTES = 1 << 28
+"""Encoded pictures kept on the device."""
+
+
+def bucket(n: int) -> int:
+    """The least of 64, 96, 128, 192, 256, 384, ... that is n or more."""
+    size = 64
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+class Engine:
+    """A model ready to answer. `params` hold the decoder's layers apart and lie on `mesh`."""
+
+    def __init__(
+        self,
+        config: SphinxConfig,
+        graph: nnx.GraphDef,
+        params: dict,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        context: int = CONTEXT,
+    ):
+        if tokenizer.vocab_size > config.language.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces and the model only {config.language.vocab_size}: "
+                "use the tokenizer.model that came with the checkpoint"
+            )
+        if context < 2:
+            raise UserError(f"the context must be 2 positions or more, got {context}")
+        self.config, self.tokenizer, self.mesh, self.context = config, tokenizer, mesh, context
+        self.params = params
+        self._graph = graph
+        self._dtype = params["language"]["embedding"]["table"].dtype
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._programs: dict[tuple, Callable] = {}
+        self._pictures: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
+        self._tables: dict[tuple[str, ...], Array] = {}
+        self.compile_seconds = 0.0
+        self.pictures_encoded = 0
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return len(self._programs)
+
+    # Programs
+
+    def _program(self, key: tuple, function: Callable, args: tuple, donate: tuple[int, ...] = (), out: Any = None):
+        """`function` compiled for the shapes and shardings of `args`, which `key` names."""
+        if key not in self._programs:
+            start = time.perf_counter()
+            with sharding.use(self.mesh):
+                jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+                self._programs[key] = jitted.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]
+
+    def _abstract_state(self, rows: int, slots: int) -> steps.State:
+        language = self.config.language
+        return steps.abstract_state(language, rows, slots, self._dtype, self.mesh, sharding.DEFAULT_RULES)
+
+    def new_state(self, rows: int, slots: int) -> steps.State:
+        """Empty rows. Raises UserError if the cache does not fit into memory, with the length that would."""
+        abstract = self._abstract_state(rows, slots)
+        make = lambda: steps.make_state(self.config.language, rows, slots, self._dtype)
+        program = self._program(("state", rows, slots), make, (), out=sharding.shardings_of(abstract))
+        try:
+            return jax.block_until_ready(program())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = sharding.bytes_per_device(abstract)
+            raise UserError(
+                f"no memory for a cache of {rows} x {slots} positions ({needed / 2**30:.1f} GiB on each device); "
+                f"{self._what_fits(needed / (rows * slots))}"
+            ) from error
+
+    def _what_fits(self, bytes_per_position: float) -> str:
+        stats = self.mesh.local_devices[0].memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            return "use a shorter --context or fewer rows"
+        positions = int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.9 / bytes_per_position)
+        return f"about {max(positions, 0)} positions over all rows would fit"
+
+    def _prefill(
+        self, state: steps.State, chunk: steps.Chunk, words: tuple[Array, ...] | None, sampling: Sampling, stops: Array
+    ) -> steps.State:
+        function = lambda *args: steps.prefill(self._graph, self.tokenizer.vocab_size, *args)
+        args = (self.params, state, chunk, words, sampling.values(), stops)
+        key = ("prefill", state.rows, state.slots, *chunk.tokens.shape, words is not None, stops.shape)
+        return self._program(key, function, args, (1,), sharding.shardings_of(state))(*args)
+
+    def decode(self, state: steps.State, sampling: Sampling, stops: Array, number: int, until: int) -> steps.State:
+        """Up to `number` more tokens for each row, or until no more than `until` rows go on. Takes the state over."""
+        function = lambda *args: steps.decode(self._graph, self.tokenizer.vocab_size, *args)
+        args = (self.params, state, sampling.values(), stops, np.int32(number), np.int32(until))
+        key = ("decode", state.rows, state.slots, stops.shape)
+        return self._program(key, function, args, (1,), sharding.shardings_of(state))(*args)
+
+    def stop_table(self, stops: tuple[str, ...]) -> Array:
+        """The automaton of these stop strings, on the device."""
+        if stops not in self._tables:
+            if len(self._tables) >= 16:
+                self._tables.pop(next(iter(self._tables)))
+            table = stop_table(self.tokenizer, self.config.language.vocab_size, stops)
+            self._tables[stops] = jax.device_put(table, self._everywhere)
+        return self._tables[stops]
+
+    # Pictures
+
+    def encode(self, pictures: Sequence[Picture]) -> list[Float[Array, "views words dim"]]:
+        """The words of each picture. A picture seen before, in this call or an earlier one, is not encoded again."""
+        wanted = {picture.digest: picture for picture in pictures}
+        found = {digest: self._pictures[digest] for digest in wanted if digest in self._pictures}
+        new = [digest for digest in wanted if digest not in found]
+        at_once = max(1, ENCODE_PIXELS // self.config.vision.image_size**2)
+        for first in range(0, len(new), at_once):
+            group = new[first : first + at_once]
+            found |= dict(zip(group, self._encode([wanted[digest] for digest in group]), strict=False))
+        self.pictures_encoded += len(new)
+        for digest, words in found.items():
+            self._pictures[digest] = words
+            self._pictures.move_to_end(digest)
+        while len(self._pictures) > 1 and sum(w.nbytes for w in self._pictures.values()) > PICTURE_BYTES:
+            self._pictures.popitem(last=False)
+        return [found[picture.digest] for picture in pictures]
+
+    def _encode(self, pictures: list[Picture]) -> tuple[Float[Array, "views words dim"], ...]:
+        padding = pictures[:1] * (power_of_two(len(pictures)) - len(pictures))
+        batch = np.stack([picture.normalised() for picture in pictures + padding])
+
+        def function(params: dict, batch: Float[Array, "batch size size 3"]) -> tuple[Array, ...]:
+            return tuple(bind(self._graph, params).encode_images(batch))
+
+        args = (self.params, batch)
+        return self._program(("encode", len(batch)), function, args, out=self._everywhere)(*args)
+
+    # The whole model at once
+
+    def logits(
+        self, tokens: Int[np.ndarray, "batch text"], pictures: Sequence[Picture] | None
+    ) -> Float[Array, "batch text vocab"]:
+        """Scores of the word after each token, teacher-forced, without a cache. Compiled for each shape anew."""
+        images = np.stack([picture.normalised() for picture in pictures]) if pictures else None
+        function = lambda params, tokens, images: bind(self._graph, params)(tokens, images)[0]
+        args = (self.params, tokens, images)
+        return self._program(("logits", *tokens.shape, images is not None), function, args, out=self._everywhere)(*args)
+
+    # Requests
+
+    def prompt_length(self, request: Request) -> int:
+        """Positions that the prompt takes, the picture included. Raises UserError if the context is too short."""
+        picture = self.config.image_words if request.picture else 0
+        length = len(request.tokens) + picture
+        if length >= self.context:
+            detail = f", {picture} of them the picture" if picture else ""
+            raise UserError(
+                f"the prompt is {length} tokens long{detail}, and the context of {self.context} has to hold it and "
+                "the answer: shorten the prompt or raise --context"
+            )
+        return length
+
+    def slots_needed(self, request: Request) -> int:
+        """Positions of the cache that the prompt, padded as it will be read, and its answer need."""
+        length = self.prompt_length(request)
+        text = len(request.tokens)
+        whole = text // PREFILL_TOKENS * PREFILL_TOKENS
+        padded = length - text + (whole + bucket(text - whole) if text > whole else whole)
+        return bucket(max(padded, min(length + request.max_new_tokens, self.context)))
+
+    def read_prompts(
+        self,
+        state: steps.State,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        sampling: Sampling,
+        stops: Array,
+        reuse: int = 0,
+    ) -> steps.State:
+        """Each request's prompt into its row, in chunks. All have a picture or none has.
+
+        The first `reuse` tokens, and the picture after the first, are in the cache already.
+        """
+        image_words = self.config.image_words if requests[0].picture else 0
+        words = self.encode([r.picture for r in requests]) if image_words and not reuse else None
+        for first in range(reuse, max(len(r.tokens) for r in requests), PREFILL_TOKENS):
+            at = [i for i, r in enumerate(requests) if len(r.tokens) > first]
+            chunk = self._chunk([rows[i] for i in at], [requests[i] for i in at], first, image_words, state, sampling)
+            group_words = None
+            if words is not None and first == 0:
+                group_words = tuple(words[i] for i in at) + (words[0],) * (len(chunk.row) - len(at))
+            state = self._prefill(state, chunk, group_words, sampling, stops)
+        return state
+
+    def _chunk(
+        self,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        first: int,
+        image_words: int,
+        state: steps.State,
+        sampling: Sampling,
+    ) -> steps.Chunk:
+        """Tokens `first` to `first` + PREFILL_TOKENS of each request, padded to a bucket both ways."""
+        parts = [list(r.tokens[first : first + PREFILL_TOKENS]) for r in requests]
+        batch, text = power_of_two(len(parts)), bucket(max(map(len, parts)))
+        chunk = steps.Chunk(
+            row=np.full(batch, state.rows, np.int32),
+            tokens=np.zeros((batch, text), np.int32),
+            length=np.ones(batch, np.int32),
+            start=np.full(batch, first + image_words if first else 0, np.int32),
+            last=np.zeros(batch, bool),
+            limit=np.ones(batch, np.int32),
+            seeds=np.zeros((batch, 2), np.uint32),
+            seen=np.zeros((batch, self.config.language.vocab_size), bool),
+        )
+        chunk.row[: len(rows)] = rows
+        for i, (request, part) in enumerate(zip(requests, parts, strict=True)):
+            chunk.tokens[i, : len(part)] = part
+            chunk.length[i] = len(part)
+            chunk.last[i] = first + len(part) == len(request.tokens)
+            chunk.limit[i] = min(request.max_new_tokens, self.context - self.prompt_length(request))
+            chunk.seeds[i] = request.seeds()
+            if sampling.repetition_penalty != 1:
+                chunk.seen[i, list(request.tokens)] = True
+        return chunk

@@ -1,0 +1,149 @@
+"""Answering: many requests over a fixed number of rows, refilled as they end; or one, streamed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from sphinx_jax.inference import steps
+from sphinx_jax.inference.engine import Engine, bucket, power_of_two
+from sphinx_jax.inference.requests import Completion, Request
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.stopping import STOPPED, TextStream, check_stops, cut
+
+ROWS = 64
+"""Requests answered at the same time, unless the user says otherwise; the cache grows with it."""
+
+PREFILL_ROWS = 16
+"""Prompts read at once at most."""
+
+STEPS = 64
+"""Tokens chosen between two looks of the host at who is done, which is also how soon Ctrl-C is heard."""
+
+
+def serve(
+    engine: Engine, requests: Iterable[Request], sampling: Sampling, stops: Sequence[str] = (), rows: int = ROWS
+) -> Iterator[tuple[int, Completion]]:
+    """(index of the request, its answer), in the order in which they end.
+
+    At most `rows` are answered at a time; as some end, others take their rows. Requests are taken from the
+    iterable as they are needed. One that does not fit the context raises UserError.
+    """
+    stops = check_stops(stops)
+    table = engine.stop_table(stops)
+    queue = _Queue(engine, requests)
+    state, active = None, {}
+    while queue.fill(rows + PREFILL_ROWS) or active:
+        if not active and (state is None or queue.slots_needed() > state.slots):
+            # Only when all rows are empty can they be exchanged for longer ones.
+            size, state = min(rows, power_of_two(len(queue))), None
+            state = engine.new_state(size, queue.slots_needed())
+        free = [row for row in range(state.rows) if row not in active]
+        while free and (group := queue.take(min(len(free), PREFILL_ROWS), state.slots)):
+            taken, free = free[: len(group)], free[len(group) :]
+            state = engine.read_prompts(state, taken, [request for _, request in group], sampling, table)
+            active |= {row: index for row, (index, _) in zip(taken, group, strict=True)}
+        # With requests waiting it pays to stop once a group of rows is free, and not before.
+        until = max(0, len(active) - min(PREFILL_ROWS, max(1, state.rows // 4))) if len(queue) else 0
+        state = engine.decode(state, sampling, table, STEPS, until)
+        ended = [row for row in np.flatnonzero(np.array(state.done)).tolist() if row in active]
+        if ended:
+            for row, completion in zip(ended, _completions(engine, state, ended, stops), strict=True):
+                yield active.pop(row), completion
+
+
+def answer_all(
+    engine: Engine, requests: Iterable[Request], sampling: Sampling, stops: Sequence[str] = (), rows: int = ROWS
+) -> list[Completion]:
+    """The answers, in the order of the requests."""
+    answers = dict(serve(engine, requests, sampling, stops, rows))
+    return [answers[i] for i in range(len(answers))]
+
+
+def _completions(engine: Engine, state: steps.State, rows: list[int], stops: tuple[str, ...]) -> list[Completion]:
+    count, stop, output, logprob = (np.array(x) for x in (state.count, state.stop, state.output, state.logprob))
+    completions = []
+    for row in rows:
+        tokens = output[row, : count[row]].tolist()
+        text = cut(engine.tokenizer.decode(tokens), stops)
+        finish = "stop" if stop[row] == STOPPED else "length"
+        completions.append(Completion(text, tokens, logprob[row, : count[row]].tolist(), finish))
+    return completions
+
+
+class _Queue:
+    """Requests that wait, looked at a little ahead so that like ones can be read together."""
+
+    def __init__(self, engine: Engine, requests: Iterable[Request]):
+        self._engine = engine
+        self._source = enumerate(requests)
+        self._waiting: list[tuple[int, Request, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def fill(self, count: int) -> int:
+        """Look ahead to `count` requests; how many wait now."""
+        while len(self._waiting) < count and (entry := next(self._source, None)) is not None:
+            index, request = entry
+            self._waiting.append((index, request, self._engine.slots_needed(request)))
+        return len(self._waiting)
+
+    def slots_needed(self) -> int:
+        """Of the longest that waits."""
+        return max(slots for *_, slots in self._waiting)
+
+    def take(self, count: int, slots: int) -> list[tuple[int, Request]]:
+        """Up to `count` that are like the one that has waited longest: a picture or none, and the same length bucket.
+
+        Empty if that one needs more than `slots`: it waits for a longer cache.
+        """
+        if not self._waiting or self._waiting[0][2] > slots:
+            return []
+        like = lambda entry: (entry[1].picture is None, bucket(len(entry[1].tokens)), entry[2] <= slots)
+        chosen = [entry for entry in self._waiting if like(entry) == like(self._waiting[0])][:count]
+        gone = {index for index, *_ in chosen}
+        self._waiting = [entry for entry in self._waiting if entry[0] not in gone]
+        return [(index, request) for index, request, _ in chosen]
+
+
+class Session:
+    """One row whose cache is kept: a prompt that begins like what is there is read from where they part."""
+
+    def __init__(self, engine: Engine, slots: int):
+        self._engine, self._slots = engine, slots
+        self._state: steps.State | None = None
+        self._tokens: list[int] = []
+        self._picture: bytes | None = None
+
+    def stream(self, request: Request, sampling: Sampling, stops: Sequence[str]) -> Iterator[str]:
+        """The answer, piece by piece. Ended early, by close() or Ctrl-C, the session keeps what is in the cache."""
+        engine, stops = self._engine, check_stops(stops)
+        engine.prompt_length(request)
+        table = engine.stop_table(stops)
+        picture = request.picture.digest if request.picture else None
+        reuse = _common(self._tokens, request.tokens[:-1]) if picture == self._picture else 0
+        # During a call the state is the device's; an interruption there makes the session begin afresh.
+        state, self._state = self._state, None
+        if state is None:
+            state, reuse = engine.new_state(1, self._slots), 0
+        self._state = engine.read_prompts(state, [0], [request], sampling, table, reuse)
+        self._tokens, self._picture = list(request.tokens), picture
+        text, said = TextStream(engine.tokenizer, stops), []
+        while True:
+            state = self._state
+            said += np.array(state.output)[0, len(said) : int(np.array(state.count)[0])].tolist()
+            # The token chosen last is not read yet.
+            self._tokens = [*request.tokens, *said[:-1]]
+            if piece := text.push(said):
+                yield piece
+            if np.array(state.done)[0]:
+                break
+            self._state = None
+            self._state = engine.decode(state, sampling, table, 1, 0)
+        if piece := text.finish():
+            yield piece
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,199 @@
+"""What runs on the device: reading prompts into the cache, and choosing tokens until every row is done.
+
+The state has a fixed number of rows, each an answer in the making with its own part of the cache. Rows
+start and end at different times and never see each other: what a row says does not depend on the others.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from sharding import Rules, constrain, place
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.inference.sampling import SamplingValues, choose
+from sphinx_jax.inference.stopping import FIRST, STOPPED
+from sphinx_jax.language.attention import LayerCache
+from sphinx_jax.language.cache import Cache, causal_mask, make_cache
+from sphinx_jax.model import SphinxMoE, bind
+
+
+class State(NamedTuple):
+    """All rows, each with `slots` positions of the cache."""
+
+    cache: Cache
+    length: Int[Array, "rows"]
+    """Positions that are filled: the next token goes to slot `length`."""
+    token: Int[Array, "rows"]
+    """Chosen last, and not in the cache yet."""
+    count: Int[Array, "rows"]
+    """Tokens chosen so far."""
+    limit: Int[Array, "rows"]
+    """Tokens to choose at most."""
+    done: Bool[Array, "rows"]
+    stop: Int[Array, "rows"]
+    """State of the stop automaton."""
+    seeds: UInt32[Array, "rows 2"]
+    seen: Bool[Array, "rows vocab"]
+    """Tokens of the prompt and of the answer, for the repetition penalty."""
+    output: Int[Array, "rows slots"]
+    logprob: Float[Array, "rows slots"]
+    """Log-probability of each chosen token, as the model gave it, before temperature, penalty and cuts."""
+
+    @property
+    def rows(self) -> int:
+        return self.output.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.output.shape[1]
+
+
+class Chunk(NamedTuple):
+    """Some tokens of some prompts: one call of `prefill`. Padding has a `row` past the last."""
+
+    row: Int[Array, "batch"]
+    tokens: Int[Array, "batch text"]
+    length: Int[Array, "batch"]
+    """How many of `tokens` are real, 1 or more; the rest is padding on the right."""
+    start: Int[Array, "batch"]
+    """Positions of the row's cache that are filled already and stay."""
+    last: Bool[Array, "batch"]
+    """The prompt ends here, and the first token of the answer is chosen."""
+    limit: Int[Array, "batch"]
+    seeds: UInt32[Array, "batch 2"]
+    seen: Bool[Array, "batch vocab"]
+
+
+def make_state(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> State:
+    """Rows that wait for a prompt."""
+    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+    return State(
+        cache=make_cache(config, rows, slots, dtype),
+        length=zeros(rows),
+        token=zeros(rows),
+        count=zeros(rows),
+        limit=zeros(rows),
+        done=jnp.ones(rows, bool),
+        stop=zeros(rows),
+        seeds=zeros(rows, 2, dtype=jnp.uint32),
+        seen=zeros(rows, config.vocab_size, dtype=bool),
+        output=zeros(rows, slots),
+        logprob=zeros(rows, slots, dtype=jnp.float32),
+    )
+
+
+def abstract_state(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype, mesh: Mesh, rules: Rules) -> State:
+    """Shapes and shardings: the cache is split by rows and key/value heads, all else is small and everywhere."""
+    shapes = jax.eval_shape(lambda: make_state(config, rows, slots, dtype))
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = ("batch", None, "kv_heads", None) if leaf.ndim == 4 else (None,) * leaf.ndim
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(names, leaf.shape, mesh, rules))
+
+    return jax.tree.map(placed, shapes)
+
+
+def prefill(
+    graph: nnx.GraphDef,
+    vocab_size: int,
+    params: dict,
+    state: State,
+    chunk: Chunk,
+    words: tuple[Float[Array, "views words dim"], ...] | None,
+    sampling: SamplingValues,
+    stops: Int[Array, "states vocab"],
+) -> State:
+    """Read a chunk of each prompt into its row; where the prompt ends, choose the first token.
+
+    `words` are the pictures, which stand after the first token: given with the first chunk only. Padding
+    is read too, into slots past the end of the prompt: no query looks there before they are overwritten.
+    """
+    model = bind(graph, params)
+    rows = jax.tree.map(lambda x: jnp.take(x, chunk.row, axis=0, mode="clip"), state)
+    embedded = model.embed(chunk.tokens, None if words is None else jnp.stack(words))
+    picture = embedded.shape[1] - chunk.tokens.shape[1]
+    positions = chunk.start[:, None] + jnp.arange(embedded.shape[1])
+    mask = causal_mask(positions, state.slots)
+    hidden, cache, _ = model.language(embedded, positions, mask, rows.cache)
+    end = picture + chunk.length - 1
+    logits = model.language.logits(jnp.take_along_axis(hidden, end[:, None, None], axis=1))[:, 0]
+    rows = rows._replace(
+        cache=cache,
+        length=chunk.start + picture + chunk.length,
+        count=jnp.zeros_like(rows.count),
+        limit=chunk.limit,
+        done=jnp.zeros_like(rows.done),
+        stop=jnp.full_like(rows.stop, FIRST),
+        seeds=chunk.seeds,
+        seen=chunk.seen,
+    )
+    rows = _choose_next(rows, logits, vocab_size, sampling, stops)
+    # A row whose prompt goes on waits for the next chunk, which starts the answer anew.
+    rows = rows._replace(done=rows.done | ~chunk.last)
+    return jax.tree.map(lambda all_rows, new: all_rows.at[chunk.row].set(new, mode="drop"), state, rows)
+
+
+def decode(
+    graph: nnx.GraphDef,
+    vocab_size: int,
+    params: dict,
+    state: State,
+    sampling: SamplingValues,
+    stops: Int[Array, "states vocab"],
+    steps: Int[Array, ""],
+    until: Int[Array, ""],
+) -> State:
+    """Choose up to `steps` tokens for each row that is not done, or until no more than `until` rows go on."""
+    model = bind(graph, params)
+
+    def going(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
+        step, state = carry
+        return (step < steps) & (jnp.sum(~state.done) > until)
+
+    def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
+        step, state = carry
+        hidden, cache = _one_token(model, state)
+        logits = model.language.logits(hidden)[:, 0]
+        state = state._replace(cache=cache, length=jnp.where(state.done, state.length, state.length + 1))
+        return step + 1, _choose_next(state, logits, vocab_size, sampling, stops)
+
+    return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+
+
+def _one_token(model: SphinxMoE, state: State) -> tuple[Float[Array, "rows 1 dim"], list[LayerCache]]:
+    """Each row's last token through the decoder. A row that is done computes too, and writes past its end."""
+    positions = state.length[:, None]
+    mask = causal_mask(positions, state.slots)
+    hidden, cache, _ = model.language(model.embed(state.token[:, None]), positions, mask, state.cache)
+    return hidden, cache
+
+
+def _choose_next(
+    state: State, logits: Float[Array, "rows vocab"], vocab_size: int, sampling: SamplingValues, stops: Array
+) -> State:
+    """The next token of each row that is not done, recorded; and whether it ends the answer.
+
+    `vocab_size` is the tokenizer's: a model's table may be larger, and what lies beyond is no token.
+    """
+    logits = constrain(logits, "batch", None)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    token = choose(logits, state.seen, state.seeds, state.count, sampling)
+    row = jnp.arange(token.shape[0])
+    logprob = jax.nn.log_softmax(logits, axis=-1)[row, token]
+    # Out of range, and so dropped, for rows that are done.
+    place_in_output = jnp.where(state.done, state.slots, state.count)
+    count = jnp.where(state.done, state.count, state.count + 1)
+    stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
+    return state._replace(
+        token=jnp.where(state.done, state.token, token),
+        count=count,
+        stop=stop,
+        done=state.done | (stop == STOPPED) | (count >= state.limit),
+        seen=state.seen.at[row, token].set(True),
+        output=state.output.at[row, place_in_output].set(token, mode="drop"),
+        logprob=state.logprob.at[row, place_in_output].set(logprob, mode="drop"),
+    )

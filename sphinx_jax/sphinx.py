@@ -1,0 +1,237 @@
+"""The public face: a loaded model that reads pictures and text and answers."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from PIL import Image
+
+from sphinx_jax import checkpoints
+from sphinx_jax.checkpoints.loaded import Loaded
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.conversation import DEFAULT_TEMPLATE, Conversation
+from sphinx_jax.data.images import open_image, padded_resize, to_rgb
+from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.errors import UserError
+from sphinx_jax.inference.batch import Progress, answer_file
+from sphinx_jax.inference.chat import Chat
+from sphinx_jax.inference.engine import CONTEXT, Engine
+from sphinx_jax.inference.requests import Completion, Picture, Request
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.serving import ROWS, Session, answer_all
+
+ImageLike = Image.Image | str | Path | np.ndarray | Picture
+"""A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
+or what `Sphinx.picture` made of one, which saves the scaling when it is used again."""
+
+
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, *, context: int = CONTEXT
+) -> "Sphinx":
+    """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
+
+    `mesh` is what it is laid out on, by default all devices; `dtype` "bfloat16" or "float32", by default as
+    stored; `context` how many positions, the picture included, a prompt and its answer may take.
+    Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
+    """
+    return Sphinx(checkpoints.load(path, mesh, dtype, apart=True), context)
+
+
+class Sphinx:
+    """`config`, `tokenizer` and `mesh` of a loaded model, and what it can do."""
+
+    def __init__(self, loaded: Loaded, context: int = CONTEXT):
+        if loaded.tokenizer_bytes is None:
+            raise UserError("the checkpoint has no tokenizer.model; copy the model's own beside the weights")
+        self.config: SphinxConfig = loaded.config
+        self.mesh: Mesh = loaded.mesh
+        self.tokenizer = Tokenizer(loaded.tokenizer_bytes)
+        self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, context)
+
+    def picture(self, image: ImageLike) -> Picture:
+        """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
+        if isinstance(image, Picture):
+            return image
+        if self.config.vision is None:
+            raise UserError("this model reads text only; leave the picture out, or load a checkpoint with encoders")
+        size = self.config.vision.image_size
+        if isinstance(image, str | Path):
+            image = open_image(image)
+        elif not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            if image.dtype == np.float32 and image.shape == (size, size, 3):
+                return Picture.of(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise UserError(
+                    f"an image must be a PIL image, a path, uint8[height, width, 3] or float32[{size}, {size}, 3], "
+                    f"got {image.dtype}{list(image.shape)}"
+                )
+            image = Image.fromarray(image)
+        return Picture.of(padded_resize(to_rgb(image), size))
+
+    def logits(
+        self, tokens: Int[np.ndarray, "batch text"], images: Iterable[ImageLike] | None = None
+    ) -> Float[Array, "batch text vocab"]:
+        """Scores of the word after each token, teacher-forced, float32. Pictures stand after the first token."""
+        pictures = None if images is None else [self.picture(image) for image in images]
+        return self.engine.logits(np.asarray(tokens, np.int32), pictures)
+
+    def encode_images(self, images: Iterable[ImageLike]) -> Float[Array, "batch views words dim"]:
+        """The pictures as words of the language model, without the start and end vectors."""
+        return jnp.stack(self.engine.encode([self.picture(image) for image in images]))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Iterable[ImageLike | None] | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> list[str]:
+        """The answer to each question. The options, and more of them, are those of `complete`."""
+        completions = self.complete(
+            prompts,
+            images,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            **options,
+        )
+        return [completion.text for completion in completions]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        images: Iterable[ImageLike | None] | None = None,
+        *,
+        max_new_tokens: int = 512,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        rows: int = ROWS,
+        **sampling: float,
+    ) -> list[Completion]:
+        """Like `generate`, with tokens, their log-probabilities, and why each answer ended.
+
+        `prompts` are questions, put into the conversation template; with `raw` they are taken as they are, and
+        nothing but EOS and `stop` ends the answer. `images` gives each prompt its picture, or None.
+        `sampling` are the fields of `Sampling`: temperature, top_p, top_k, repetition_penalty. An answer depends on
+        its own prompt, picture and seed alone; give a list of seeds to draw several for one prompt. At most `rows`
+        are answered at a time.
+        Raises UserError on a prompt that does not fit the context, or an option outside its range.
+        """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts must be a list of texts, got the text {prompts!r:.60}; write [prompt]")
+        prompts = list(prompts)
+        images = [None] * len(prompts) if images is None else list(images)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        for name, values in (("images", images), ("seeds", seeds)):
+            if len(values) != len(prompts):
+                raise UserError(f"{len(prompts)} prompts but {len(values)} {name}; give one for each prompt")
+        requests = (
+            self.request(prompt, image, max_new_tokens=max_new_tokens, seed=number, raw=raw)
+            for prompt, image, number in zip(prompts, images, seeds, strict=True)
+        )
+        return answer_all(self.engine, requests, Sampling(**sampling), self.stops(stop, raw), rows)
+
+    def stream(
+        self,
+        prompt: str,
+        image: ImageLike | None = None,
+        *,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        **sampling: float,
+    ) -> Iterator[str]:
+        """The text that `generate` gives, piece by piece as it comes."""
+        request = self.request(prompt, image, max_new_tokens=max_new_tokens, seed=seed, raw=raw)
+        session = Session(self.engine, self.engine.slots_needed(request))
+        return session.stream(request, Sampling(**sampling), self.stops(stop, raw))
+
+    def chat(
+        self,
+        image: ImageLike | None = None,
+        *,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        **sampling: float,
+    ) -> Chat:
+        """A conversation about a picture, or none, that remembers its turns."""
+        return Chat(
+            self.engine,
+            None if image is None else self.picture(image),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling),
+            seed=seed,
+            stop=tuple(stop),
+        )
+
+    def answer_file(
+        self,
+        source: str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        rows: int = ROWS,
+        logprobs: bool = False,
+        **sampling: float,
+    ) -> Iterator[Progress]:
+        """Answer a file of questions, line by line as `inference.batch` describes; goes on where it was stopped."""
+        return answer_file(
+            self.engine,
+            Path(source),
+            Path(out),
+            self.picture,
+            lambda prompt, picture: self.request(prompt, picture, max_new_tokens=max_new_tokens, seed=seed),
+            sampling=Sampling(**sampling),
+            stops=self.stops(stop),
+            rows=rows,
+            logprobs=logprobs,
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        format: Literal["native", "accessory", "mixtral"] = "native",
+        shards: int | None = None,
+    ) -> None:
+        """Write the model to the directory `path`, which must not exist yet; `shards` files if the format has them."""
+        checkpoints.save(path, self.config, self.engine.params, self.tokenizer.model_bytes, format, shards)
+
+    def request(
+        self,
+        prompt: str,
+        image: ImageLike | None = None,
+        *,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        raw: bool = False,
+    ) -> Request:
+        """One prompt as the engine takes it."""
+        if raw:
+            tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
+        else:
+            tokens = Conversation.from_pairs([(prompt, None)]).prompt_tokens(self.tokenizer)
+        return Request(tokens, None if image is None else self.picture(image), max_new_tokens, seed)
+
+    def stops(self, stop: Sequence[str], raw: bool = False) -> tuple[str, ...]:
+        """The stop strings given, and the one that ends every answer of the template."""
+        if isinstance(stop, str):
+            raise UserError(f"stop must be a list of texts, got the text {stop!r}; write [{stop!r}]")
+        return tuple(stop) if raw else (DEFAULT_TEMPLATE.response_end_signal, *stop)

@@ -1,0 +1,246 @@
+"""Decoding against the teacher-forced forward pass, and everything that must not change an answer."""
+
+import jax
+import numpy as np
+import pytest
+
+from sphinx_jax.errors import UserError
+from sphinx_jax.inference import engine as engine_module
+from sphinx_jax.inference.engine import Engine, bucket
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.serving import Session, answer_all, serve
+
+# All prompts are of one length bucket, and prompt and answer of one bucket of cache slots, so that the tests share
+# compiled programs: those take seconds, the answers milliseconds.
+NEW = 60
+SLOTS = 128
+MESHES = [{"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}]
+PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
+
+
+def with_pictures(images):
+    """A picture for some prompts, the same one twice, and none for one."""
+    return [images[0], None, images[1], images[0]]
+
+
+def teacher_forced(model, prompt, image, answer):
+    """Scores of every next token along prompt and answer, from the whole sequence at once."""
+    tokens = [*model.request(prompt).tokens, *answer]
+    padded = np.zeros((1, SLOTS), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(model.logits(padded, None if image is None else [image]), np.float64)[0]
+    return logits[len(tokens) - len(answer) - 1 : len(tokens) - 1, : model.tokenizer.vocab_size]
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def answers(model, images):
+    return model.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+
+
+def test_greedy_decoding_through_the_cache_is_the_teacher_forced_argmax(model, images, answers):
+    for prompt, image, answer in zip(PROMPTS, with_pictures(images), answers, strict=True):
+        expected = log_softmax(teacher_forced(model, prompt, image, answer.tokens))
+        assert answer.tokens == expected.argmax(-1).tolist()
+        np.testing.assert_allclose(answer.logprobs, expected.max(-1), atol=1e-4)
+        assert len(answer.tokens) == NEW or answer.finish == "stop"
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()))
+def test_every_mesh_gives_the_same_answers(mesh, make_model, images, answers):
+    other = make_model(**mesh).complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    assert [a.tokens for a in other] == [a.tokens for a in answers]
+    for a, b in zip(other, answers, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_a_batch_gives_what_one_at_a_time_gives(model, images, answers):
+    for prompt, image, answer in zip(PROMPTS, with_pictures(images), answers, strict=True):
+        (alone,) = model.complete([prompt], [image], max_new_tokens=NEW)
+        assert (alone.text, alone.tokens, alone.finish) == (answer.text, answer.tokens, answer.finish)
+
+
+def test_rows_are_refilled_as_answers_end(model):
+    """Four rows for nine requests that end at different times."""
+    requests = [model.request(PROMPTS[i % 4], max_new_tokens=55 + i % 5) for i in range(9)]
+    ended = list(serve(model.engine, requests, Sampling(), rows=4))
+    assert sorted(index for index, _ in ended) == list(range(9))
+    for index, completion in ended:
+        (alone,) = answer_all(model.engine, [requests[index]], Sampling())
+        assert completion == alone._replace(logprobs=completion.logprobs)
+
+
+def test_a_stream_gives_what_generate_gives(model, images, answers):
+    for prompt, image, answer in list(zip(PROMPTS, with_pictures(images), answers, strict=True))[:2]:
+        pieces = list(model.stream(prompt, image, max_new_tokens=NEW))
+        assert "".join(pieces) == answer.text
+        assert len(pieces) > 1 and all(pieces)
+
+
+def test_nothing_is_compiled_twice(model, images):
+    """Mixed requests within the buckets of earlier ones; counted by jax itself, not by the engine."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    ask = lambda prompts, pictures, **options: model.generate(prompts, pictures, max_new_tokens=NEW, **options)
+    new = list(np.random.default_rng(2).normal(size=(6, 32, 32, 3)).astype(np.float32))
+    ask(PROMPTS, with_pictures(new[:2]))
+    list(model.stream(PROMPTS[0], new[2], max_new_tokens=NEW))
+    before = model.engine.compilations
+    # A program that was never needed before is heard, so silence below means something.
+    model.logits(np.zeros((1, 3), np.int32))
+    assert len(compiled) > 0 and model.engine.compilations == before + 1
+    compiled.clear()
+    sampled = {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "seed": 5, "repetition_penalty": 1.5}
+    ask(PROMPTS[::-1], [new[3], new[0], None, new[4]], stop=["e", "a"], **sampled)
+    ask(PROMPTS[1:] + PROMPTS[:1], with_pictures(new))
+    list(model.stream(PROMPTS[1], new[5], max_new_tokens=NEW - 5, stop=["x"]))
+    assert compiled == [] and model.engine.compilations == before + 1
+
+
+def test_a_picture_is_encoded_once(model):
+    a, b = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    before = model.engine.pictures_encoded
+    model.generate(PROMPTS, [a, None, b, a.copy()], max_new_tokens=NEW)
+    assert model.engine.pictures_encoded == before + 2
+    model.generate(PROMPTS[:1], [b], max_new_tokens=NEW)
+    assert model.engine.pictures_encoded == before + 2
+
+
+def test_encoded_pictures_are_kept_within_a_bound(model, images, monkeypatch):
+    one = model.encode_images(images[:1])
+    monkeypatch.setattr(engine_module, "PICTURE_BYTES", 2 * one.nbytes)
+    model.encode_images(images)
+    before = model.engine.pictures_encoded
+    model.encode_images([images[2], images[1]])
+    assert model.engine.pictures_encoded == before
+    np.testing.assert_array_equal(model.encode_images(images[:1]), one)
+    assert model.engine.pictures_encoded == before + 1
+
+
+def test_a_prompt_read_in_pieces_is_the_same_prompt(model, images, answers, monkeypatch):
+    read = []
+    original = Engine._prefill
+    monkeypatch.setattr(
+        Engine, "_prefill", lambda self, state, chunk, *rest: read.append(chunk) or original(self, state, chunk, *rest)
+    )
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 20)
+    (again,) = model.complete(PROMPTS[:1], images[:1], max_new_tokens=NEW)
+    assert again.tokens == answers[0].tokens
+    assert [chunk.length.tolist() for chunk in read[:2]] == [[20], [20]] and len(read) == 3
+    together = model.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    assert [a.tokens for a in together] == [a.tokens for a in answers]
+
+
+def test_stop_strings_end_an_answer_before_they_begin(model, images, answers):
+    whole = answers[0]
+    assert whole.finish == "length"
+    # A stop string of two letters that runs over the border between two tokens.
+    borders = [len(model.tokenizer.decode(whole.tokens[:n])) for n in range(5, NEW)]
+    stop = next(text for n in borders if (text := whole.text[n - 1 : n + 1]).isalpha() and text.isascii())
+    (cut,) = model.complete(PROMPTS[:1], images[:1], max_new_tokens=NEW, stop=["never said", stop])
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    assert cut.finish == "stop"
+    # It ends with the token that completes the stop string, not later.
+    said = [model.tokenizer.decode(cut.tokens[:n]) for n in range(len(cut.tokens) + 1)]
+    assert stop in said[-1] and stop not in said[-2]
+
+
+def test_repeated_tokens_are_penalised(model, images):
+    """Against a loop over teacher-forced scores in numpy."""
+    prompt, image, penalty = PROMPTS[0], images[0], 1.7
+    (answer,) = model.complete([prompt], [image], max_new_tokens=NEW, repetition_penalty=penalty)
+    (plain,) = model.complete([prompt], [image], max_new_tokens=NEW)
+    assert answer.tokens != plain.tokens
+    prompt_tokens = model.request(prompt).tokens
+    for n, scores in enumerate(teacher_forced(model, prompt, image, answer.tokens)):
+        for old in {*prompt_tokens, *answer.tokens[:n]}:
+            scores[old] = scores[old] / penalty if scores[old] > 0 else scores[old] * penalty
+        assert answer.tokens[n] == scores.argmax()
+
+
+def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(model, make_model, images):
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
+    pictures = with_pictures(images)
+    together = model.generate(PROMPTS, pictures, seed=7, **options)
+    alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, pictures, strict=True)]
+    assert together == alone
+    assert together == make_model(**MESHES[2]).generate(PROMPTS, pictures, seed=7, **options)
+    assert "".join(model.stream(PROMPTS[0], pictures[0], seed=7, **options)) == together[0]
+    several = model.generate(PROMPTS[:1] * 4, pictures[:1] * 4, seed=[7, 8, 9, 7], **options)
+    assert several[0] == several[3] == together[0]
+    assert len(set(several)) == 3
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(model, images, monkeypatch):
+    monkeypatch.setattr(model.engine, "context", SLOTS)
+    long = "a much longer question: " + " and ".join(PROMPTS * 6)
+    length = len(model.request(long).tokens) + model.config.image_words
+    with pytest.raises(UserError, match=rf"{length} tokens long, {model.config.image_words} of them.*context of 128"):
+        model.generate([long], images[:1])
+    with pytest.raises(UserError, match="context of 128"):
+        list(model.stream(long))
+    # An answer ends where the context does.
+    (answer,) = model.complete(PROMPTS[:1], max_new_tokens=500)
+    assert len(answer.tokens) == SLOTS - len(model.request(PROMPTS[0]).tokens)
+
+
+def test_a_session_reads_only_what_is_new(model, images, monkeypatch):
+    read = []
+    original = Engine._prefill
+    monkeypatch.setattr(
+        Engine, "_prefill", lambda self, state, chunk, *rest: read.append(chunk) or original(self, state, chunk, *rest)
+    )
+    session = Session(model.engine, SLOTS)
+    first, second = (model.request(prompt, images[0], max_new_tokens=4) for prompt in ("is it?", "is it red?"))
+    stream = lambda request: "".join(session.stream(request, Sampling(), ()))
+    stream(first)
+    text = stream(second)
+    common = next(i for i, (a, b) in enumerate(zip(first.tokens, second.tokens, strict=False)) if a != b)
+    assert read[0].start[0] == 0 and read[0].length[0] == len(first.tokens)
+    assert read[1].start[0] == common + model.config.image_words
+    assert read[1].length[0] == len(second.tokens) - common
+    assert text == model.generate(["is it red?"], images[:1], max_new_tokens=NEW)[0][: len(text)]
+    # Another picture: nothing can be kept.
+    stream(model.request("is it?", images[1], max_new_tokens=4))
+    assert read[-1].start[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max-new-tokens"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"top_p": 0}, "top-p"),
+        ({"stop": [""]}, "stop string"),
+        ({"stop": "abc"}, "list"),
+        ({"seed": [1, 2]}, "1 prompts but 2 seeds"),
+        ({"images": [None, None]}, "1 prompts but 2 images"),
+        ({"images": [np.zeros((4, 4))]}, "float64"),
+        ({"images": ["missing.png"]}, "missing.png"),
+    ],
+)
+def test_impossible_options_are_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(["why?"], **options)
+
+
+def test_no_memory_for_the_cache_is_said_with_what_would_fit(model, monkeypatch):
+    def exhausted():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setitem(model.engine._programs, ("state", 1, 64), exhausted)
+    with pytest.raises(UserError, match=r"no memory for a cache of 1 x 64 positions .* shorter --context"):
+        model.engine.new_state(1, 64)
+
+
+def test_buckets_waste_at_most_half():
+    for n in range(1, 3000):
+        size = bucket(n)
+        assert n <= size <= max(64, 1.5 * n)
+    assert len({bucket(n) for n in range(1, 4097)}) == 13
