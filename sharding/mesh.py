@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import jax
 import numpy as np
@@ -35,6 +36,9 @@ def simulate_devices(count: int) -> None:
 
     Raises LayoutError if jax has started already with another count.
     """
+    # A simulated device holds a thread in every collective it waits in, and independent ones run at once:
+    # with XLA's one thread a device they wait for one another until it aborts the process.
+    os.environ.setdefault("NPROC", str(8 * count))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

@@ -238,8 +238,18 @@ def nano() -> SphinxConfig:
     )
 
 
+def mixtral_140m() -> SphinxConfig:
+    """A text-only Mixtral of 140 M parameters, 53 M of them at work on a word: what the CPU benchmarks run."""
+    return SphinxConfig(
+        language=DecoderConfig(dim=512, hidden_dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, num_experts=8),
+        vision=None,
+        balance_weight=0.02,
+    )
+
+
 PRESETS: dict[str, Callable[[], SphinxConfig]] = {
     "nano": nano,
+    "mixtral-140m": mixtral_140m,
     "mixtral-8x7b": mixtral_8x7b,
     "sphinx-moe": sphinx_moe,
     "sphinx-moe-1k": sphinx_moe_1k,

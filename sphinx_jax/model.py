@@ -63,9 +63,9 @@ class SphinxMoE(nnx.Module):
             turns = jnp.concatenate([turns[:, :1], jnp.zeros((batch, picture), turns.dtype), turns[:, 1:]], axis=1)
             positions, mask = turn_positions(turns), turn_mask(turns)
         hidden, _, layers = self.language(x, positions, mask, remat=remat)
-        text_hidden = jnp.concatenate([hidden[:, :1], hidden[:, 1 + picture :]], axis=1)
+        # What follows the first token is said by the word before it: by the picture's last, where there is one.
         record = {"words": words, "embedded": x, "hidden": hidden, "layers": layers}
-        return self.language.logits(text_hidden), record
+        return self.language.logits(hidden[:, picture:]), record
 
 
 def bind(graph: nnx.GraphDef, params: dict[str, Any]) -> SphinxMoE:

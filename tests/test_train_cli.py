@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
+import sphinx_jax
 import train
 from sphinx_jax import checkpoints, commandline
 
@@ -93,3 +95,26 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
     assert call("--out", tmp_path, "--overwrite") == 2
     assert "is not a run; choose another directory" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_own_pictures(tmp_path, capsys):
+    """As README and docs/data.md say: conversations in a data.yaml, held out one in ten, loadable afterwards."""
+    records = []
+    for number in range(40):
+        colour = ("red", "blue")[number % 2]
+        Image.new("RGB", (30, 50), colour).save(tmp_path / f"{number}.png")
+        said = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": colour}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    entry = {"path": str(tmp_path / "records.json"), "type": "image_text", "root": str(tmp_path)}
+    (tmp_path / "data.yaml").write_text(json.dumps({"META": [entry]}))
+    out = tmp_path / "run"
+    assert call("--out", out, "--data", tmp_path / "data.yaml", "--steps", 60, "--batch-size", 8, "--lr", "3e-3") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out"]["accuracy"] == 1.0
+    assert "blind" not in summary
+    assert "accuracy 100.0%" in capsys.readouterr().out
+    model = sphinx_jax.load(out)
+    answers = model.generate(["Which colour?"] * 2, [tmp_path / "0.png", tmp_path / "1.png"], max_new_tokens=8)
+    assert answers == ["red", "blue"]

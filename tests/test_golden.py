@@ -1,0 +1,181 @@
+"""Training forward, gradients and optimizer steps against the original program's stored numbers, on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sharding
+from sphinx_jax.checkpoints import accessory
+from sphinx_jax.checkpoints.language_entries import language_entries
+from sphinx_jax.checkpoints.vision_entries import vision_entries
+from sphinx_jax.model import bind
+from sphinx_jax.training.optimizer import adamw, decays, map_with_path
+from sphinx_jax.training.step import next_tokens
+from tests.conftest import mesh_name
+from tests.vision.test_golden import pictures
+
+ENCODERS = ("clip", "convnext", "dino", "qformer")
+QUICK = [("ens", {}), ("ens", {"tensor": 2, "expert": 2, "fsdp": 2})]
+SLOW = [
+    (v, m) for v in ("ens", "ens5") for m in ({}, {"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2})
+]
+CASES = QUICK + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK]
+
+
+class Run:
+    """One variant's checkpoint on one mesh, and what a training forward and backward of it gives."""
+
+    def __init__(self, variant, shape, directory, golden):
+        self.expected, self.inputs = golden(f"{variant}/expected.npz"), golden(f"{variant}/inputs.npz")
+        self.facts = golden(f"{variant}/expected.json")
+        self.mesh = sharding.make_mesh(**shape)
+        loaded = accessory.load(directory, self.mesh, "float32", apart=True)
+        self.graph, self.config, params = loaded.graph, loaded.config, loaded.params
+        # Everything but the encoders learns in the original's second stage.
+        self.encoders = {name: params["vision"].pop(name) for name in ENCODERS}
+        self.params = params
+        used = self.facts["train_tokens_used"]
+        self.tokens = jnp.asarray(self.inputs["examples"][:, :used])
+        self.labels = jnp.asarray(self.inputs["labels"][:, : used + 1])
+        self.images = jnp.asarray(pictures(variant))
+        with sharding.use(self.mesh):
+            self.gradient = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
+            (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params))
+
+    def loss(self, params):
+        whole = params | {"vision": params["vision"] | self.encoders}
+        logits, record = bind(self.graph, whole)(self.tokens, self.images)
+        losses, _, counted = next_tokens(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), self.labels)
+        words = losses.sum(where=counted) / counted.sum()
+        balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]])
+        out = {"logits": logits, "record": record, "words": words, "balance": balance}
+        return words + self.config.balance_weight * balance.mean(), out
+
+    def published(self, tree):
+        """Blocks of a parameter tree under the original's names."""
+        entries = language_entries(self.config.language, "sparse", apart=True, prefix="llma.")
+        entries += vision_entries(self.config.vision, self.config.language.dim)
+        named = {}
+        for entry in entries:
+            if entry.path[:1] == ("vision",) and entry.path[1] in ENCODERS:
+                continue
+            leaf = tree
+            for key in entry.path:
+                leaf = leaf[key]
+            name = entry.name if entry.name.startswith("llma.") else f"llma.{entry.name}"
+            named[name] = entry.to_published(np.asarray(leaf)[entry.index])
+        return named
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{mesh_name(case[1])}")
+def run(request, golden_checkpoint, golden):
+    variant, shape = request.param
+    return Run(variant, shape, golden_checkpoint(variant, 1), golden)
+
+
+def close(ours, theirs, norm=1e-5, largest=1e-4):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    assert np.linalg.norm(ours - theirs) <= norm * np.linalg.norm(theirs)
+    assert np.abs(ours - theirs).max() <= largest
+
+
+def test_hidden_states(run):
+    e, record = run.expected, run.out["record"]
+    at = e["hidden_positions"]
+    close(record["embedded"][:, at], e["train_layer0_in"])
+    for i, layer in enumerate(record["layers"]):
+        close(layer["out"][:, at], e[f"train_layer{i}_out"])
+        close(layer["ffn"][:, at[::4]], e[f"train_layer{i}_ffn"])
+    close(record["layers"][0]["attention"][:, at], e["train_layer0_attn"])
+    close(record["hidden"][:, at], e["train_norm_out"])
+
+
+def test_router_choices_are_identical(run):
+    e, at = run.expected, run.expected["hidden_positions"]
+    for i, layer in enumerate(run.out["record"]["layers"]):
+        routing = layer["routing"]
+        np.testing.assert_array_equal(np.sort(routing.experts[:, at]), e[f"train_layer{i}_experts"])
+        close(routing.logits[:, at], e[f"train_layer{i}_gate_logits"])
+        counts = np.bincount(np.asarray(routing.experts).ravel(), minlength=routing.logits.shape[-1])
+        np.testing.assert_array_equal(counts, e[f"train_layer{i}_tokens_per_expert"])
+
+
+def test_logits(run):
+    e, logits = run.expected, np.asarray(run.out["logits"])
+    close(logits[..., ::125], e["train_logits_cols"])
+    close(np.asarray(jax.nn.logsumexp(logits, axis=-1)), e["train_logits_lse"])
+    np.testing.assert_array_equal(logits.argmax(-1), e["train_logits_argmax"])
+    close(logits[0, -1], e["train_logits_full_lastpos"])
+
+
+def test_losses(run):
+    e = run.expected
+    np.testing.assert_allclose(run.out["words"], e["c_loss"], rtol=1e-5)
+    np.testing.assert_allclose(run.out["balance"], e["load_balancing_per_layer"], rtol=1e-5)
+    np.testing.assert_allclose(run.total, e["total_loss"], rtol=1e-5)
+    np.testing.assert_allclose(run.config.balance_weight, e["load_balancing_weight"], rtol=1e-6)
+
+
+def test_gradients(run):
+    e, ours = run.expected, run.published(run.grads)
+    ours["llma.tok_embeddings.weight[ids]"] = ours["llma.tok_embeddings.weight"][e["grad_tok_embeddings_ids"]]
+    compared = 0
+    for key in e:
+        if key.startswith("grad:"):
+            name = key.removeprefix("grad:")
+            for suffix, step in (("[::16]", 16), ("[::125]", 125)):
+                if name.endswith(suffix):
+                    ours[name] = ours[name.removesuffix(suffix)][::step]
+            close(ours[name], e[key], norm=1e-4, largest=1e-3)
+            compared += 1
+    assert compared == 18
+    norms = run.facts["grad_norm_per_param"]
+    assert set(norms) == {name for name in ours if "[" not in name}
+    for name, norm in norms.items():
+        np.testing.assert_allclose(np.linalg.norm(ours[name]), norm, rtol=1e-4, err_msg=name)
+
+
+def test_four_optimizer_steps(run):
+    """AdamW with decay groups and clipping: losses, gradient norms and parameters after the original's four steps."""
+    trajectory = run.facts["adamw_trajectory"]
+    rates = jnp.array([step["lr"] for step in trajectory["steps"]])
+    settings = trajectory["settings"]
+    optimizer = adamw(
+        lambda count: rates[count], weight_decay=settings["weight_decay"], clip_norm=settings["clip_grad"]
+    )
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
+
+    with sharding.use(run.mesh):
+        params, state = run.params, optimizer.init(run.params)
+        for step in trajectory["steps"]:
+            (total, out), grads = run.gradient(params)
+            np.testing.assert_allclose(out["words"], step["c_loss"], rtol=1e-4)
+            np.testing.assert_allclose(total, step["total"], rtol=1e-4)
+            params, state, norm = update(params, state, grads)
+            np.testing.assert_allclose(norm, step["grad_norm"], rtol=1e-4)
+    ours = run.published(jax.device_get(params))
+    for key, value in run.expected.items():
+        if key.startswith("after4steps:"):
+            close(ours[key.removeprefix("after4steps:")], value, norm=1e-4, largest=1e-3)
+
+
+def test_what_decays(run, golden):
+    flags = run.published(map_with_path(lambda path, leaf: np.full(leaf.shape, decays(path)), run.params))
+    groups = golden("params.json")["mixtral_sparse_ens"]
+    assert {name for name, flag in flags.items() if flag.all()} == set(groups["decay"])
+    assert {name for name, flag in flags.items() if not flag.any()} == set(groups["no_decay"])
+
+
+@pytest.mark.parametrize("variant", ["ens", "ens5"])
+def test_two_shards_hold_what_one_holds(variant, mesh, golden_checkpoint):
+    one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, apart=True) for shards in (1, 2))
+    assert one.config == two.config
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one.params, two.params)
+    assert all(jax.tree.leaves(same))
