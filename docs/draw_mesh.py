@@ -12,7 +12,7 @@ from sphinx_jax.config import mixtral_8x7b
 from sphinx_jax.language.decoder import Decoder
 
 WIDTH, HEIGHT, GAP, TOP = 262, 142, 14, 64
-# What to say of a device: label, path of a parameter, which of its dimensions, and how many of what one index stands for.
+# What to say of a device: label, path of a parameter, which of its dimensions, and what one index of it counts for.
 ROWS = [
     ("experts", ("layers", "ffn", "w_in"), 1, 1),
     ("hidden", ("layers", "ffn", "w_in"), 4, 1),

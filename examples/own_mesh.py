@@ -17,8 +17,8 @@ QUESTION = "what shape is present?"
 
 def main(checkpoint: str, *picture: str) -> None:
     sharding.simulate_devices(8)
-    # Experts over two devices, each expert's hidden dimension over two more; over the last two, weights
-    # that are not split yet are shared out and gathered when they are used.
+    # Experts over two devices, each expert's hidden dimension over two more; and all weights shared out over
+    # the last two, to be gathered when they are used.
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
     model = sphinx_jax.load(checkpoint, mesh)
     whole = sphinx_jax.load(checkpoint, sharding.make_mesh(devices=jax.devices()[:1]))

@@ -25,7 +25,7 @@ def main(checkpoint: str, how_many: str = "500") -> None:
             file.write(json.dumps({"id": number, "image": image, "prompt": question.text}) + "\n")
 
     model = sphinx_jax.load(checkpoint)
-    for progress in model.answer_file(QUESTIONS, ANSWERS, max_new_tokens=8):
+    for progress in model.answer_file(QUESTIONS, ANSWERS, max_new_tokens=64):
         done = progress.skipped + progress.answered
     print(f"{done} of {progress.total} answered")
 

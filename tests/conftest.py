@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +13,11 @@ import sharding
 
 sharding.simulate_devices(8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Compiling takes most of the time of these tests, and several compile the same program.
+_compiled = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -40,7 +40,10 @@ def test_a_run_leaves_what_it_promises(run):
     assert checkpoints.load(run).config.vision.image_size == 64
 
 
-@pytest.mark.parametrize(("mesh", "tolerance"), [([], 0), (EIGHT, 1e-3)], ids=["same mesh", "eight devices"])
+@pytest.mark.parametrize(
+    ("mesh", "tolerance"),
+    [pytest.param([], 0, id="same mesh"), pytest.param(EIGHT, 1e-3, id="eight devices", marks=pytest.mark.slow)],
+)
 def test_resume_goes_on_as_if_never_interrupted(run, tmp_path, mesh, tolerance):
     """Killed after the save at step 2: the losses of steps 3 and 4 are the uninterrupted run's."""
     out = tmp_path / "killed"

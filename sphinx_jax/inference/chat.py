@@ -49,17 +49,13 @@ class Chat:
         """Forget the turns and look at another picture, or at none."""
         self.turns, self.picture = [], picture
 
-    def conversation(self, question: str | None = None) -> Conversation:
-        """The turns so far, and one more question."""
-        pairs = [(turn.question, turn.answer) for turn in self.turns]
-        return Conversation.from_pairs([*pairs, (question, None)] if question is not None else pairs)
-
     def stream(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece. If the iterator is closed early, what was said until then is the answer.
+        """The answer, piece by piece. Ended early, by close() or Ctrl-C, what was said until then is the answer.
 
         Raises UserError if the conversation no longer fits the context; the turns so far stay.
         """
-        conversation = self.conversation(question)
+        earlier = ((turn.question, turn.answer) for turn in self.turns)
+        conversation = Conversation.from_pairs([*earlier, (question, None)])
         request = Request(
             conversation.prompt_tokens(self._engine.tokenizer), self.picture, self._max_new_tokens, self._seed
         )
@@ -70,8 +66,7 @@ class Chat:
             for piece in pieces:
                 said.append(piece)
                 yield piece
-        except BaseException:
-            # Ended early, by close() or Ctrl-C: nothing said, no turn.
+        except (GeneratorExit, KeyboardInterrupt):
             if said:
                 self.turns.append(Turn(question, "".join(said)))
             raise
@@ -92,11 +87,14 @@ HELP = """\
 
 def chat_on_terminal(chat: Chat, image: Path | None, look: Callable[[Path], Picture]) -> None:
     """Ask and answer until /quit or the end of input. What goes wrong is told, and the chat goes on."""
+    # Importing it gives `input` arrow keys and a history.
+    import readline  # noqa: F401
+
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"{image or 'no picture'}; /help shows the commands", style="dim")
     while True:
         try:
-            line = console.input("> ").strip()
+            line = input("> ").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -143,7 +141,9 @@ def _obey(
 
 
 def save(chat: Chat, image: Path | None, file: Path) -> None:
-    """Write the turns as one record of the training format. Raises UserError if `file` cannot be made anew."""
+    """Write the turns as one record of the training format. Raises UserError if there are none or `file` exists."""
+    if not chat.turns:
+        raise UserError("there is nothing to save yet: ask something first")
     turns = [
         {"from": speaker, "value": text}
         for turn in chat.turns

@@ -86,13 +86,14 @@ def train(
         state = init_state({"model": model, "attributes": probe}, optimizer, mesh)
 
     first = done = int(state.step)
-    logged: dict[str, Any] = {}
     with sharding.use(mesh), RunLog(out, recipe.steps, first_step=first) as log:
+        logged = log.last
         while done < recipe.steps:
             batch = put(next(batches), mesh)
             state, metrics = step(state, batch)
             done += 1
-            log.count(done, batch["tokens"].size + recipe.batch_size * config.image_words)
+            words = batch["tokens"].shape[1] + (config.image_words if "images" in batch else 0)
+            log.count(done, recipe.batch_size * words)
             if done % log_every == 0 or done == recipe.steps:
                 logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
                 logged["lr"] = float(schedule(recipe)(done - 1))
@@ -114,7 +115,7 @@ def train(
     summary = {
         "steps": done,
         "seconds": round(trained, 1),
-        "loss": logged.get("loss"),
+        "loss": logged["loss"],
         **scores,
         "expert_share": rounded(share.mean(axis=0)),
         "expert_share_by_layer": rounded(share),

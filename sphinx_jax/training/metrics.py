@@ -19,7 +19,10 @@ class RunLog:
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
         old = file.read_text().splitlines() if first_step and file.exists() else []
-        file.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= first_step))
+        kept = [line for line in old if json.loads(line)["step"] <= first_step]
+        file.write_text("".join(f"{line}\n" for line in kept))
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        """What was logged last, in this process or before it."""
         self._lines = file.open("a")
         self._board = None
         if importlib.util.find_spec("tensorboardX"):

@@ -86,7 +86,7 @@ def resize(images: Images, size: int, scale: float | None = None) -> Images:
     taps, weights = _bicubic_taps(old, size, old / size if scale is None else 1 / scale)
 
     def along(axis: int, x: Images) -> Images:
-        products = [jnp.take(x, i, axis=axis) * jnp.expand_dims(w, (0, 3 - axis, 3)) for i, w in zip(taps, weights)]
+        products = [jnp.take(x, taps[i], axis=axis) * jnp.expand_dims(weights[i], (0, 3 - axis, 3)) for i in range(4)]
         return products[0] + products[1] + products[2] + products[3]
 
     # The barrier keeps the two passes apart: rows are rounded before columns are added up.

@@ -61,13 +61,13 @@ NEW = 60
 
 
 def run(model, folder, **options):
-    *_, last = model.answer_file(folder / "in.jsonl", folder / "out.jsonl", max_new_tokens=NEW, rows=2, **options)
+    *_, last = model.answer_file(folder / "in.jsonl", folder / "out.jsonl", max_new_tokens=NEW, rows=4, **options)
     return last, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
 def expected(model, folder):
     images = [folder / entry["image"] if entry.get("image") else None for entry in GOOD]
-    return model.complete([entry["prompt"] for entry in GOOD], images, max_new_tokens=NEW, rows=1)
+    return model.complete([entry["prompt"] for entry in GOOD], images, max_new_tokens=NEW, rows=4)
 
 
 def test_good_lines_are_answered_and_bad_ones_say_why(model, folder):

@@ -64,7 +64,7 @@ class Keyboard:
     def __init__(self, *lines):
         self.lines = iter(lines)
 
-    def __call__(self, console, prompt=""):
+    def __call__(self, prompt):
         line = next(self.lines, None)
         if line is None:
             raise EOFError
@@ -76,6 +76,7 @@ class Keyboard:
 def test_commands_on_the_terminal(model, images, monkeypatch, tmp_path, capsys):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     keyboard = Keyboard(
+        "/save empty.json",
         ASKED[0],
         "/image missing.png",
         f"/save {tmp_path}/before.json",
@@ -93,12 +94,12 @@ def test_commands_on_the_terminal(model, images, monkeypatch, tmp_path, capsys):
         "/quit",
         "never asked",
     )
-    monkeypatch.setattr("rich.console.Console.input", keyboard)
+    monkeypatch.setattr("builtins.input", keyboard)
     chat = model.chat(max_new_tokens=8)
     chat_on_terminal(chat, None, model.picture)
     shown = capsys.readouterr().out
     assert "missing.png" in shown and "unknown command /frobnicate" in shown and "exists already" in shown
-    assert "/image FILE" in shown and "needs the name" in shown
+    assert "nothing to save" in shown and "/image FILE" in shown and "needs the name" in shown
     before, after, last = (json.loads((tmp_path / f"{n}.json").read_text())[0] for n in ("before", "after", "last"))
     said = lambda record: [turn["value"] for turn in record["conversations"]]
     # A picture that does not open changes nothing.
@@ -111,7 +112,7 @@ def test_commands_on_the_terminal(model, images, monkeypatch, tmp_path, capsys):
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model, monkeypatch, capsys):
     chat = model.chat(max_new_tokens=8)
-    monkeypatch.setattr("rich.console.Console.input", Keyboard(ASKED[0], ASKED[1]))
+    monkeypatch.setattr("builtins.input", Keyboard(ASKED[0], ASKED[1]))
     pushed = []
 
     from sphinx_jax.inference.stopping import TextStream

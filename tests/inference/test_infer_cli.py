@@ -98,7 +98,7 @@ def test_a_pipe_asks_line_by_line(run, model, picture, monkeypatch):
 def test_a_file_of_questions_can_be_taken_up_again(run, picture, tmp_path):
     lines = [{"id": i, "image": str(picture), "prompt": QUESTION} for i in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
-    argv = ("--checkpoint", "x", "--batch", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", 60, "--rows", 2)
+    argv = ("--checkpoint", "x", "--batch", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", 60, "--rows", 4)
     code, out, err = run(*argv)
     assert code == 0 and out == "" and "3 answered, 0 answered before, 1 failed" in err
     first = (tmp_path / "out.jsonl").read_text()

@@ -1,0 +1,150 @@
+"""The encoders against other libraries' own, at small size with random weights.
+
+Each library's tensors are renamed to the published ones, and go through the entries that a checkpoint does.
+"""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sphinx_jax.checkpoints.vision_entries import vision_entries
+from sphinx_jax.config import ClipConfig, ConvNextConfig, DinoConfig, QFormerConfig, VisionConfig
+from sphinx_jax.vision.clip_vit import ClipViT
+from sphinx_jax.vision.convnext import ConvNext
+from sphinx_jax.vision.dinov2 import DinoV2
+from sphinx_jax.vision.qformer import QFormer
+
+torch = pytest.importorskip("torch", reason="the references are PyTorch models: install sphinx-jax[parity]")
+timm = pytest.importorskip("timm", reason="the ConvNeXt and DINOv2 references: install sphinx-jax[parity]")
+transformers = pytest.importorskip("transformers", reason="the CLIP and BLIP-2 references: install sphinx-jax[parity]")
+
+ABSENT = {"clip": None, "convnext": None, "dino": None, "qformer": None}
+
+
+def random_weights(model) -> dict[str, np.ndarray]:
+    """Every parameter drawn afresh, norms and layer scales too, which libraries start as constants."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.eval()
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def run(encoder: type[nnx.Module], name: str, config, published: dict[str, np.ndarray], images: np.ndarray):
+    """Our encoder with tensors under their published names, on pictures [batch, size, size, 3]."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: encoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+    params = jax.tree.map(lambda p: np.full(p.shape, np.nan, np.float32), nnx.to_pure_dict(state))
+    for entry in vision_entries(VisionConfig(**ABSENT | {name: config}), dim=8):
+        if entry.path[1] == name:
+            array = params
+            for key in entry.path[2:]:
+                array = array[key]
+            array[entry.index] = entry.to_ours(published[entry.name])
+    return jax.jit(lambda params, images: nnx.merge(graph, nnx.State(params))(images))(params, images)
+
+
+def pictures(size: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+
+
+def to_torch(images: np.ndarray):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def assert_close(ours, reference):
+    reference = reference.detach().numpy()
+    np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(reference).max())
+
+
+def test_convnext():
+    config = ConvNextConfig(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), image_size=64)
+    theirs = timm.models.ConvNeXt(depths=config.depths, dims=config.dims, num_classes=0, norm_eps=1e-5)
+    published = {f"llma.openclip_convnext_xxl.{name}": w for name, w in random_weights(theirs).items()}
+    images = pictures(64)
+    ours = run(ConvNext, "convnext", config, published, images)
+    places = theirs.head.norm(theirs.forward_features(to_torch(images))).flatten(2).transpose(1, 2)
+    assert_close(ours[:, 1:], places)
+    assert_close(ours[:, 0], places.mean(dim=1))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_clip(activation):
+    config = ClipConfig(width=32, num_layers=2, num_heads=4, patch=8, image_size=32, activation=activation)
+    theirs = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+            patch_size=8, hidden_act=activation,
+        )
+    )  # fmt: skip
+    weights = {name.removeprefix("vision_model."): w for name, w in random_weights(theirs).items()}
+    visual = "llma.clip.visual."
+    published = {
+        visual + "class_embedding": weights["embeddings.class_embedding"],
+        visual + "positional_embedding": weights["embeddings.position_embedding.weight"],
+        visual + "conv1.weight": weights["embeddings.patch_embedding.weight"],
+    }
+    for kind in ("weight", "bias"):
+        published[f"{visual}ln_pre.{kind}"] = weights[f"pre_layrnorm.{kind}"]
+        published[f"{visual}ln_post.{kind}"] = weights[f"post_layernorm.{kind}"]
+        for i in range(config.num_layers):
+            layer, block = f"encoder.layers.{i}.", f"{visual}transformer.resblocks.{i}."
+            qkv = [weights[f"{layer}self_attn.{which}_proj.{kind}"] for which in "qkv"]
+            published[f"{block}attn.in_proj_{kind}"] = np.concatenate(qkv)
+            published[f"{block}attn.out_proj.{kind}"] = weights[f"{layer}self_attn.out_proj.{kind}"]
+            published[f"{block}ln_1.{kind}"] = weights[f"{layer}layer_norm1.{kind}"]
+            published[f"{block}ln_2.{kind}"] = weights[f"{layer}layer_norm2.{kind}"]
+            published[f"{block}mlp.c_fc.{kind}"] = weights[f"{layer}mlp.fc1.{kind}"]
+            published[f"{block}mlp.c_proj.{kind}"] = weights[f"{layer}mlp.fc2.{kind}"]
+    images = pictures(32)
+    ours = run(ClipViT, "clip", config, published, images)
+    tokens = theirs(to_torch(images)).last_hidden_state
+    post = next(module for name, module in theirs.named_modules() if name.endswith("post_layernorm"))
+    assert_close(ours, post(tokens))
+
+
+def test_dinov2():
+    """On the grid that it has positions for: how they are resized is for the original's arrays to say."""
+    config = DinoConfig(width=48, num_layers=2, num_heads=4, patch=8, image_size=32, position_grid=4)
+    theirs = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="", init_values=1.0,
+        mlp_ratio=2 * config.hidden_dim / 48, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
+    )  # fmt: skip
+    published = {
+        "llma.dinov2_vitg14." + name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): w
+        for name, w in random_weights(theirs).items()
+    }
+    images = pictures(32)
+    assert_close(run(DinoV2, "dino", config, published, images), theirs.forward_features(to_torch(images)))
+
+
+def test_qformer():
+    config = QFormerConfig(
+        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=80, patch=8, image_size=32,
+        width=24, num_layers=4, num_heads=4, mlp=56, num_queries=6,
+    )  # fmt: skip
+    vit = transformers.Blip2VisionModel(
+        transformers.Blip2VisionConfig(
+            hidden_size=32,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        )
+    )
+    reader = transformers.Blip2QFormerModel(
+        transformers.Blip2QFormerConfig(
+            hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=56, encoder_hidden_size=32,
+            cross_attention_frequency=2,
+        )
+    )  # fmt: skip
+    queries = np.random.default_rng(1).normal(size=(1, 6, 24)).astype(np.float32)
+    published = {"llma.qformer.query_tokens": queries}
+    published |= {f"llma.qformer.vision_model.{name}": w for name, w in random_weights(vit).items()}
+    published |= {f"llma.qformer.qformer.{name}": w for name, w in random_weights(reader).items()}
+    images = pictures(32)
+    picture = vit(to_torch(images)).last_hidden_state
+    reference = reader(query_embeds=torch.from_numpy(queries).expand(2, -1, -1), encoder_hidden_states=picture)
+    assert_close(run(QFormer, "qformer", config, published, images), reference.last_hidden_state)
