@@ -3,7 +3,8 @@
     python benchmarks/loading.py --gigabytes 4
 
 The weights have the published sizes except for the experts' hidden dimension, which is chosen to reach the
-size asked for. Each figure is the best of --repeats; the page cache is emptied of the files before each.
+size asked for. Each rate is the best of --repeats, since the first load in a virtual machine also waits for the
+memory that it is given; the page cache is emptied of the files before each.
 Host memory is what the process has above its resting size and above the arrays on its (CPU) devices, at its
 highest, sampled every few milliseconds.
 """

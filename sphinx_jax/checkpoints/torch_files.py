@@ -4,6 +4,7 @@ The pickle inside a file is a program. The one run here knows tensors and plain 
 name in it is an error before anything is called.
 """
 
+import io
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -116,8 +117,6 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def __init__(self, file: MappedFile, records: Mapping[str, tuple[int, int]], stream: bytes):
-        import io
-
         super().__init__(io.BytesIO(stream))
         self._file = file
         self._records = records

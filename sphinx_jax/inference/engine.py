@@ -252,7 +252,6 @@ class Engine:
             tokens=np.zeros((batch, text), np.int32),
             length=np.ones(batch, np.int32),
             start=np.full(batch, first + image_words if first else 0, np.int32),
-            last=np.zeros(batch, bool),
             limit=np.ones(batch, np.int32),
             seeds=np.zeros((batch, 2), np.uint32),
             seen=np.zeros((batch, self.config.language.vocab_size), bool),
@@ -261,7 +260,6 @@ class Engine:
         for i, (request, part) in enumerate(zip(requests, parts, strict=True)):
             chunk.tokens[i, : len(part)] = part
             chunk.length[i] = len(part)
-            chunk.last[i] = first + len(part) == len(request.tokens)
             chunk.limit[i] = min(request.max_new_tokens, self.context - self.prompt_length(request))
             chunk.seeds[i] = request.seeds()
             if sampling.repetition_penalty != 1:

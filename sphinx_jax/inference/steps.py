@@ -61,8 +61,6 @@ class Chunk(NamedTuple):
     """How many of `tokens` are real, 1 or more; the rest is padding on the right."""
     start: Int[Array, "batch"]
     """Positions of the row's cache that are filled already and stay."""
-    last: Bool[Array, "batch"]
-    """The prompt ends here, and the first token of the answer is chosen."""
     limit: Int[Array, "batch"]
     seeds: UInt32[Array, "batch 2"]
     seen: Bool[Array, "batch vocab"]
@@ -107,7 +105,7 @@ def prefill(
     sampling: SamplingValues,
     stops: Int[Array, "states vocab"],
 ) -> State:
-    """Read a chunk of each prompt into its row; where the prompt ends, choose the first token.
+    """Read a chunk of each prompt into its row, and choose the token after it, the first of the answer.
 
     `words` are the pictures, which stand after the first token: given with the first chunk only. Padding
     is read too, into slots past the end of the prompt: no query looks there before they are overwritten.
@@ -131,9 +129,8 @@ def prefill(
         seeds=chunk.seeds,
         seen=chunk.seen,
     )
+    # In vain where the prompt goes on: the next chunk begins the answer anew.
     rows = _choose_next(rows, logits, vocab_size, sampling, stops)
-    # A row whose prompt goes on waits for the next chunk, which starts the answer anew.
-    rows = rows._replace(done=rows.done | ~chunk.last)
     return jax.tree.map(lambda all_rows, new: all_rows.at[chunk.row].set(new, mode="drop"), state, rows)
 
 

@@ -1,5 +1,7 @@
 """Decoding against the teacher-forced forward pass, and everything that must not change an answer."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
 from sphinx_jax.inference.engine import Engine, bucket
+from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import Session, answer_all, serve
 
@@ -205,6 +208,16 @@ def test_a_session_reads_only_what_is_new(model, images, monkeypatch):
     assert read[1].start[0] == common + model.config.image_words
     assert read[1].length[0] == len(second.tokens) - common
     assert text == model.generate(["is it red?"], images[:1], max_new_tokens=NEW)[0][: len(text)]
+    # All that was said comes back as part of the prompt: its last token was chosen but never read.
+    said = model.engine.tokenizer.encode("yes", bos=False, eos=False)
+    (spoken,) = answer_all(model.engine, [second], Sampling())
+    third = Request([*second.tokens, *spoken.tokens, *said], second.picture, 4)
+    text = stream(third)
+    assert read[-1].start[0] == len(second.tokens) + len(spoken.tokens) - 1 + model.config.image_words
+    assert (
+        text
+        == answer_all(model.engine, [dataclasses.replace(third, max_new_tokens=NEW)], Sampling())[0].text[: len(text)]
+    )
     # Another picture: nothing can be kept.
     stream(model.request("is it?", images[1], max_new_tokens=4))
     assert read[-1].start[0] == 0

@@ -1,10 +1,10 @@
-"""The depthwise convolution against XLA's grouped one."""
+"""The depthwise convolution against XLA's grouped one, and both weight gradients."""
 
 import jax
 import numpy as np
 import pytest
 
-from sphinx_jax.kernels.depthwise import depthwise_conv
+from sphinx_jax.kernels.depthwise import _weight_gradient_grouped, depthwise_conv
 
 
 def grouped(x, w):
@@ -24,7 +24,10 @@ def test_values_and_gradients(k, height, width):
     @jax.jit
     def both(x, w):
         (ours, pull), (expected, pull_expected) = jax.vjp(depthwise_conv, x, w), jax.vjp(grouped, x, w)
-        return (ours, *pull(cotangent)), (expected, *pull_expected(cotangent))
+        dx, dw = pull(cotangent)
+        dx_expected, dw_expected = pull_expected(cotangent)
+        on_gpu = _weight_gradient_grouped(x, cotangent, w)
+        return (ours, dx, dw, on_gpu), (expected, dx_expected, dw_expected, dw_expected)
 
     for ours, expected in zip(*both(x, w), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=5e-5)

@@ -3,6 +3,8 @@
 Each library's tensors are renamed to the published ones, and go through the entries that a checkpoint does.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -16,8 +18,7 @@ from sphinx_jax.vision.dinov2 import DinoV2
 from sphinx_jax.vision.qformer import QFormer
 
 torch = pytest.importorskip("torch", reason="the references are PyTorch models: install sphinx-jax[parity]")
-timm = pytest.importorskip("timm", reason="the ConvNeXt and DINOv2 references: install sphinx-jax[parity]")
-transformers = pytest.importorskip("transformers", reason="the CLIP and BLIP-2 references: install sphinx-jax[parity]")
+transformers = pytest.importorskip("transformers", reason="the references are its models: install sphinx-jax[parity]")
 
 ABSENT = {"clip": None, "convnext": None, "dino": None, "qformer": None}
 
@@ -58,15 +59,45 @@ def assert_close(ours, reference):
     np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(reference).max())
 
 
+def rename(weights: dict[str, np.ndarray], prefix: str, *names: tuple[str, str]) -> dict[str, np.ndarray]:
+    """The tensors under `prefix` and their names, with each regular expression of `names` replaced in turn."""
+    renamed = {}
+    for name, array in weights.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        renamed[prefix + name] = array
+    return renamed
+
+
 def test_convnext():
     config = ConvNextConfig(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), image_size=64)
-    theirs = timm.models.ConvNeXt(depths=config.depths, dims=config.dims, num_classes=0, norm_eps=1e-5)
-    published = {f"llma.openclip_convnext_xxl.{name}": w for name, w in random_weights(theirs).items()}
+    theirs = transformers.ConvNextModel(
+        transformers.ConvNextConfig(depths=config.depths, hidden_sizes=config.dims, image_size=64)
+    )
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+    published = rename(
+        random_weights(theirs),
+        "llma.openclip_convnext_xxl.",
+        (r"^embeddings\.patch_embeddings", "stem.0"),
+        (r"^embeddings\.layernorm", "stem.1"),
+        (r"^layernorm", "head.norm"),
+        (r"^encoder\.", ""),
+        (r"downsampling_layer", "downsample"),
+        (r"\.layers\.", ".blocks."),
+        (r"layer_scale_parameter", "gamma"),
+        (r"dwconv", "conv_dw"),
+        (r"layernorm", "norm"),
+        (r"pwconv", "mlp.fc"),
+    )
     images = pictures(64)
     ours = run(ConvNext, "convnext", config, published, images)
-    places = theirs.head.norm(theirs.forward_features(to_torch(images))).flatten(2).transpose(1, 2)
-    assert_close(ours[:, 1:], places)
-    assert_close(ours[:, 0], places.mean(dim=1))
+    places = theirs(to_torch(images)).last_hidden_state.flatten(2).transpose(1, 2)
+    # Theirs norms the mean of the places; the head of ours norms each place.
+    norm = torch.nn.functional.layer_norm(places, (32,), theirs.layernorm.weight, theirs.layernorm.bias, 1e-5)
+    assert_close(ours[:, 1:], norm)
+    assert_close(ours[:, 0], norm.mean(dim=1))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -107,16 +138,33 @@ def test_clip(activation):
 def test_dinov2():
     """On the grid that it has positions for: how they are resized is for the original's arrays to say."""
     config = DinoConfig(width=48, num_layers=2, num_heads=4, patch=8, image_size=32, position_grid=4)
-    theirs = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="", init_values=1.0,
-        mlp_ratio=2 * config.hidden_dim / 48, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU,
+    theirs = transformers.Dinov2Model(
+        transformers.Dinov2Config(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, use_swiglu_ffn=True
+        )
     )  # fmt: skip
-    published = {
-        "llma.dinov2_vitg14." + name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): w
-        for name, w in random_weights(theirs).items()
-    }
+    weights = random_weights(theirs)
+    published = rename(
+        weights,
+        "llma.dinov2_vitg14.",
+        (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+        (r"^embeddings\.", ""),
+        (r"^layernorm", "norm"),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"layer_scale(.)\.lambda1", r"ls\1.gamma"),
+        (r"attention\.o_proj", "attn.proj"),
+        (r"mlp\.down_proj", "mlp.w3"),
+    )
+    for i in range(config.num_layers):
+        for kind in ("weight", "bias"):
+            layer, block = f"encoder.layer.{i}.", f"llma.dinov2_vitg14.blocks.{i}."
+            qkv = [weights[f"{layer}attention.{which}_proj.{kind}"] for which in "qkv"]
+            gate_up = [weights[f"{layer}mlp.{which}_proj.{kind}"] for which in ("gate", "up")]
+            published[f"{block}attn.qkv.{kind}"] = np.concatenate(qkv)
+            published[f"{block}mlp.w12.{kind}"] = np.concatenate(gate_up)
     images = pictures(32)
-    assert_close(run(DinoV2, "dino", config, published, images), theirs.forward_features(to_torch(images)))
+    assert_close(run(DinoV2, "dino", config, published, images), theirs(to_torch(images)).last_hidden_state)
 
 
 def test_qformer():
