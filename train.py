@@ -16,6 +16,7 @@ from sphinx_jax.data.task import EasyVqa, Task, YamlData
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.loop import Recipe, check_batch, train
+from sphinx_jax.training.optimizer import Stage
 
 EXAMPLES = """examples:
   python train.py
@@ -60,6 +61,9 @@ class Options:
     """Pretend that this CPU is so many devices."""
     attribute_weight: float = 1.0
     """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
+    stage: Stage = "everything"
+    """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
+    the image markers; language, the decoder."""
     tuning: bool = False
     """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
     save_every: int = 500
@@ -96,6 +100,7 @@ def run(options: Options) -> None:
         accumulate=options.accumulate,
         lr=options.lr,
         attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
+        stage=options.stage,
         seed=options.seed,
     )
     check_batch(recipe, mesh)

@@ -11,12 +11,11 @@ from sphinx_jax.checkpoints import accessory
 from sphinx_jax.checkpoints.language_entries import language_entries
 from sphinx_jax.checkpoints.vision_entries import vision_entries
 from sphinx_jax.model import bind
-from sphinx_jax.training.optimizer import adamw, decays, map_with_path
+from sphinx_jax.training.optimizer import ENCODERS, adamw, decays, learns, map_with_path
 from sphinx_jax.training.step import next_tokens
 from tests.conftest import mesh_name
 from tests.vision.test_golden import pictures
 
-ENCODERS = ("clip", "convnext", "dino", "qformer")
 QUICK = [("ens", {}), ("ens", {"tensor": 2, "expert": 2, "fsdp": 2})]
 SLOW = [
     (v, m) for v in ("ens", "ens5") for m in ({}, {"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2})
@@ -171,6 +170,20 @@ def test_what_decays(run, golden):
     groups = golden("params.json")["mixtral_sparse_ens"]
     assert {name for name, flag in flags.items() if flag.all()} == set(groups["decay"])
     assert {name for name, flag in flags.items() if not flag.any()} == set(groups["no_decay"])
+
+
+def test_what_learns(run, golden):
+    """The original's trainable sets by stage; the encoders, taken out of `run.params`, learn in none of them."""
+    sets = golden("params.json")
+    expected = {
+        "mm_stage2": sets["mixtral_sparse_ens5:mm_stage2"]["trainable"],
+        "mm_stage1": sets["mixtral_sparse_ens5:mm_stage1"]["trainable"],
+        "language": sets["mixtral_sparse_ens:no_visual"]["trainable"],
+    }
+    for stage, names in expected.items():
+        flags = map_with_path(lambda path, leaf, stage=stage: np.full(leaf.shape, learns(path, stage)), run.params)
+        assert {name for name, flag in run.published(flags).items() if flag.all()} == set(names)
+        assert not any(learns(("vision", encoder, "kernel"), stage) for encoder in ENCODERS)
 
 
 @pytest.mark.parametrize("variant", ["ens", "ens5"])

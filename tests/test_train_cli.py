@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 from PIL import Image
 
@@ -98,6 +99,25 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
     assert call("--out", tmp_path, "--overwrite") == 2
     assert "is not a run; choose another directory" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_only_the_stage_learns(run, tmp_path):
+    """From a checkpoint, the projection alone: everything else stays bit for bit, through a resume too."""
+    out = tmp_path / "stage1"
+    argv = ["--out", out, *QUICK, "--init", run, "--stage", "mm_stage1"]
+    assert call(*argv) == 0
+    shutil.rmtree(out / "checkpoints" / "4")
+    assert call(*argv, "--resume") == 0
+    before, after = (checkpoints.load(path, apart=False).params for path in (run, out))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+    changed = {path[:2] for path, flag in jax.tree_util.tree_leaves_with_path(same) if not flag}
+    assert {tuple(key.key for key in path) for path in changed} == {
+        ("vision", "visual_proj"),
+        ("vision", "visual_norm"),
+        ("vision", "start"),
+        ("vision", "end"),
+    }
 
 
 @pytest.mark.slow

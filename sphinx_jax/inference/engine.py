@@ -128,9 +128,10 @@ class Engine:
     def _prefill(
         self, state: steps.State, chunk: steps.Chunk, words: tuple[Array, ...] | None, sampling: Sampling, stops: Array
     ) -> steps.State:
-        function = lambda *args: steps.prefill(self._graph, self.tokenizer.vocab_size, *args)
+        fresh = not chunk.start.any()
+        function = lambda *args: steps.prefill(self._graph, self.tokenizer.vocab_size, fresh, *args)
         args = (self.params, state, chunk, words, sampling.values(), stops)
-        key = ("prefill", state.rows, state.slots, *chunk.tokens.shape, words is not None, stops.shape)
+        key = ("prefill", state.rows, state.slots, *chunk.tokens.shape, words is not None, fresh, stops.shape)
         return self._program(key, function, args, (1,), sharding.shardings_of(state))(*args)
 
     def decode(self, state: steps.State, sampling: Sampling, stops: Array, number: int, until: int) -> steps.State:

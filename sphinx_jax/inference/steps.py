@@ -98,6 +98,7 @@ def abstract_state(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtyp
 def prefill(
     graph: nnx.GraphDef,
     vocab_size: int,
+    fresh: bool,
     params: dict,
     state: State,
     chunk: Chunk,
@@ -107,20 +108,32 @@ def prefill(
 ) -> State:
     """Read a chunk of each prompt into its row, and choose the token after it, the first of the answer.
 
-    `words` are the pictures, which stand after the first token: given with the first chunk only. Padding
-    is read too, into slots past the end of the prompt: no query looks there before they are overwritten.
+    `fresh` says that prompts begin here: there is no earlier part of the cache to look at. `words` are the
+    pictures, which stand after the first token: given with the first chunk only. Padding is read too, into
+    slots past the end of the prompt: no query looks there before they are overwritten.
     """
     model = bind(graph, params)
-    rows = jax.tree.map(lambda x: jnp.take(x, chunk.row, axis=0, mode="clip"), state)
     embedded = model.embed(chunk.tokens, None if words is None else jnp.stack(words))
-    picture = embedded.shape[1] - chunk.tokens.shape[1]
-    positions = chunk.start[:, None] + jnp.arange(embedded.shape[1])
-    mask = causal_mask(positions, state.slots)
-    hidden, cache, _ = model.language(embedded, positions, mask, rows.cache)
+    batch, length, _ = embedded.shape
+    picture = length - chunk.tokens.shape[1]
+    positions = chunk.start[:, None] + jnp.arange(length)
+    # Most prompts are far shorter than the cache; it is neither read nor written past the prompt.
+    slots = length if fresh else state.slots
+
+    def own(whole: Float[Array, "rows slots kv_heads head_dim"]) -> Float[Array, "batch seen kv_heads head_dim"]:
+        part = jnp.zeros((batch, slots, *whole.shape[2:]), whole.dtype) if fresh else _take(whole, chunk.row)
+        return constrain(part, "batch", None, "kv_heads", None)
+
+    mask = causal_mask(positions, slots)
+    hidden, cache, _ = model.language(embedded, positions, mask, jax.tree.map(own, state.cache))
     end = picture + chunk.length - 1
     logits = model.language.logits(jnp.take_along_axis(hidden, end[:, None, None], axis=1))[:, 0]
+    put = lambda whole, part: whole.at[chunk.row, :slots].set(part, mode="drop")
+    cache = jax.tree.map(put, state.cache, cache)
+
+    rest = state._replace(cache=[])
+    rows = jax.tree.map(lambda x: _take(x, chunk.row), rest)
     rows = rows._replace(
-        cache=cache,
         length=chunk.start + picture + chunk.length,
         count=jnp.zeros_like(rows.count),
         limit=chunk.limit,
@@ -131,7 +144,13 @@ def prefill(
     )
     # In vain where the prompt goes on: the next chunk begins the answer anew.
     rows = _choose_next(rows, logits, vocab_size, sampling, stops)
-    return jax.tree.map(lambda all_rows, new: all_rows.at[chunk.row].set(new, mode="drop"), state, rows)
+    rest = jax.tree.map(lambda whole, new: whole.at[chunk.row].set(new, mode="drop"), rest, rows)
+    return rest._replace(cache=cache)
+
+
+def _take(whole: Array, row: Int[Array, "batch"]) -> Array:
+    """The named rows; padding takes any."""
+    return jnp.take(whole, row, axis=0, mode="clip")
 
 
 def decode(
@@ -181,8 +200,6 @@ def _choose_next(
     token = choose(logits, state.seen, state.seeds, state.count, sampling)
     row = jnp.arange(token.shape[0])
     logprob = jax.nn.log_softmax(logits, axis=-1)[row, token]
-    # Out of range, and so dropped, for rows that are done.
-    place_in_output = jnp.where(state.done, state.slots, state.count)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
     return state._replace(
@@ -191,6 +208,7 @@ def _choose_next(
         stop=stop,
         done=state.done | (stop == STOPPED) | (count >= state.limit),
         seen=state.seen.at[row, token].set(True),
-        output=state.output.at[row, place_in_output].set(token, mode="drop"),
-        logprob=state.logprob.at[row, place_in_output].set(logprob, mode="drop"),
+        # A row that is done writes past its end, where nobody looks.
+        output=state.output.at[row, state.count].set(token, mode="drop"),
+        logprob=state.logprob.at[row, state.count].set(logprob, mode="drop"),
     )

@@ -23,7 +23,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
 from sphinx_jax.training.metrics import RunLog
-from sphinx_jax.training.optimizer import adamw, cosine_with_warmup
+from sphinx_jax.training.optimizer import Stage, adamw, cosine_with_warmup, learns, map_with_path, only
 from sphinx_jax.training.state import StateStore, abstract_state, init_state
 from sphinx_jax.training.step import Batch, TrainState, make_eval_step, make_loss, make_train_step
 
@@ -41,6 +41,7 @@ class Recipe:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     attribute_weight: float = 0.0
+    stage: Stage = "everything"
     remat: str = "none"
     dtype: str = "float32"
     seed: int = 0
@@ -68,9 +69,16 @@ def train(
     graph, abstract = sharding.abstract_params(make, mesh)
     probe = init_probe(config.language.dim, mesh) if recipe.attribute_weight else {}
     shapes = {"model": abstract, "attributes": probe}
+    flags = map_with_path(lambda path, _: learns(path, recipe.stage), abstract)
     optimizer = adamw(schedule(recipe), weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm)
+    optimizer = only(optimizer, {"model": flags, "attributes": dict.fromkeys(probe, True)})
     loss = make_loss(
-        graph, config, attribute_weight=recipe.attribute_weight, remat=recipe.remat, dtype=jnp.dtype(recipe.dtype)
+        graph,
+        config,
+        flags=flags,
+        attribute_weight=recipe.attribute_weight,
+        remat=recipe.remat,
+        dtype=jnp.dtype(recipe.dtype),
     )
     prepared_loss = lambda params, batch: loss(params, normalised(batch))
     step = jax.jit(

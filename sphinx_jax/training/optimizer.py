@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,34 @@ def decays(path: Path) -> bool:
     return not (leaf == "scale" and module not in ("visual_norm", "qformer_norm"))
 
 
+Stage = Literal["everything", "mm_stage2", "mm_stage1", "language"]
+"""What learns: all; all but the encoders; the projection of the encoders' words and the image markers; the decoder."""
+
+ENCODERS = ("clip", "convnext", "dino", "qformer")
+
+
+def learns(path: Path, stage: Stage) -> bool:
+    """Whether a parameter of the model learns in a stage of the original's training.
+
+    In `mm_stage1` the Q-Former's projection stays as it is, as in the original.
+    """
+    part, member = path[0], path[1]
+    if stage == "language":
+        return part == "language"
+    if stage == "mm_stage1":
+        return part == "vision" and member in ("visual_proj", "visual_norm", "start", "end")
+    return stage == "everything" or part == "language" or member not in ENCODERS
+
+
 def map_with_path(function: Callable[[Path, Array], object], tree: object) -> object:
     """`function(path, leaf)` over nested dicts, the path as a tuple of keys."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(tuple(key.key for key in path), leaf), tree)
+
+
+def only(optimizer: optax.GradientTransformation, flags: object) -> optax.GradientTransformation:
+    """`optimizer` on the parameters whose flag is True; the others stay, and have no state."""
+    labels = jax.tree.map(lambda flag: "learns" if flag else "stays", flags)
+    return optax.partition({"learns": optimizer, "stays": optax.set_to_zero()}, labels)
 
 
 def adamw(

@@ -17,14 +17,18 @@ from sphinx_jax.training.step import Params, TrainState
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the train state of (abstract) parameters: each moment lies where its parameter does."""
     everywhere = NamedSharding(mesh, PartitionSpec())
+    keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    by_path = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment stands under its parameter's path, behind whatever the optimizer puts in front.
+        names = keys(path)
+        param = next((by_path[names[n:]] for n in range(len(names)) if names[n:] in by_path), None)
+        same = param is not None and param.shape == leaf.shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding if same else everywhere)
+
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
-        jax.eval_shape(optimizer.init, abstract),
-        abstract,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-    )
+    moments = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, abstract))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, moments)
 
 

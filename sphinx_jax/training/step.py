@@ -57,17 +57,26 @@ def answers(
 
 
 def make_loss(
-    graph: nnx.GraphDef, config: SphinxConfig, *, attribute_weight: float = 0.0, remat: str = "none", dtype: Any = None
+    graph: nnx.GraphDef,
+    config: SphinxConfig,
+    *,
+    flags: Any = None,
+    attribute_weight: float = 0.0,
+    remat: str = "none",
+    dtype: Any = None,
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]:
     """The training loss of a batch: next-word loss, balance loss, and the loss on attributes if it has a weight.
 
     The batch holds `tokens` and `labels` int[B, T]; where there are any, `turns` int[B, T] and `images`
     float[B, S, S, 3]; and for the loss on attributes `shape` and `colour` int[B].
+    `flags` says which of the model's parameters learn (None: all); no gradient is computed for the others.
     `dtype` is what the model computes in; parameters of another dtype are cast once.
     """
 
     def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         weights = params["model"]
+        if flags is not None:
+            weights = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), weights, flags)
         if dtype is not None:
             weights = jax.tree.map(lambda p: p.astype(dtype), weights)
         logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("turns"), remat=remat)

@@ -58,8 +58,8 @@ class Ensemble(nnx.Module):
         if self.visual_proj is not None:
             joined = jnp.concatenate([features[name] for name in JOINED if name in features], axis=-1)
             words.append(self.visual_norm(self.visual_proj(joined)))
-        joined = jnp.concatenate(words, axis=1)
-        return constrain(joined.reshape(-1, self.config.views, *joined.shape[1:]), "batch", None, None, None)
+        crops = jnp.concatenate(words, axis=1)
+        return constrain(crops.reshape(-1, self.config.views, *crops.shape[1:]), "batch", None, None, None)
 
     def between_markers(self, words: Float[Array, "batch views words dim"]) -> Float[Array, "batch image_words dim"]:
         """Each view between the learned start and end vectors; image_words is views x (words + 2)."""
