@@ -142,7 +142,7 @@ class Theirs:
             past = self.past
             for _ in range(DECODED):
                 self.model(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
-            past.crop(CONTEXT)
+            past.crop(-DECODED)
 
         with torch.no_grad():
             self.past = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values

@@ -13,9 +13,11 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.language.cache import turn_positions
 from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.training.step import make_loss
+from tests.conftest import MESHES, mesh_name
 
 CONFIG = dataclasses.replace(nano(), language=dataclasses.replace(nano().language, vocab_size=64))
 BATCH, TEXT = 4, 14
+QUICK = {"tensor": 2, "expert": 2, "fsdp": 2}
 
 
 def make(rngs):
@@ -59,8 +61,13 @@ def close(ours, theirs, rtol=1e-5):
     assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs) + 1e-8
 
 
-def test_every_mesh_gives_the_same_numbers(mesh, one_device):
-    loss, grads, logits = run(mesh)
+@pytest.mark.parametrize(
+    "shape",
+    [shape if shape == QUICK else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[1:]],
+    ids=mesh_name,
+)
+def test_every_mesh_gives_the_same_numbers(shape, one_device):
+    loss, grads, logits = run(sharding.make_mesh(**shape))
     assert loss == pytest.approx(one_device[0], rel=1e-5)
     close(logits, one_device[2])
     jax.tree.map(close, grads, one_device[1])
