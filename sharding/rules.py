@@ -29,12 +29,12 @@ class Rule:
 
     `mesh_axes` are tried in order, each taken if it divides what is left of the dimension. What happens
     to a mesh axis that does not divide is `otherwise`: "error"; "copy", every device along it keeps
-    the whole (said once in the log); or a logical axis name, whose dimension in the same array takes
-    it over, so that stored bytes still shrink.
+    the whole (said once in the log); or names of logical axes, of which the first that the same array
+    has takes it over, so that stored bytes still shrink.
     """
 
     mesh_axes: tuple[str, ...]
-    otherwise: str = "error"
+    otherwise: str | tuple[str, ...] = "error"
 
 
 Rules = Mapping[str, Rule]
@@ -50,7 +50,10 @@ DEFAULT_RULES: Rules = {
     "residual": Rule(()),
     # Parameters of the language model.
     "embed": Rule(("fsdp",)),
-    "kv_heads": Rule(_MODEL, "embed"),
+    # Past the number of key/value heads, the devices that share one take different query heads of its group;
+    # where those stand beside keys and values in one array, its other dimension is split.
+    "kv_heads": Rule(_MODEL, ("queries", "embed")),
+    "queries": Rule(()),
     "head_dim": Rule(()),
     "mlp": Rule(("tensor",)),
     "experts": Rule(("expert",)),
@@ -63,7 +66,7 @@ DEFAULT_RULES: Rules = {
     "embed_small": Rule(()),
     # Vision: sizes are the encoders' own, so an axis that does not divide goes elsewhere.
     "vision_embed": Rule(("fsdp",), "copy"),
-    "vision_heads": Rule(_MODEL, "vision_embed"),
+    "vision_heads": Rule(_MODEL, ("vision_embed",)),
     "vision_mlp": Rule(_MODEL, "copy"),
     "vision_channels": Rule(_MODEL, "copy"),
 }
@@ -114,8 +117,9 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rule
                 f"{name!r} of size {shape[dim]} is not divisible by mesh axis {axis!r} of size {mesh.shape[axis]}"
                 f" (after {placed[dim] or 'no other axis'}); sizes that fit: {_divisors(shape[dim], placed[dim], mesh)}"
             )
-        if otherwise in names and split(names.index(otherwise), axis):
-            _say_once(f"{names} {shape}: {name!r} does not divide over {axis!r}, {otherwise!r} is split instead")
+        instead = () if otherwise == "copy" else [other for other in otherwise if other in names]
+        if taken := next((other for other in instead if split(names.index(other), axis)), None):
+            _say_once(f"{names} {shape}: {name!r} does not divide over {axis!r}, {taken!r} is split instead")
         else:
             _say_once(f"{names} {shape}: {name!r} does not divide over {axis!r}, each device keeps a copy")
     return P(*(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None) for axes in placed))

@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         self.wo = param(
             rngs,
             (config.num_kv_heads, groups, head_dim, config.dim),
-            ("kv_heads", None, "head_dim", "embed"),
+            ("kv_heads", "queries", "head_dim", "embed"),
             fan_in_normal(config.dim),
         )
         self.theta = config.rope_theta
@@ -65,15 +65,20 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""
+        x = constrain(x, "batch", "residual", None)
         qkv = jnp.einsum("btd,dkgh->btkgh", x, self.wqkv[...].astype(x.dtype))
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2
         turned = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
-        q, k, v = turned[:, :, :, :groups], turned[:, :, :, groups], qkv[:, :, :, groups + 1]
+        # Cut while whole, and only then split by query heads: a cut through what is split moves heads about.
+        whole = lambda part: constrain(part, "batch", "sequence", "kv_heads", None, "head_dim")
+        turned = whole(turned)
+        q, k, v = whole(turned[:, :, :, :groups]), turned[:, :, :, groups], qkv[:, :, :, groups + 1]
         if cache is not None:
             cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
             k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
-        out = attention(q, k, v, mask)
+        q = constrain(q, "batch", "sequence", "kv_heads", "queries", "head_dim")
+        out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
         out = jnp.einsum("btkgh,kghd->btd", out, self.wo[...].astype(x.dtype))
         return constrain(out, "batch", "residual", None), cache
 
