@@ -1,18 +1,17 @@
 """A model ready to answer: shapes rounded to buckets, one compiled program per bucket, pictures encoded once.
 
 Every device program is compiled ahead of time and kept under the shapes it is for, so that nothing is ever
-compiled again without anyone noticing. The programs themselves are in `steps`; `serving` says when they run.
+compiled again without anyone noticing. What they are is in `programs` and `steps`; `serving` says when they run.
 """
 
 import collections
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import sharding
@@ -20,10 +19,10 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
+from sphinx_jax.inference.programs import Program, Programs, compile_program
 from sphinx_jax.inference.requests import Picture, Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.stopping import stop_table
-from sphinx_jax.model import bind
 
 CONTEXT = 4096
 """Positions that a conversation may take, the picture included, unless the user says otherwise."""
@@ -72,10 +71,9 @@ class Engine:
             raise UserError(f"the context must be 2 positions or more, got {context}")
         self.config, self.tokenizer, self.mesh, self.context = config, tokenizer, mesh, context
         self.params = params
-        self._graph = graph
-        self._dtype = params["language"]["embedding"]["table"].dtype
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._programs: dict[tuple, Callable] = {}
+        dtype = params["language"]["embedding"]["table"].dtype
+        self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
+        self._compiled: dict[tuple, Callable] = {}
         self._pictures: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
         self._tables: dict[tuple[str, ...], Array] = {}
         self.compile_seconds = 0.0
@@ -84,35 +82,27 @@ class Engine:
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far."""
-        return len(self._programs)
+        return len(self._compiled)
 
     # Programs
 
-    def _program(self, key: tuple, function: Callable, args: tuple, donate: tuple[int, ...] = (), out: Any = None):
-        """`function` compiled for the shapes and shardings of `args`, which `key` names."""
-        if key not in self._programs:
+    def _program(self, key: tuple, program: Program, args: tuple) -> Callable:
+        """`program` compiled for the shapes and shardings of `args`, which `key` names."""
+        if key not in self._compiled:
             start = time.perf_counter()
-            with sharding.use(self.mesh):
-                jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-                self._programs[key] = jitted.lower(*args).compile()
+            self._compiled[key] = compile_program(program, args, self.mesh)
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[key]
-
-    def _abstract_state(self, rows: int, slots: int) -> steps.State:
-        language = self.config.language
-        return steps.abstract_state(language, rows, slots, self._dtype, self.mesh, sharding.DEFAULT_RULES)
+        return self._compiled[key]
 
     def new_state(self, rows: int, slots: int) -> steps.State:
         """Empty rows. Raises UserError if the cache does not fit into memory, with the length that would."""
-        abstract = self._abstract_state(rows, slots)
-        make = lambda: steps.make_state(self.config.language, rows, slots, self._dtype)
-        program = self._program(("state", rows, slots), make, (), out=sharding.shardings_of(abstract))
+        program = self._program(("state", rows, slots), self._programs.new_state(rows, slots), ())
         try:
             return jax.block_until_ready(program())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed = sharding.bytes_per_device(abstract)
+            needed = sharding.bytes_per_device(self._programs.abstract_state(rows, slots))
             raise UserError(
                 f"no memory for a cache of {rows} x {slots} positions ({needed / 2**30:.1f} GiB on each device); "
                 f"{self._what_fits(needed / (rows * slots))}"
@@ -129,17 +119,16 @@ class Engine:
         self, state: steps.State, chunk: steps.Chunk, words: tuple[Array, ...] | None, sampling: Sampling, stops: Array
     ) -> steps.State:
         fresh = not chunk.start.any()
-        function = lambda *args: steps.prefill(self._graph, self.tokenizer.vocab_size, fresh, *args)
         args = (self.params, state, chunk, words, sampling.values(), stops)
         key = ("prefill", state.rows, state.slots, *chunk.tokens.shape, words is not None, fresh, stops.shape)
-        return self._program(key, function, args, (1,), sharding.shardings_of(state))(*args)
+        return self._program(key, self._programs.prefill(state, fresh), args)(*args)
 
     def decode(self, state: steps.State, sampling: Sampling, stops: Array, number: int, until: int) -> steps.State:
         """Up to `number` more tokens for each row, or until no more than `until` rows go on. Takes the state over."""
-        function = lambda *args: steps.decode(self._graph, self.tokenizer.vocab_size, *args)
         args = (self.params, state, sampling.values(), stops, np.int32(number), np.int32(until))
-        key = ("decode", state.rows, state.slots, stops.shape)
-        return self._program(key, function, args, (1,), sharding.shardings_of(state))(*args)
+        return self._program(("decode", state.rows, state.slots, stops.shape), self._programs.decode(state), args)(
+            *args
+        )
 
     def stop_table(self, stops: tuple[str, ...]) -> Array:
         """The automaton of these stop strings, on the device."""
@@ -147,7 +136,7 @@ class Engine:
             if len(self._tables) >= 16:
                 self._tables.pop(next(iter(self._tables)))
             table = stop_table(self.tokenizer, self.config.language.vocab_size, stops)
-            self._tables[stops] = jax.device_put(table, self._everywhere)
+            self._tables[stops] = jax.device_put(table, self._programs.everywhere)
         return self._tables[stops]
 
     # Pictures
@@ -172,12 +161,8 @@ class Engine:
     def _encode(self, pictures: list[Picture]) -> tuple[Float[Array, "views words dim"], ...]:
         padding = pictures[:1] * (power_of_two(len(pictures)) - len(pictures))
         batch = np.stack([picture.normalised() for picture in pictures + padding])
-
-        def function(params: dict, batch: Float[Array, "batch size size 3"]) -> tuple[Array, ...]:
-            return tuple(bind(self._graph, params).encode_images(batch))
-
         args = (self.params, batch)
-        return self._program(("encode", len(batch)), function, args, out=self._everywhere)(*args)
+        return self._program(("encode", len(batch)), self._programs.encode(), args)(*args)
 
     # The whole model at once
 
@@ -186,9 +171,8 @@ class Engine:
     ) -> Float[Array, "batch text vocab"]:
         """Scores of the word after each token, teacher-forced, without a cache. Compiled for each shape anew."""
         images = np.stack([picture.normalised() for picture in pictures]) if pictures else None
-        function = lambda params, tokens, images: bind(self._graph, params)(tokens, images)[0]
         args = (self.params, tokens, images)
-        return self._program(("logits", *tokens.shape, images is not None), function, args, out=self._everywhere)(*args)
+        return self._program(("logits", *tokens.shape, images is not None), self._programs.logits(), args)(*args)
 
     # Requests
 

@@ -247,7 +247,7 @@ def test_no_memory_for_the_cache_is_said_with_what_would_fit(model, monkeypatch)
     def exhausted():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setitem(model.engine._programs, ("state", 1, 64), exhausted)
+    monkeypatch.setitem(model.engine._compiled, ("state", 1, 64), exhausted)
     with pytest.raises(UserError, match=r"no memory for a cache of 1 x 64 positions .* shorter --context"):
         model.engine.new_state(1, 64)
 
