@@ -1,0 +1,155 @@
+"""What a plan needs to know of a GPU: datasheet facts, and the compiler's description of it made from them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sharding.errors import LayoutError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One card. Rates are the datasheet's, without sparsity."""
+
+    name: str
+    memory_mib: int
+    """All of its memory, as the driver reports it."""
+    bandwidth_gb_s: float
+    """Of its memory, in 1e9 bytes a second."""
+    bf16_tflops: float
+    """Dense bfloat16 products added up in float32, in 1e12 operations a second."""
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    clock_ghz: float
+    l2_mib: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory_mib * 2**20
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bandwidth_gb_s * 1e9
+
+    @property
+    def bf16_flops(self) -> float:
+        """Operations a second."""
+        return self.bf16_tflops * 1e12
+
+    def target_description(self) -> str:
+        """The card as XLA's GPU compiler wants it described (a GpuTargetConfigProto in text form)."""
+        major, minor = self.compute_capability
+        core = _CORES[self.compute_capability]
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.multiprocessors}
+              fpus_per_core: {core.float32_lanes}
+              threads_per_core_limit: {core.threads}
+              shared_memory_per_core: {core.shared_kib * 1024}
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {(core.shared_kib - 1) * 1024}
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              memory_bandwidth: {round(self.bandwidth)}
+              l2_cache_size: {self.l2_mib * 2**20}
+              clock_rate_ghz: {self.clock_ghz}
+              device_memory_size: {self.memory_bytes}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            runtime_version {{ major: 12 minor: 8 }}
+            device_description_str: "{self.name}"
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Core:
+    """A multiprocessor of one generation (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+    shared_kib: int
+    threads: int
+    float32_lanes: int
+
+
+_CORES = {
+    (8, 0): _Core(164, 2048, 64),
+    (8, 6): _Core(100, 1536, 128),
+    (8, 9): _Core(100, 1536, 128),
+    (9, 0): _Core(228, 2048, 128),
+    (10, 0): _Core(228, 2048, 128),
+    (12, 0): _Core(100, 1536, 128),
+}
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40gb", 40960, 1555, 312, (8, 0), 108, 1.41, 40),
+        Gpu("a100-80gb", 81920, 2039, 312, (8, 0), 108, 1.41, 40),
+        Gpu("h100-80gb", 81559, 3352, 989, (9, 0), 132, 1.98, 50),
+        Gpu("h200", 143771, 4800, 989, (9, 0), 132, 1.98, 50),
+        Gpu("b200", 183359, 8000, 2250, (10, 0), 148, 1.97, 126),
+        Gpu("l40s", 46068, 864, 362, (8, 9), 142, 2.52, 96),
+        Gpu("a6000", 49140, 768, 155, (8, 6), 84, 1.80, 6),
+        Gpu("a10g", 23028, 600, 70, (8, 6), 80, 1.71, 6),
+        Gpu("l4", 23034, 300, 121, (8, 9), 58, 2.04, 48),
+        Gpu("rtx3090", 24576, 936, 71, (8, 6), 82, 1.70, 6),
+        Gpu("rtx4090", 24564, 1008, 165, (8, 9), 128, 2.52, 72),
+        Gpu("rtx4080", 16376, 717, 97, (8, 9), 76, 2.51, 64),
+    )
+}
+
+_WITHOUT_BF16 = {"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "rtx2080ti": (7, 5)}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card of that name, or the one described in the file NAME.json.
+
+    Raises LayoutError on an unknown name, a file that does not describe a card, or a card without bfloat16.
+    """
+    if name.endswith(".json"):
+        return _read(Path(name))
+    key = name.lower()
+    if key in _WITHOUT_BF16:
+        _refuse(name, _WITHOUT_BF16[key])
+    if key not in GPUS:
+        raise LayoutError(
+            f"unknown GPU {name!r}; choose one of {', '.join(GPUS)}, or describe yours in a file and give --gpu "
+            f"mine.json: {json.dumps(dataclasses.asdict(GPUS['rtx3090']))}"
+        )
+    return GPUS[key]
+
+
+def _read(file: Path) -> Gpu:
+    try:
+        values = json.loads(file.read_text())
+        gpu = Gpu(**values | {"compute_capability": tuple(values["compute_capability"])})
+        numbers = (gpu.memory_mib, gpu.bandwidth_gb_s, gpu.bf16_tflops, gpu.multiprocessors, gpu.clock_ghz, gpu.l2_mib)
+        if not all(number > 0 for number in numbers):
+            raise ValueError("a number is not above 0")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayoutError(
+            f"{file} does not describe a GPU ({error}); write {json.dumps(dataclasses.asdict(GPUS['rtx3090']))}"
+        ) from None
+    if gpu.compute_capability not in _CORES:
+        _refuse(gpu.name, gpu.compute_capability)
+    return gpu
+
+
+def _refuse(name: str, capability: tuple[int, int]) -> None:
+    version = ".".join(map(str, capability))
+    if capability < (8, 0):
+        raise LayoutError(
+            f"{name} (compute capability {version}) has no bfloat16, which the model computes in; "
+            "take a card of compute capability 8.0 or newer"
+        )
+    known = ", ".join(".".join(map(str, key)) for key in _CORES)
+    raise LayoutError(f"{name}: compute capability {version} is not known here; the known ones are {known}")
