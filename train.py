@@ -15,8 +15,9 @@ from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.task import EasyVqa, Task, YamlData
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.training.loop import Recipe, check_batch, train
-from sphinx_jax.training.optimizer import Stage
+from sphinx_jax.training.loop import train
+from sphinx_jax.training.optimizer import MomentDtype, Stage
+from sphinx_jax.training.recipe import ComputeDtype, Recipe, Remat, check_batch
 
 EXAMPLES = """examples:
   python train.py
@@ -64,6 +65,13 @@ class Options:
     stage: Stage = "everything"
     """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
     the image markers; language, the decoder."""
+    dtype: ComputeDtype = "float32"
+    """What the model computes in. Master weights are float32 either way."""
+    remat: Remat = "none"
+    """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
+    its matrix products (dots)."""
+    moments: MomentDtype = "float32"
+    """What AdamW's two moments are kept in; bfloat16 takes half the memory and rounds them to 8 bits every step."""
     tuning: bool = False
     """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
     save_every: int = 500
@@ -101,6 +109,9 @@ def run(options: Options) -> None:
         lr=options.lr,
         attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
         stage=options.stage,
+        remat=options.remat,
+        dtype=options.dtype,
+        moments=options.moments,
         seed=options.seed,
     )
     check_batch(recipe, mesh)

@@ -5,6 +5,7 @@ on the mean image word, asked for the attributes that the training questions nam
 The probe exists in training only; the published models never need it.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,10 +17,16 @@ ATTRIBUTES = {"shape": 3, "colour": 8}
 Probe = dict[str, Float[Array, "dim values"]]
 
 
-def init_probe(dim: int, mesh: Mesh) -> Probe:
-    """Zeros, whole on every device: the first gradient makes the classes differ."""
+def abstract_probe(dim: int, mesh: Mesh) -> Probe:
+    """Shapes, whole on every device."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return {name: jnp.zeros((dim, values), device=everywhere) for name, values in ATTRIBUTES.items()}
+    shape = lambda values: jax.ShapeDtypeStruct((dim, values), jnp.float32, sharding=everywhere)
+    return {name: shape(values) for name, values in ATTRIBUTES.items()}
+
+
+def init_probe(shapes: Probe) -> Probe:
+    """Zeros: the first gradient makes the classes differ."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), shapes)
 
 
 def attribute_losses(

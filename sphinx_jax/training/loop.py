@@ -17,34 +17,15 @@ from jax.sharding import Mesh
 import sharding
 from sphinx_jax.checkpoints import native
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
 from sphinx_jax.data.task import Task
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
 from sphinx_jax.training.metrics import RunLog
-from sphinx_jax.training.optimizer import Stage, adamw, cosine_with_warmup, learns, map_with_path, only
-from sphinx_jax.training.state import StateStore, abstract_state, init_state
-from sphinx_jax.training.step import Batch, TrainState, make_eval_step, make_loss, make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train: everything that changes the numbers of a run besides the model and the data."""
-
-    steps: int
-    batch_size: int = 64
-    accumulate: int = 1
-    lr: float = 3e-3
-    min_lr: float = 0.0
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    attribute_weight: float = 0.0
-    stage: Stage = "everything"
-    remat: str = "none"
-    dtype: str = "float32"
-    seed: int = 0
+from sphinx_jax.training.program import normalised, train_program
+from sphinx_jax.training.recipe import Recipe, schedule
+from sphinx_jax.training.state import StateStore, init_state
+from sphinx_jax.training.step import Batch, Params, TrainState, make_eval_step
 
 
 def train(
@@ -65,33 +46,15 @@ def train(
     Raises UserError where the loss is not finite or there is nothing to resume.
     """
     started = time.monotonic()
-    make = lambda rngs: SphinxMoE(config, rngs=rngs)
-    graph, abstract = sharding.abstract_params(make, mesh)
-    probe = init_probe(config.language.dim, mesh) if recipe.attribute_weight else {}
-    shapes = {"model": abstract, "attributes": probe}
-    flags = map_with_path(lambda path, _: learns(path, recipe.stage), abstract)
-    optimizer = adamw(schedule(recipe), weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm)
-    optimizer = only(optimizer, {"model": flags, "attributes": dict.fromkeys(probe, True)})
-    loss = make_loss(
-        graph,
-        config,
-        flags=flags,
-        attribute_weight=recipe.attribute_weight,
-        remat=recipe.remat,
-        dtype=jnp.dtype(recipe.dtype),
-    )
-    prepared_loss = lambda params, batch: loss(params, normalised(batch))
-    step = jax.jit(
-        make_train_step(prepared_loss, optimizer, sharding.shardings_of(shapes), recipe.accumulate), donate_argnums=0
-    )
+    program = train_program(config, recipe, mesh)
+    step = jax.jit(program.step, donate_argnums=0)
     batches = task.batches(recipe.batch_size, recipe.seed)
     store = StateStore(out / "checkpoints")
     if resume:
-        state, position = store.restore(abstract_state(shapes, optimizer, mesh))
+        state, position = store.restore(program.state)
         batches.set_state(position)
     else:
-        model = sharding.init_params(make, recipe.seed, mesh)[1] if initial is None else initial
-        state = init_state({"model": model, "attributes": probe}, optimizer, mesh)
+        state = init_state(starting_params(config, program.params, recipe.seed, mesh, initial), program.optimizer, mesh)
 
     first = done = int(state.step)
     with sharding.use(mesh), RunLog(out, recipe.steps, first_step=first) as log:
@@ -117,7 +80,7 @@ def train(
             store.save(state, batches.get_state())
         store.close()
         trained = time.monotonic() - started
-        scores, share = evaluate(graph, state, task, recipe.batch_size, mesh)
+        scores, share = evaluate(program.graph, state, task, recipe, mesh)
 
     write_weights(out, config, state, task)
     summary = {
@@ -135,23 +98,12 @@ def train(
     return summary
 
 
-def check_batch(recipe: Recipe, mesh: Mesh) -> None:
-    """Raises UserError unless each part of the batch divides over the mesh."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = recipe.accumulate * replicas
-    if recipe.batch_size % parts:
-        near = max(recipe.batch_size // parts, 1) * parts
-        raise UserError(
-            f"--batch-size {recipe.batch_size} does not divide into --accumulate {recipe.accumulate} parts over "
-            f"{replicas} devices of data x fsdp; try --batch-size {near}"
-        )
-
-
-def schedule(recipe: Recipe):
-    """Learning rate by optimizer step. Step 0 already learns: the warm-up is taken one step ahead."""
-    return lambda step: cosine_with_warmup(
-        step + 1, lr=recipe.lr, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_steps, epochs=recipe.steps
-    )
+def starting_params(config: SphinxConfig, shapes: Params, seed: int, mesh: Mesh, initial: Any) -> Params:
+    """The parameters of step 0: `initial` or freshly drawn ones, in the dtypes that `shapes` asks for."""
+    if initial is None:
+        initial = sharding.init_params(lambda rngs: SphinxMoE(config, rngs=rngs), seed, mesh)[1]
+    model = jax.tree.map(lambda p, shape: p.astype(shape.dtype), initial, shapes["model"])
+    return {"model": model, "attributes": init_probe(shapes["attributes"])}
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -160,17 +112,10 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {key: jax.device_put(x, sharding.place(names(x), x.shape, mesh)) for key, x in batch.items()}
 
 
-def normalised(batch: Batch) -> Batch:
-    """The batch with uint8 pictures turned to float32 with CLIP's statistics, on the device."""
-    if "images" not in batch:
-        return batch
-    pixels = batch["images"].astype(jnp.float32) / 255
-    return batch | {"images": (pixels - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)}
-
-
-def evaluate(graph, state: TrainState, task: Task, batch_size: int, mesh: Mesh) -> tuple[dict[str, Any], np.ndarray]:
+def evaluate(graph, state: TrainState, task: Task, recipe: Recipe, mesh: Mesh) -> tuple[dict[str, Any], np.ndarray]:
     """The task's held-out scores, and each layer's share of words by expert, [layers, experts]."""
-    step = jax.jit(lambda params, batch: make_eval_step(graph)(params, normalised(batch)))
+    judge, batch_size = make_eval_step(graph, jnp.dtype(recipe.dtype)), recipe.batch_size
+    step = jax.jit(lambda params, batch: judge(params, normalised(batch)))
     right, exists, shares = [], [], []
     for batch in task.held_out(batch_size):
         rows = len(batch["tokens"])

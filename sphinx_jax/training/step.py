@@ -134,12 +134,16 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef, dtype: jnp.dtype
 ) -> Callable[[Params, Batch], tuple[Bool[Array, "batch text"], Bool[Array, "batch text"], Array]]:
-    """model parameters, batch -> `answers` right and existing, and each layer's share of tokens by expert."""
+    """model parameters, batch -> `answers` right and existing, and each layer's share of tokens by expert.
+
+    The model computes in `dtype`.
+    """
 
     def evaluate(params: Params, batch: Batch):
-        logits, record = bind(graph, params)(batch["tokens"], batch.get("images"), batch.get("turns"))
+        weights = jax.tree.map(lambda p: p.astype(dtype), params)
+        logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("turns"))
         _, right, counted = next_tokens(logits, batch["labels"])
         return *answers(right, counted), record["layers"]["routing"].share
 

@@ -1,0 +1,54 @@
+"""How to train: what changes the numbers or the memory of a run, besides the model and the data."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from sphinx_jax.errors import UserError
+from sphinx_jax.training.optimizer import MomentDtype, Stage, cosine_with_warmup
+
+ComputeDtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "block", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Master weights and gradients' sums are float32, whatever `dtype` the model computes in."""
+
+    steps: int
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 3e-3
+    min_lr: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    attribute_weight: float = 0.0
+    stage: Stage = "everything"
+    remat: Remat = "none"
+    """What is computed again for the gradient: nothing; each layer; each layer but its matrix products."""
+    dtype: ComputeDtype = "float32"
+    moments: MomentDtype = "float32"
+    seed: int = 0
+
+
+def schedule(recipe: Recipe) -> Callable[[int | Array], Array]:
+    """Learning rate by optimizer step. Step 0 already learns: the warm-up is taken one step ahead."""
+    return lambda step: cosine_with_warmup(
+        step + 1, lr=recipe.lr, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_steps, epochs=recipe.steps
+    )
+
+
+def check_batch(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises UserError unless each part of the batch divides over the mesh."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = recipe.accumulate * replicas
+    if recipe.batch_size % parts:
+        near = max(recipe.batch_size // parts, 1) * parts
+        raise UserError(
+            f"--batch-size {recipe.batch_size} does not divide into --accumulate {recipe.accumulate} parts over "
+            f"{replicas} devices of data x fsdp; try --batch-size {near}"
+        )
