@@ -8,6 +8,7 @@ Examples:
   python infer.py --batch questions.jsonl --out answers.jsonl
   python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
   python infer.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2
+  python infer.py --plan --gpu rtx3090 --num-gpus 8     would SPHINX-MoE-1k fit? needs no GPU and no weights
 
 A line of questions.jsonl is {"id": 1, "image": "cat.jpg" or null, "prompt": "What is this?"}; answers.jsonl gets
 {"id": 1, "answer": "A cat."} as answers end. Started again, it goes on where it was.
@@ -18,17 +19,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import sharding
 import sphinx_jax
-from sphinx_jax import Sphinx, UserError, commandline
+from sphinx_jax import Sphinx, UserError, checkpoints, commandline, planning
+from sphinx_jax.config import preset
 from sphinx_jax.data.images import open_image
 from sphinx_jax.inference import batch, requests, sampling, stopping
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
+from sphinx_jax.planning import NO_PLAN, PlanOptions
 
 HELD_OUT = (0, 1, 4)
 """Pictures of easy-vqa's test set that are shown when nothing is asked."""
@@ -75,6 +79,10 @@ class Options:
     """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
     simulate_devices: int | None = None
     """Pretend that this CPU is so many devices."""
+    preset: str | None = None
+    """With --plan, instead of a checkpoint: nano, mixtral-140m, mixtral-8x7b, sphinx-moe or, by default,
+    sphinx-moe-1k."""
+    planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     options = commandline.parse(Options, argv, "infer.py", __doc__)
     check(options)
+    if options.planning.plan:
+        return plan(options)
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     own_mesh = options.mesh != sharding.MeshShape()
@@ -115,6 +125,11 @@ def check(options: Options) -> None:
     for name in ("rows", "simulate_devices"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    options.planning.check()
+    if options.planning.plan:
+        return
+    if options.preset:
+        raise UserError("--preset belongs to --plan; give --checkpoint, the directory of a model, to ask it")
     if (options.batch is None) != (options.out is None):
         raise UserError("--batch and --out go together: a file of questions, and one for the answers")
     if options.batch and (options.image or options.prompt is not None or options.chat):
@@ -125,6 +140,18 @@ def check(options: Options) -> None:
         open_image(options.image)
     if options.batch:
         batch.read_questions(options.batch)
+
+
+def plan(options: Options) -> int:
+    """Say whether it would fit on the cards that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    opened = checkpoints.open(options.checkpoint) if options.checkpoint else None
+    config = opened.config if opened else preset(options.preset or "sphinx-moe-1k")
+    name = str(options.checkpoint or options.preset or "sphinx-moe-1k")
+    dtype = options.dtype or (opened.dtype if opened else "bfloat16")
+    rows = options.rows if options.batch else 1
+    return planning.plan_inference(
+        options.planning, name, config, options.mesh, dtype=dtype, rows=rows, context=options.context
+    )
 
 
 def default_checkpoint() -> Path:

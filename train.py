@@ -1,23 +1,27 @@
 """Train SPHINX-MoE on any mesh. With no arguments: the nano preset, from scratch, on easy-vqa."""
 
 import dataclasses
-import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 import sharding
 from sharding import MeshShape
-from sphinx_jax import checkpoints, commandline
+from sphinx_jax import checkpoints, commandline, planning
 from sphinx_jax.config import SphinxConfig, preset
+from sphinx_jax.data.easy_vqa import IMAGE_SIZE
 from sphinx_jax.data.task import EasyVqa, Task, YamlData
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.planning import NO_PLAN, PlanOptions
 from sphinx_jax.training.loop import train
 from sphinx_jax.training.optimizer import MomentDtype, Stage
 from sphinx_jax.training.recipe import ComputeDtype, Recipe, Remat, check_batch
+from sphinx_jax.training.run_directory import check_run_directory, prepare_run_directory
 
 EXAMPLES = """examples:
   python train.py
@@ -27,6 +31,9 @@ EXAMPLES = """examples:
   python train.py --out runs/mine --steps 5000 --seed 1
   python train.py --out runs/mine --resume
       go on where a run was interrupted
+  python train.py --plan --gpu a100-80gb --num-gpus 32 --preset sphinx-moe --stage mm_stage2 --max-length 2048
+                  --batch-size 32 --dtype bfloat16 --remat block
+      would this fit? needs no GPU and no data
 """
 
 
@@ -78,6 +85,7 @@ class Options:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     overwrite: bool = False
@@ -85,14 +93,17 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse and run; returns the exit code."""
-    run(commandline.parse(Options, argv, "train.py", f"{__doc__}\n\n{EXAMPLES}"))
+    """Parse and run, or plan; returns the exit code."""
+    options = commandline.parse(Options, argv, "train.py", f"{__doc__}\n\n{EXAMPLES}")
+    check_options(options)
+    if options.planning.plan:
+        return plan(options)
+    run(options)
     return 0
 
 
 def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
-    check_options(options)
     out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_run_directory(out, options.resume, options.overwrite)
     if options.simulate_devices:
@@ -102,21 +113,10 @@ def run(options: Options) -> None:
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
     task = make_task(options, config, start.tokenizer_bytes if start else None)
-    recipe = Recipe(
-        steps=make_steps(options, task.examples),
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        lr=options.lr,
-        attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
-        stage=options.stage,
-        remat=options.remat,
-        dtype=options.dtype,
-        moments=options.moments,
-        seed=options.seed,
-    )
+    recipe = make_recipe(options, make_steps(options, task.examples))
     check_batch(recipe, mesh)
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
-    prepare_run_directory(out, options)
+    prepare_run_directory(out, dataclasses.asdict(options), options.overwrite)
     summary = train(
         config,
         task,
@@ -131,6 +131,32 @@ def run(options: Options) -> None:
     report(summary, out)
 
 
+def plan(options: Options) -> int:
+    """Say whether a step would fit on the cards that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    config = checkpoints.open(options.init).config if options.init else preset(options.preset)
+    recipe, length = make_recipe(options, options.steps or 900), options.max_length
+    if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
+        batch = next(make_task(options, config, None).batches(recipe.batch_size, recipe.seed))
+        length = batch["tokens"].shape[1] + config.image_words
+    name = str(options.init or options.preset)
+    return planning.plan_training(options.planning, name, config, options.mesh, recipe, length)
+
+
+def make_recipe(options: Options, steps: int) -> Recipe:
+    return Recipe(
+        steps=steps,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        lr=options.lr,
+        attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
+        stage=options.stage,
+        remat=options.remat,
+        dtype=options.dtype,
+        moments=options.moments,
+        seed=options.seed,
+    )
+
+
 def check_options(options: Options) -> None:
     """Raises UserError on values that no run can have."""
     for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "simulate_devices"):
@@ -141,33 +167,11 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be above 0, got {value}")
+    options.planning.check()
     if options.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {options.seed}")
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
-
-
-def check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError before anything is read or written where `out` must not be used."""
-    is_run = (out / "options.json").is_file()
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
-    if resume and not is_run:
-        raise UserError(f"--resume: {out} holds no run; give the run's directory with --out")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or resume:
-        return
-    if not is_run:
-        raise UserError(f"--out {out} exists and is not a run; choose another directory")
-    if not overwrite:
-        raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
-
-
-def prepare_run_directory(out: Path, options: Options) -> None:
-    """Make `out`, empty unless resuming, and write down what was asked for."""
-    if options.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
 
 
 def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None) -> Task:

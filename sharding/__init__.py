@@ -3,8 +3,12 @@
 Knows nothing of any model: names of axes in, places on devices out.
 """
 
+import sharding.start  # noqa: F401  before anything else imports jax
+
+# isort: split
 from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
 from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
+from sharding.program import Program
 from sharding.rules import (
     DEFAULT_RULES,
     LayoutError,
@@ -23,6 +27,7 @@ __all__ = [
     "DEFAULT_RULES",
     "LayoutError",
     "MeshShape",
+    "Program",
     "Rule",
     "Rules",
     "abstract_params",

@@ -171,6 +171,11 @@ class SphinxConfig:
     def image_words(self) -> int:
         return self.vision.image_words if self.vision else 0
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures that it takes, in pixels; 0 if it takes none."""
+        return self.vision.image_size if self.vision else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as written to `config.json` of a native checkpoint."""
         return dataclasses.asdict(self)

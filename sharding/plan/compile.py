@@ -8,8 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.experimental import topologies
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 
 from sharding.mesh import MeshShape, make_mesh, simulate_devices
 from sharding.plan.gpus import Gpu
-from sharding.rules import use
+from sharding.program import Program
 
 Compiler = Literal["gpu", "cpu-estimate"]
 
@@ -71,15 +70,11 @@ class Memory:
         return self.arguments + self.results + self.temporaries
 
 
-def compile_ahead(
-    function: Callable, args: tuple, mesh: Mesh, *, donate: tuple[int, ...] = (), out_shardings: Any = None
-) -> jax.stages.Compiled:
-    """`function` compiled for the devices of `mesh`, real or not; `args` are arrays or ShapeDtypeStructs."""
-    with use(mesh):
-        traced = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).trace(*args)
-        if mesh.devices.flat[0].platform == "cpu":
-            return traced.lower().compile()
-        return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=_OPTIONS)
+def compile_ahead(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
+    """`program` compiled for the devices of `mesh`, real or not; `args` are arrays or ShapeDtypeStructs."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return program.compile(args, mesh)
+    return program.trace(args, mesh).lower(lowering_platforms=("cuda",)).compile(compiler_options=_OPTIONS)
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:

@@ -45,6 +45,11 @@ class Opened:
     files: tuple[MappedFile, ...] = ()
 
     @property
+    def dtype(self) -> str:
+        """Number format of the weights as stored, read off the first tensor of the decoder."""
+        return next(tensor.dtype.name for entry in self.entries(True) if (tensor := self.shards[0].get(entry.name)))
+
+    @property
     def tokenizer_bytes(self) -> bytes | None:
         """The SentencePiece file beside the weights, None if there is none."""
         file = self.path / "tokenizer.model"

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import sharding
+from sharding import Program
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.programs import Program, Programs, compile_program
+from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.requests import Picture, Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.stopping import stop_table
@@ -48,6 +49,13 @@ def bucket(n: int) -> int:
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
+
+
+def slots_for(text: int, picture: int, answer: int, context: int) -> int:
+    """Positions of the cache for a prompt of so many text and picture tokens, padded as it is read, and its answer."""
+    whole = text // PREFILL_TOKENS * PREFILL_TOKENS
+    padded = picture + (whole + bucket(text - whole) if text > whole else whole)
+    return bucket(max(padded, min(picture + text + answer, context)))
 
 
 class Engine:
@@ -90,7 +98,7 @@ class Engine:
         """`program` compiled for the shapes and shardings of `args`, which `key` names."""
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = compile_program(program, args, self.mesh)
+            self._compiled[key] = program.compile(args, self.mesh)
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[key]
 
@@ -190,11 +198,8 @@ class Engine:
 
     def slots_needed(self, request: Request) -> int:
         """Positions of the cache that the prompt, padded as it will be read, and its answer need."""
-        length = self.prompt_length(request)
-        text = len(request.tokens)
-        whole = text // PREFILL_TOKENS * PREFILL_TOKENS
-        padded = length - text + (whole + bucket(text - whole) if text > whole else whole)
-        return bucket(max(padded, min(length + request.max_new_tokens, self.context)))
+        picture = self.prompt_length(request) - len(request.tokens)
+        return slots_for(len(request.tokens), picture, request.max_new_tokens, self.context)
 
     def read_prompts(
         self,

@@ -3,27 +3,16 @@
 The engine compiles them for arrays, `planning` for shapes alone, so that what is planned is what runs.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 import sharding
+from sharding import Program
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
 from sphinx_jax.model import bind
-
-
-class Program(NamedTuple):
-    """What `jax.jit` needs to know."""
-
-    function: Callable
-    donate: tuple[int, ...] = ()
-    out_shardings: Any = None
 
 
 class Programs:
@@ -66,10 +55,3 @@ class Programs:
         """params, tokens, normalised pictures or None -> scores of the word after each token."""
         function = lambda params, tokens, images: bind(self._graph, params)(tokens, images)[0]
         return Program(function, (), self.everywhere)
-
-
-def compile_program(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiled for the shapes and shardings of `args`."""
-    with sharding.use(mesh):
-        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.out_shardings)
-        return jitted.lower(*args).compile()

@@ -1,0 +1,34 @@
+"""Importing jax quietly where its CUDA plugin is installed for planning and there is no GPU.
+
+The plugin remarks on every import that it finds no driver, and fails with a traceback when jax starts, although
+nothing is wrong: only its compiler is wanted there (see `sharding.plan`).
+"""
+
+import ctypes
+import importlib.util
+import os
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _has_plugin() -> bool:
+    return importlib.util.find_spec("jax_plugins") is not None
+
+
+if _has_plugin() and not _has_driver():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    errors = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import jax  # noqa: F401
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(nowhere)

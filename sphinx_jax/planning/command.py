@@ -1,0 +1,116 @@
+"""`--plan` on the command line: its options, which meshes it looks at, and what it prints."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.console import Console
+
+from sharding import LayoutError, MeshShape
+from sharding.plan import Plan, find_gpu, mesh_text, print_json, print_plan, print_sweep
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.errors import UserError
+from sphinx_jax.planning.inference import inference_plan
+from sphinx_jax.planning.meshes import inference_meshes, training_meshes
+from sphinx_jax.planning.training import order, training_batch, training_plan, training_sweep
+from sphinx_jax.training.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Options of `--plan`, the same for training and inference."""
+
+    plan: bool = False
+    """Say whether it would fit on --num-gpus cards of the kind --gpu, and do nothing else. No GPU is needed."""
+    gpu: str | None = None
+    """With --plan: a100-40gb, a100-80gb, h100-80gb, h200, b200, l40s, a6000, a10g, l4, rtx3090, rtx4090, rtx4080, or
+    a file mine.json that describes yours."""
+    num_gpus: int | None = None
+    """With --plan: how many cards; by default as many as the mesh has devices."""
+    sweep: bool = False
+    """With --plan: try the meshes for so many cards (in training also recomputation and batch sizes), best first."""
+    json: bool = False
+    """With --plan: print one JSON object instead of a table."""
+
+    def check(self) -> None:
+        """Raises UserError on options that do not go together."""
+        given = [name for name in ("gpu", "num_gpus", "sweep", "json") if getattr(self, name)]
+        if not self.plan and given:
+            raise UserError(f"--{given[0].replace('_', '-')} belongs to --plan; add it")
+        if self.plan and self.gpu is None:
+            raise UserError("--plan needs a card: give --gpu, for example --gpu a100-80gb")
+        if self.num_gpus is not None and self.num_gpus < 1:
+            raise UserError(f"--num-gpus must be 1 or more, got {self.num_gpus}")
+
+
+NO_PLAN = PlanOptions()
+
+
+def plan_inference(
+    options: PlanOptions,
+    name: str,
+    config: SphinxConfig,
+    mesh: MeshShape,
+    *,
+    dtype: str,
+    rows: int,
+    context: int,
+) -> int:
+    """Print whether `rows` answers of up to `context` positions at a time would fit; the exit code says it too.
+
+    Raises UserError or LayoutError on an unknown card, or a mesh that does not divide the model.
+    """
+    gpu = find_gpu(options.gpu)
+    shapes = _meshes(options, mesh, lambda count: inference_meshes(config, count))
+    size = {"dtype": dtype, "rows": rows, "context": context}
+    return _show((inference_plan(name, config, gpu, shape, **size) for shape in shapes), options)
+
+
+def plan_training(
+    options: PlanOptions, name: str, config: SphinxConfig, mesh: MeshShape, recipe: Recipe, length: int
+) -> int:
+    """The same for one step of `recipe` on sequences of `length` positions, the picture included."""
+    gpu = find_gpu(options.gpu)
+    shapes = _meshes(options, mesh, lambda count: training_meshes(config, count))
+
+    def plan(shape: MeshShape, recipe: Recipe) -> Plan:
+        return training_plan(name, config, gpu, shape, recipe, training_batch(config, recipe, length))
+
+    plans = training_sweep(plan, shapes, recipe) if options.sweep else (plan(shape, recipe) for shape in shapes)
+    return _show(plans, options)
+
+
+def _meshes(
+    options: PlanOptions, given: MeshShape, candidates: Callable[[int], Sequence[MeshShape]]
+) -> list[MeshShape]:
+    """The mesh that the user gave; or the first of the candidates for so many cards; or, to sweep, all of them.
+
+    Raises LayoutError if the mesh given has another number of devices than --num-gpus.
+    """
+    if given == MeshShape():
+        shapes = list(candidates(options.num_gpus or 1))
+        return shapes if options.sweep else shapes[:1]
+    if options.sweep:
+        raise UserError("--sweep tries all meshes: leave the --mesh options out, or --sweep")
+    if options.num_gpus not in (None, given.size):
+        raise LayoutError(
+            f"the mesh {mesh_text(dataclasses.asdict(given))} has {given.size} devices and --num-gpus is "
+            f"{options.num_gpus}; leave one of them out"
+        )
+    return [given]
+
+
+def _show(plans: Iterable[Plan], options: PlanOptions) -> int:
+    """Print the plan, or of a sweep all plans as a table; the exit code says whether the (best) one fits."""
+    waiting, made = Console(stderr=True), []
+    with waiting.status("compiling for GPUs that are not here") as status:
+        for plan in plans:
+            made.append(plan)
+            status.update(f"{len(made)} compiled, the last: {mesh_text(plan.mesh)}")
+    made.sort(key=order)
+    if options.json:
+        print_json(made, options.sweep)
+    elif options.sweep:
+        print_sweep(made, Console())
+    else:
+        print_plan(made[0], Console())
+    return 0 if made[0].fits else 1

@@ -1,0 +1,32 @@
+"""Compiling the programs of a plan side by side."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from sharding import Program
+from sharding.plan import ProgramPlan, collectives, compile_ahead, memory_of
+
+
+class Job(NamedTuple):
+    """A program and the abstract arguments that it is compiled for."""
+
+    name: str
+    program: Program
+    args: tuple
+
+
+def compile_jobs(jobs: Sequence[Job], mesh: Mesh) -> tuple[ProgramPlan, ...]:
+    """Each program compiled, two at a time: the compiler itself is mostly single-threaded."""
+
+    def compiled(job: Job) -> ProgramPlan:
+        start = time.perf_counter()
+        made = compile_ahead(job.program, job.args, mesh)
+        exchanged = tuple(collectives(made.as_text(), mesh))
+        return ProgramPlan(job.name, memory_of(made), exchanged, time.perf_counter() - start)
+
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(compiled, jobs))

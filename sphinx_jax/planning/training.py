@@ -1,0 +1,155 @@
+"""What training takes: the step of a recipe, for batches of a given shape."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import sharding
+from sharding import MeshShape, Program, bytes_per_device
+from sharding.plan import Gpu, Plan, planning_mesh
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.costs import Cost, Work, forward_flops, share_of_parameters
+from sphinx_jax.errors import UserError
+from sphinx_jax.planning.jobs import Job, compile_jobs
+from sphinx_jax.planning.meshes import mesh_flags
+from sphinx_jax.training.program import TrainProgram, train_program
+from sphinx_jax.training.recipe import Recipe, check_batch
+
+BatchShapes = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of each array of a batch."""
+
+
+def training_batch(config: SphinxConfig, recipe: Recipe, length: int) -> BatchShapes:
+    """A batch of sequences of `length` positions, the picture included. Raises UserError if it leaves no text."""
+    text = length - config.image_words
+    if text < 2:
+        raise UserError(
+            f"--max-length {length} is too short: the picture alone takes {config.image_words} positions; "
+            f"give {config.image_words + 2} or more"
+        )
+    ids = (recipe.batch_size, text), jnp.int32
+    shapes: BatchShapes = {"tokens": ids, "labels": ids}
+    if config.vision:
+        size = config.vision.image_size
+        shapes["images"] = ((recipe.batch_size, size, size, 3), jnp.uint8)
+    return shapes
+
+
+def training_plan(
+    name: str,
+    config: SphinxConfig,
+    gpu: Gpu,
+    shape: MeshShape,
+    recipe: Recipe,
+    batch_shapes: BatchShapes,
+) -> Plan:
+    """What `train.py` takes for one optimizer step. Raises UserError or LayoutError where that cannot be."""
+    mesh, compiler = planning_mesh(gpu, shape)
+    check_batch(recipe, mesh)
+    program = train_program(config, recipe, mesh)
+    names = lambda dims: ("batch", *[None] * (len(dims) - 1))
+    batch = {
+        key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.place(names(dims), dims, mesh))
+        for key, (dims, dtype) in batch_shapes.items()
+    }
+    job = Job("training step", Program(program.step, (0,)), (program.state, batch))
+    (compiled,) = compile_jobs([job], mesh)
+
+    learning = [
+        leaf for leaf, learns in zip(*map(jax.tree.leaves, (program.params, program.learns)), strict=True) if learns
+    ]
+    # A whole batch at once is differentiated in the dtype that is computed in; parts are added up in float32.
+    width = jnp.dtype(recipe.dtype if recipe.accumulate == 1 else "float32")
+    gradients = bytes_per_device([jax.ShapeDtypeStruct(p.shape, width, sharding=p.sharding) for p in learning])
+    made = compiled.memory.temporaries + compiled.memory.results
+    flops, length = _training_flops(config, program, mesh, recipe, batch_shapes)
+    model = program.params["model"]
+    seconds = flops.busiest / gpu.bf16_flops
+    tokens = recipe.batch_size * length
+    return Plan(
+        job=(
+            f"{name}, {recipe.stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
+            f"remat {recipe.remat}, {recipe.moments} moments"
+        ),
+        gpu=gpu,
+        mesh=dict(mesh.shape),
+        compiler=compiler,
+        parameters={part: bytes_per_device(tree) for part, tree in model.items()},
+        optimizer=bytes_per_device(program.state.optimizer),
+        gradients=min(gradients, made),
+        kv_cache=0,
+        inputs=bytes_per_device(batch),
+        temporaries=made - min(gradients, made),
+        share={"parameters": share_of_parameters(model), "flops": flops.busiest / flops.total},
+        roofline={"step_seconds_at_least": seconds, "tokens_per_second_at_most": tokens / seconds},
+        programs=(compiled,),
+        main_program="training step",
+        speed=tokens / seconds,
+        command=_training_command(name, recipe, shape, length),
+        notes=(
+            "Weights that learn are float32, with AdamW's two moments "
+            + ("in float32." if recipe.moments == "float32" else "rounded to bfloat16 after every step."),
+        ),
+    )
+
+
+def _training_flops(
+    config: SphinxConfig, program: TrainProgram, mesh: Mesh, recipe: Recipe, batch: BatchShapes
+) -> tuple[Cost, int]:
+    """Operations of one optimizer step, recomputed ones included; and positions of one sequence."""
+    rows, text = batch["tokens"][0]
+    with_pictures = "images" in batch
+    length = text + (config.image_words if with_pictures else 0)
+    work = Work(rows, length, length, text, rows if with_pictures else 0)
+    forward = forward_flops(config, program.params["model"], mesh, work)
+    # Backwards costs twice a forward pass: once for what came in, once for the weights.
+    learns = {part: any(jax.tree.leaves(tree)) for part, tree in program.learns["model"].items()}
+    passes = {"language": (3 if learns["language"] else 2) + (recipe.remat == "block")}
+    passes["vision"] = 3 if recipe.stage == "everything" else 1
+    return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0)), length
+
+
+def training_sweep(
+    plan: Callable[[MeshShape, Recipe], Plan], meshes: list[MeshShape], recipe: Recipe
+) -> Iterator[Plan]:
+    """Plans for all meshes, then for the two best ones with less recomputed and with larger batches."""
+    tried = {}
+    for shape in meshes:
+        if recipe.batch_size % (shape.fsdp * shape.data * recipe.accumulate) == 0:
+            tried[shape] = plan(shape, recipe)
+            yield tried[shape]
+    best = sorted(tried, key=lambda shape: order(tried[shape]))[:2]
+    for shape in best:
+        for remat in ("none", "dots", "block"):
+            if remat != recipe.remat:
+                yield plan(shape, dataclasses.replace(recipe, remat=remat))
+        for factor in (2, 4):
+            larger = plan(shape, dataclasses.replace(recipe, batch_size=recipe.batch_size * factor))
+            yield larger
+            if not larger.fits:
+                break
+
+
+def order(plan: Plan) -> tuple:
+    """Sorts plans, best first: what fits, then the fastest to a hundredth, then the least exchanged."""
+    exchanged = sum(collective.bytes for collective in plan.collectives)
+    return (not plan.fits, -float(f"{plan.speed:.2g}"), exchanged, -plan.headroom)
+
+
+def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) -> str:
+    options = {
+        "preset": name,
+        "data": "DATA.yaml",
+        "max-length": length,
+        "batch-size": recipe.batch_size,
+        "accumulate": recipe.accumulate,
+        "stage": recipe.stage,
+        "dtype": recipe.dtype,
+        "remat": recipe.remat,
+        "moments": recipe.moments,
+    }
+    return f"python train.py {' '.join(f'--{key} {value}' for key, value in options.items())} {mesh_flags(shape)}"
