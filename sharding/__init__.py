@@ -14,6 +14,7 @@ from sharding.rules import (
     local_experts,
     per_device,
     place,
+    platform,
     spec,
     use,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "make_mesh",
     "per_device",
     "place",
+    "platform",
     "shardings_of",
     "simulate_devices",
     "spec",
