@@ -12,7 +12,6 @@ k experts a token:
 
 import functools
 import logging
-import math
 from typing import Literal
 
 import jax
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 import sharding
 from sphinx_jax.kernels.grouped_matmul import grouped_matmul
+from sphinx_jax.kernels.project import vector_matrix
 
 log = logging.getLogger(__name__)
 
@@ -77,24 +77,10 @@ def _chosen(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WO
     nearest = jnp.where(elsewhere, jnp.max(jnp.where(elsewhere, 0, experts)), experts).reshape(-1)
     matrix = lambda w, row: jax.lax.dynamic_index_in_dim(w, nearest[row], keepdims=False)
     rows = range(tokens * k)
-    gate_up = jnp.stack([_vector_matrix(x[row // k], matrix(w_in, row)) for row in rows])
+    gate_up = jnp.stack([vector_matrix(x[row // k], matrix(w_in, row)) for row in rows])
     hidden = _swiglu(gate_up)
-    parts = jnp.stack([_vector_matrix(hidden[row], matrix(w_out, row)) for row in rows])
+    parts = jnp.stack([vector_matrix(hidden[row], matrix(w_out, row)) for row in rows])
     return _weighted_sum(parts.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))
-
-
-def _vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Array, "*out"]:
-    """x @ w, summed in float32, in a form that XLA:GPU makes one kernel of that reads `w` in place.
-
-    As a matrix product it would copy the expert's matrix out of its stack first. A sum of products is fused with
-    the choice of the matrix instead, and runs at the speed of memory if there are thread blocks for all processors:
-    hence the sum in parts, which the barrier keeps XLA from joining again.
-    """
-    part = math.gcd(x.shape[0], 256)
-    w = w.reshape(-1, part, *w.shape[1:])
-    x = x.reshape(-1, part, *(1,) * (w.ndim - 2))
-    parts = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
-    return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
 
 
 def _every(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
