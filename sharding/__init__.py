@@ -18,6 +18,7 @@ from sharding.rules import (
     local_experts,
     per_device,
     place,
+    platform,
     spec,
     use,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "make_mesh",
     "per_device",
     "place",
+    "platform",
     "shardings_of",
     "simulate_devices",
     "spec",

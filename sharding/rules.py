@@ -153,6 +153,12 @@ def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         _active.reset(token)
 
 
+def platform() -> str:
+    """What is compiled for: "cpu", "gpu" or "cuda" (a GPU known by description only); jax's own outside of a mesh."""
+    active = _active.get()
+    return active[0].devices.flat[0].platform if active else jax.default_backend()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out as the names of its dimensions say."""
     active = _active.get()

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sphinx_jax.kernels.project import project
+
 # Placing parameters is the business of sharding.init, from abstract shapes; with eager sharding
 # Flax refuses a named parameter made outside a mesh.
 nnx.use_eager_sharding(False)
@@ -43,7 +45,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (out_dim,), names[1:], nnx.initializers.zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = project(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.project import project
 from sphinx_jax.layers import fan_in_normal, param
 
 
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""
         x = constrain(x, "batch", "residual", None)
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, self.wqkv[...].astype(x.dtype))
+        qkv = project(x, self.wqkv[...].astype(x.dtype))
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2
         turned = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain, local_experts, per_device
 from sphinx_jax.config import DecoderConfig
-from sphinx_jax.kernels.grouped_matmul import grouped_matmul
+from sphinx_jax.kernels.experts import experts_sum
 from sphinx_jax.layers import fan_in_normal, param
 
 
@@ -86,21 +86,9 @@ def _local_experts_sum(
 ) -> Float[Array, "batch length dim"]:
     """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.
 
-    Assignments are sorted by expert; those of other devices' experts sort last and are not computed.
     The router's weights are applied and the k results added before anything is sent, so that the
     reduction over devices carries [tokens, dim] and not [tokens x k, dim].
     """
-    *lead, dim = x.shape
-    count, _, _, hidden = w_in.shape
-    k = experts.shape[-1]
-    tokens = x.reshape(-1, dim)
-    local = local_experts(experts.reshape(-1), count)
-    order = jnp.argsort(local, stable=True)
-    sizes = jnp.sum(local[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-    rows = tokens[order // k]
-    gate_up = grouped_matmul(rows, w_in.reshape(count, dim, 2 * hidden), sizes)
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    out = grouped_matmul(jax.nn.silu(gate) * up, w_out, sizes)
-    back = jnp.argsort(order)
-    parts = out[back].reshape(-1, k, dim) * weights.reshape(-1, k, 1)
-    return parts.sum(axis=1).reshape(*lead, dim)
+    dim, k = x.shape[-1], experts.shape[-1]
+    local = local_experts(experts.reshape(-1, k), w_in.shape[0])
+    return experts_sum(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out).reshape(x.shape)

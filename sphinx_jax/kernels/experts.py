@@ -1,0 +1,110 @@
+"""The SwiGLU experts of a mixture: one function, its form chosen by platform and number of tokens.
+
+Each form is dropless and exact; they differ in what they read and multiply. With E experts here, T tokens and
+k experts a token:
+
+- `chosen` reads one expert's weights for each of the T k assignments. For a few words, where reading weights is all
+  the time there is.
+- `every` multiplies all tokens by all experts, reading each weight once. For enough words that most experts are
+  chosen by some word anyway, and few enough that E / k times the arithmetic still takes less time than the reading.
+- `blocks` sorts the assignments by expert and multiplies block by block: the arithmetic of the chosen experts alone.
+"""
+
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import sharding
+from sphinx_jax.kernels.grouped_matmul import grouped_matmul
+from sphinx_jax.kernels.project import vector_matrix
+
+log = logging.getLogger(__name__)
+
+Form = Literal["chosen", "every", "blocks"]
+
+Tokens = Float[Array, "tokens dim"]
+Assigned = Int[Array, "tokens k"]
+Weights = Float[Array, "tokens k"]
+WIn = Float[Array, "experts dim 2 hidden"]
+WOut = Float[Array, "experts hidden dim"]
+
+EVERY_TOKENS = 128
+"""Most tokens for `every` on a GPU. It does 2 x tokens operations for each weight, which in bfloat16 is 2 bytes: one
+operation a byte and token. An H100 does 295 operations in the time it reads a byte (989 Tflop/s, 3.35 TB/s), an A100
+153: at 128 tokens either is still waiting for memory."""
+
+
+def experts_sum(
+    x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut, form: Form | None = None
+) -> Tokens:
+    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]), expert(x) = (silu(x gate) * (x up)) w_out.
+
+    `w_in` holds gate and up side by side. An assignment to expert number `w_in.shape[0]`, one past the last, adds
+    nothing. Differentiable in all but `experts`. `form` overrules the choice.
+    """
+    form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    _say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
+    return {"chosen": _chosen, "every": _every, "blocks": _blocks}[form](x, experts, weights, w_in, w_out)
+
+
+def choose_form(platform: str, tokens: int, k: int, num_experts: int) -> Form:
+    """The form for `tokens` tokens that choose `k` experts each, where `num_experts` are on the device."""
+    if platform == "cpu":
+        return "blocks"
+    if tokens * k < num_experts:
+        return "chosen"
+    return "every" if tokens <= EVERY_TOKENS else "blocks"
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def _swiglu(gate_up: Float[Array, "*rows 2 hidden"]) -> Float[Array, "*rows hidden"]:
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _chosen(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
+    """Assignment by assignment, each with its own expert's matrices."""
+    tokens, k = experts.shape
+    elsewhere = experts == w_in.shape[0]
+    # Some matrix has to be read for an assignment to another device's expert: one that is read anyway.
+    nearest = jnp.where(elsewhere, jnp.max(jnp.where(elsewhere, 0, experts)), experts).reshape(-1)
+    matrix = lambda w, row: jax.lax.dynamic_index_in_dim(w, nearest[row], keepdims=False)
+    rows = range(tokens * k)
+    gate_up = jnp.stack([vector_matrix(x[row // k], matrix(w_in, row)) for row in rows])
+    hidden = _swiglu(gate_up)
+    parts = jnp.stack([vector_matrix(hidden[row], matrix(w_out, row)) for row in rows])
+    return _weighted_sum(parts.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))
+
+
+def _every(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
+    """All experts on all tokens; a token is zero before an expert that it did not choose, and so stays zero."""
+    share = jnp.sum(weights[..., None] * jax.nn.one_hot(experts, w_in.shape[0], dtype=weights.dtype), axis=1)
+    chosen = jnp.any(experts[..., None] == jnp.arange(w_in.shape[0]), axis=1)
+    # Masked here and not later: else XLA takes the product for one of [tokens, dim] by [dim, experts x hidden].
+    rows = jnp.where(chosen.T[..., None], x, 0)
+    hidden = _swiglu(jnp.einsum("etd,edgh->etgh", rows, w_in))
+    parts = jnp.einsum("eth,ehd->etd", hidden, w_out)
+    return _weighted_sum(parts.swapaxes(0, 1), share)
+
+
+def _weighted_sum(parts: Float[Array, "tokens n dim"], weights: Float[Array, "tokens n"]) -> Tokens:
+    return jnp.sum(parts * weights[..., None], axis=1)
+
+
+def _blocks(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
+    """Assignments sorted by expert, those of other devices' experts last, where nothing is computed."""
+    tokens, k = experts.shape
+    count, dim, _, hidden = w_in.shape
+    chosen = experts.reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    gate_up = grouped_matmul(x[order // k], w_in.reshape(count, dim, 2 * hidden), sizes)
+    parts = grouped_matmul(_swiglu(gate_up.reshape(-1, 2, hidden)), w_out, sizes)
+    return _weighted_sum(parts[jnp.argsort(order)].reshape(tokens, k, dim), weights)

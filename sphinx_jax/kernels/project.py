@@ -1,0 +1,30 @@
+"""Linear projections, of a single row in a form of its own on a GPU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import sharding
+
+
+def project(x: Float[Array, "*rows in"], w: Float[Array, "in *out"]) -> Float[Array, "..."]:
+    """x @ w of shape [*rows, *out]: any number of dimensions before and behind the one summed over."""
+    if x.size == x.shape[-1] and sharding.platform() != "cpu":
+        return vector_matrix(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
+    return jnp.tensordot(x, w, axes=1)
+
+
+def vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Array, "*out"]:
+    """x @ w, summed in float32, in a form that XLA:GPU makes one kernel of that reads `w` in place.
+
+    Of a matrix product with one row XLA makes a sum of products too, but may write the products to memory first,
+    and gives a thread block to every 128 columns only, which leaves most processors idle. Hence the sum in parts,
+    which the barrier keeps XLA from joining again. A `w` chosen from a stack at run time is not copied out of it.
+    """
+    part = math.gcd(x.shape[0], 256)
+    w = w.reshape(-1, part, *w.shape[1:])
+    x = x.reshape(-1, part, *(1,) * (w.ndim - 2))
+    parts = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
+    return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)

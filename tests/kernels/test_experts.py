@@ -1,0 +1,144 @@
+"""Each form of the experts against numpy in float64, gradients included; and what the forms read on a GPU."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.experts import choose_form, experts_sum
+from sphinx_jax.language.moe import MoE
+from sphinx_jax.model import bind
+
+E, DIM, HIDDEN, K = 4, 12, 10, 2
+FORMS = ("chosen", "every", "blocks")
+
+
+def reference(x, experts, weights, w_in, w_out, dy):
+    """y, and the gradients of sum(y dy) for all but the experts, one assignment at a time."""
+    x, weights, w_in, w_out, dy = (np.asarray(a, np.float64) for a in (x, weights, w_in, w_out, dy))
+    y, dx, dweights, dw_in, dw_out = (np.zeros_like(a) for a in (x, x, weights, w_in, w_out))
+    for (t, j), e in np.ndenumerate(experts):
+        if e == len(w_in):
+            continue
+        gate, up = x[t] @ w_in[e, :, 0], x[t] @ w_in[e, :, 1]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        hidden = gate * sigmoid * up
+        y[t] += weights[t, j] * (hidden @ w_out[e])
+        dweights[t, j] = hidden @ w_out[e] @ dy[t]
+        dw_out[e] += weights[t, j] * np.outer(hidden, dy[t])
+        dhidden = weights[t, j] * (w_out[e] @ dy[t])
+        dgate, dup = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid)), dhidden * gate * sigmoid
+        dw_in[e] += np.stack([np.outer(x[t], dgate), np.outer(x[t], dup)], axis=1)
+        dx[t] += w_in[e, :, 0] @ dgate + w_in[e, :, 1] @ dup
+    return y, (dx, dweights, dw_in, dw_out)
+
+
+def draw(tokens, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(tokens), 6)
+    x, dy = (jax.random.normal(key, (tokens, DIM), dtype) for key in keys[:2])
+    w_in = jax.random.normal(keys[2], (E, DIM, 2, HIDDEN), dtype) / 3
+    w_out = jax.random.normal(keys[3], (E, HIDDEN, DIM), dtype) / 3
+    weights = jax.random.uniform(keys[4], (tokens, K), dtype)
+    experts = jnp.argsort(jax.random.uniform(keys[5], (tokens, E)), axis=-1)[:, :K].astype(jnp.int32)
+    return x, experts, weights, w_in, w_out, dy
+
+
+# One number of tokens, so that each form is compiled once.
+ROUTINGS = {
+    "even": lambda experts: experts,
+    "an empty expert": lambda experts: experts % 3,
+    "all on one": lambda experts: jnp.full_like(experts, 2),
+    "none here": lambda experts: jnp.full_like(experts, E),
+    "some elsewhere": lambda experts: jnp.where(experts < 2, E, experts),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """y and gradients by each form, as one program."""
+
+    def both(form, x, experts, weights, w_in, w_out, dy):
+        y, pull = jax.vjp(lambda *a: experts_sum(a[0], experts, *a[1:], form), x, weights, w_in, w_out)
+        return y, pull(dy)
+
+    return jax.jit(both, static_argnums=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
+def test_values_and_gradients(compiled, form, routing):
+    x, experts, *rest = draw(7)
+    args = (x, routing(experts), *rest)
+    y, gradients = compiled(form, *args)
+    expected, expected_gradients = reference(*args)
+    for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.float32), (7, jnp.bfloat16)])
+def test_one_token_and_bfloat16(compiled, form, tokens, dtype):
+    args = draw(tokens, dtype)
+    y, gradients = compiled(form, *args)
+    expected, expected_gradients = reference(*args)
+    for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        assert ours.dtype == dtype
+        tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-6
+        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+FULL = DecoderConfig()
+MESHES = [{"tensor": 8}, {"tensor": 2}, {"tensor": 8, "expert": 2}]
+
+
+def layer(mesh, compile_for_gpu, batch, length=1):
+    """One full-size mixture of experts in bfloat16, compiled."""
+    graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
+    placed = sharding.place(("batch", None, None), (batch, length, FULL.dim), mesh)
+    x = jax.ShapeDtypeStruct((batch, length, FULL.dim), jnp.bfloat16, sharding=placed)
+    return compile_for_gpu(mesh, lambda params, x: bind(graph, params)(x)[0], params, x)
+
+
+def weights_read(text: str) -> list[tuple[int, ...]]:
+    """What the program's kernels read of arrays of over four million elements: only the weights have that many."""
+    size = lambda shape: tuple(map(int, shape.split(",")))
+    read = []
+    for call in re.finditer(r" fusion\([^\n]*calls=(%[\w.-]+)", text):
+        body = text[text.index(f"\n{call[1]} (") :].partition("\n}")[0]
+        for name, shape in re.findall(r"\n  (%\S+) = bf16\[([\d,]+)\]\S* parameter\(", body):
+            if math.prod(size(shape)) > 4e6:
+                uses = re.findall(rf" = bf16\[([\d,]+)\]\S* (\S+)\([^\n]*{re.escape(name)}[,)]", body)
+                read += [size(part if use == "dynamic-slice" else shape) for part, use in uses]
+    return sorted(read)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_one_word_on_a_gpu_reads_its_own_experts_in_place(gpu_mesh, compile_for_gpu, shape):
+    program = layer(gpu_mesh(**shape), compile_for_gpu, 1)
+    hidden, text = FULL.hidden_dim // shape["tensor"], program.as_text()
+    w_in, w_out = (1, FULL.dim, 2, hidden), (1, hidden, FULL.dim)
+    assert weights_read(text) == sorted([w_in, w_in, w_out, w_out])
+    assert not re.search(r" (while|conditional)\(", text)
+    one_expert = 3 * FULL.dim * hidden * 2
+    assert program.memory_analysis().temp_size_in_bytes < one_expert / 50
+
+
+@pytest.mark.parametrize("batch", [8, 64])
+def test_a_batch_on_a_gpu_reads_every_weight_once(gpu_mesh, compile_for_gpu, batch):
+    program = layer(gpu_mesh(tensor=8), compile_for_gpu, batch)
+    hidden, text = FULL.hidden_dim // 8, program.as_text()
+    assert weights_read(text) == [(8, hidden, FULL.dim), (8, FULL.dim, 2 * hidden)]
+    assert not re.search(r" (while|conditional)\(", text)
+    # No more than a few arrays of tokens x experts x dim.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * batch * 8 * FULL.dim * 4
+
+
+def test_the_form_follows_platform_and_tokens():
+    chosen = [choose_form("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
+    assert chosen == ["chosen", "chosen", "every", "every", "blocks"]
+    assert choose_form("gpu", 2, 2, 4) == "every"

@@ -1,0 +1,37 @@
+"""The product of one row against numpy, and what its program for a GPU writes to memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.kernels.project import project, vector_matrix
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(512, jnp.float32), (512, jnp.bfloat16), (7, jnp.float32)])
+def test_values_and_gradients(length, dtype):
+    keys = jax.random.split(jax.random.key(length), 3)
+    x, w, dy = (jax.random.normal(k, s, dtype) for k, s in zip(keys, [(length,), (length, 3, 2), (3, 2)], strict=True))
+    y, pull = jax.vjp(vector_matrix, x, w)
+    dx, dw = pull(dy)
+    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
+    expected = (np.tensordot(x64, w64, 1), np.tensordot(w64, dy64, 2), x64[:, None, None] * dy64)
+    for ours, theirs in zip((y, dx, dw), expected, strict=True):
+        assert ours.dtype == dtype
+        tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-6
+        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+def test_shapes():
+    x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))
+    assert project(x, w).shape == (2, 3, 5, 6)
+    assert project(x[:1, :1], w).shape == (1, 1, 5, 6)
+
+
+def test_one_row_on_a_gpu_writes_nothing_of_the_size_of_the_weights(gpu_mesh, compile_for_gpu):
+    mesh = gpu_mesh(tensor=8)
+    at = lambda names, shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.place(names, shape, mesh))
+    x, w = at((None,) * 3, (1, 1, 4096)), at(("embed", "kv_heads", None, None), (4096, 8, 6, 128))
+    program = compile_for_gpu(mesh, project, x, w)
+    assert program.memory_analysis().temp_size_in_bytes < 4096 * 6 * 128 * 2 / 50
