@@ -1,0 +1,78 @@
+"""Operations counted from the config against XLA's own count of an unrolled program; bytes against plain sums."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sharding
+from sphinx_jax.config import (
+    ClipConfig,
+    ConvNextConfig,
+    DecoderConfig,
+    DinoConfig,
+    QFormerConfig,
+    SphinxConfig,
+    VisionConfig,
+    preset,
+)
+from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
+from sphinx_jax.kernels import experts
+from sphinx_jax.model import SphinxMoE, bind
+
+# XLA counts the body of a loop once: the decoder's layers are held apart, and each stack of encoder blocks has one.
+# Every token goes to every expert, so that no count depends on the routing.
+CONFIG = SphinxConfig(
+    DecoderConfig(256, 512, 2, num_heads=8, num_kv_heads=4, num_experts=2, experts_per_token=2, vocab_size=512),
+    VisionConfig(
+        image_size=128,
+        clip=ClipConfig(128, 1, 8, 16, 128),
+        convnext=ConvNextConfig((1, 1), (64, 128), 7, 64),
+        dino=DinoConfig(128, 1, 8, 16, 128, 11),
+        qformer=QFormerConfig(128, 1, 8, 256, 16, 128, 64, 2, 8, 128, 8, 2),
+    ),
+)
+BATCH, TEXT = 4, 64
+
+
+@pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
+def test_operations_are_what_the_compiler_counts(shape, monkeypatch):
+    monkeypatch.setattr(experts, "choose_form", lambda *_: "every")
+    mesh = sharding.make_mesh(**shape)
+    graph, params = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs), mesh)
+    placed = lambda dims, dtype: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=sharding.place(("batch", *[None] * (len(dims) - 1)), dims, mesh)
+    )
+    args = (params, placed((BATCH, TEXT), jnp.int32), placed((BATCH, 128, 128, 3), jnp.float32))
+    forward = sharding.Program(lambda params, tokens, images: bind(graph, params)(tokens, images)[0])
+    counted = forward.compile(args, mesh).cost_analysis()["flops"]
+    length = TEXT + CONFIG.image_words
+    ours = sum(forward_flops(CONFIG, params, mesh, Work(BATCH, length, length, TEXT, BATCH)).values(), Cost(0, 0))
+    # XLA counts norms, activations and softmax too.
+    assert 0.95 * counted < ours.busiest < counted
+
+
+def test_bytes_of_decoding():
+    """Mixtral-8x7B, one row: two of eight experts, everything else but the embedding, and the cache."""
+    config = preset("mixtral-8x7b")
+    mesh = sharding.make_mesh(tensor=8)
+    make = lambda rngs: SphinxMoE(config, apart=True, rngs=rngs)
+    params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)[1]
+    read = decode_bytes(config, params, mesh, rows=1, keys=4096)
+    attention = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096
+    layer = attention + 2 * 3 * 4096 * 14336 + 4096 * 8 + 2 * 4096
+    weights = 32 * layer + 4096 + 4096 * 32000
+    assert read.total == 2 * (weights + 2 * 32 * 4096 * 8 * 128)
+    assert read.total / 8 <= read.busiest < 1.001 * read.total / 8
+    # Of many rows each expert is read once.
+    many = decode_bytes(config, params, mesh, rows=64, keys=0).total
+    assert many == pytest.approx(2 * (weights + 32 * 6 * 3 * 4096 * 14336), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [{"tensor": 2}, {"tensor": 4}, {"tensor": 8}], ids=str)
+def test_one_device_holds_and_does_its_share(shape):
+    """All four encoders included. 16 and 32 devices are in tests/planning, which has so many."""
+    config, mesh = preset("sphinx-moe-1k"), sharding.make_mesh(**shape)
+    params = sharding.abstract_params(lambda rngs: SphinxMoE(config, apart=True, rngs=rngs), mesh)[1]
+    assert share_of_parameters(params) <= 1.02 / mesh.size
+    flops = sum(forward_flops(config, params, mesh, Work(1, 4096, 4096, 1, 1)).values(), Cost(0, 0))
+    assert flops.busiest <= 1.05 * flops.total / mesh.size
