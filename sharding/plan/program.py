@@ -135,14 +135,10 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 def _exchanged(kind: str, instruction: Instruction, group: int) -> int:
     """Bytes that one device puts in or gets out."""
-    if kind == "reduce-scatter":
-        return instruction.bytes * group
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # The type is a pair of what goes in and what comes out.
-        inside = instruction.type[1:-1]
-        parts = _split_pair(inside)
-        return max(map(type_bytes, parts))
-    return instruction.bytes
+        return max(map(type_bytes, _split_pair(instruction.type[1:-1])))
+    return instruction.bytes * (group if kind == "reduce-scatter" else 1)
 
 
 def _split_pair(text: str) -> tuple[str, str]:

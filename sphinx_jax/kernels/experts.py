@@ -86,6 +86,11 @@ def _chosen(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WO
 def _every(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
     """All experts on all tokens; a token is zero before an expert that it did not choose, and so stays zero."""
     share = jnp.sum(weights[..., None] * jax.nn.one_hot(experts, w_in.shape[0], dtype=weights.dtype), axis=1)
+    if len(x) == 1:
+        # A batch of products with one row each would be laid out anew by XLA, the weights with it.
+        hidden = _swiglu(jnp.stack([vector_matrix(x[0], w) for w in w_in]))
+        parts = jnp.stack([vector_matrix(h, w) for h, w in zip(hidden, w_out, strict=True)])
+        return _weighted_sum(parts[None], share)
     chosen = jnp.any(experts[..., None] == jnp.arange(w_in.shape[0]), axis=1)
     # Masked here and not later: else XLA takes the product for one of [tokens, dim] by [dim, experts x hidden].
     rows = jnp.where(chosen.T[..., None], x, 0)

@@ -40,6 +40,8 @@ ENTRY %main (w: bf16[8,4], x: (s32[], bf16[16,64])) -> bf16[8,4] {
   %x.1 = (s32[], bf16[16,64]{1,0}) parameter(1)
   %loop = (s32[], bf16[16,64]{1,0}) while(%x.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"32"}}
   %ag = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%w), replica_groups=[1,8]<=[8], dimensions={0}
+  %rs = ((bf16[8,4]{1,0}, f32[16]{0}), (bf16[1,4]{1,0}, f32[2]{0})) reduce-scatter-start(%w, %v), replica_groups=[1,8]<=[8]
+  %one = f32[2]{0} reduce-scatter(%v), replica_groups=[1,8]<=[8], dimensions={0}
   %agd = bf16[64,4]{1,0} all-gather-done(%ag)
   ROOT %f = bf16[8,4]{0,1} fusion(%w), kind=kLoop, calls=%fused
 }
@@ -69,7 +71,8 @@ def test_exchanges_by_axis_with_the_rounds_of_loops(mesh, groups, axes):
     found = collectives(TEXT.replace("GROUPS", groups), mesh)
     reduced = Collective("all-reduce", axes, 32, 32 * 16 * 64 * 2)
     gathered = Collective("all-gather", ("fsdp", "expert", "tensor"), 1, 64 * 4 * 2)
-    assert found == [reduced, gathered]
+    scattered = Collective("reduce-scatter", gathered.axes, 2, 8 * 4 * 2 + 2 * 16 * 4)
+    assert found == [reduced, gathered, scattered]
 
 
 def test_values_written_to_memory():
@@ -77,11 +80,13 @@ def test_values_written_to_memory():
     assert [name for _, name in largest_values(TEXT, 1)] == [
         "all-reduce-start ar",
         "all-gather-start ag",
+        "reduce-scatter-start rs",
         "fusion f",
+        "reduce-scatter one",
         "constant i",
         "constant yes",
     ]
-    assert largest_values(TEXT, 65) == [(2048, "all-reduce-start ar"), (576, "all-gather-start ag")]
+    assert largest_values(TEXT, 200) == [(2048, "all-reduce-start ar"), (576, "all-gather-start ag")]
 
 
 def test_sizes_of_types():

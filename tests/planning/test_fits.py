@@ -1,0 +1,65 @@
+"""What fits where, at full size: the original system's own requirements, and less."""
+
+import pytest
+
+from sharding import MeshShape
+from sphinx_jax.config import preset
+from sphinx_jax.planning.meshes import inference_meshes
+
+pytestmark = pytest.mark.slow
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("card", "tensor", "fits"),
+    [("a100-80gb", 2, True), ("rtx3090", 8, True), ("a10g", 8, True), ("rtx3090", 4, False), ("rtx4080", 8, True)],
+)
+def test_answering(inference, card, tensor, fits):
+    """The original needs 2 x 80 GB or 8 x 24 GB; 8 x 16 GB takes encoders that are sharded too."""
+    plan = inference("sphinx-moe-1k", card, {"tensor": tensor})
+    assert plan.compiler == "gpu"
+    assert plan.fits is fits
+    # 46.70 B parameters of language and 3.40 B of vision, two bytes each.
+    assert sum(plan.parameters.values()) == pytest.approx(2 * 50_103_211_392 / tensor, rel=1e-3)
+    assert plan.per_device["total_bytes"] < plan.gpu.memory_bytes or not fits
+
+
+def test_decoding_on_eight_cards(inference):
+    """Two reductions a layer, no weights gathered or copied, next to no temporaries."""
+    plan = inference("sphinx-moe-1k", "rtx4080", {"tensor": 8})
+    decode = next(program for program in plan.programs if program.name == "decode one token")
+    assert decode.memory.temporaries <= GIB // 2
+    reduced = [c for c in decode.collectives if c.kind == "all-reduce"]
+    assert [(c.axes, c.count, c.bytes) for c in reduced] == [(("tensor",), 2 * 32, 2 * 32 * 4096 * 2)]
+    # The chosen token's embedding and its scores, which are split by channel and by word.
+    gathered = [c for c in decode.collectives if c.kind != "all-reduce"]
+    assert sum(c.bytes for c in gathered) <= 2 * (4096 + 32000)
+
+
+@pytest.mark.parametrize(
+    ("card", "shape", "batch", "moments"),
+    [
+        ("a100-80gb", {"tensor": 8, "fsdp": 4}, 16, "float32"),
+        ("a100-80gb", {"tensor": 8, "fsdp": 2}, 8, "float32"),
+        ("h100-80gb", {"tensor": 8}, 4, "bfloat16"),
+    ],
+    ids=["32 x A100", "16 x A100", "8 x H100, narrow moments"],
+)
+def test_fine_tuning(training, card, shape, batch, moments):
+    """The original trained on 32 x 80 GB and needs 16; 8 do with moments in bfloat16, which the plan says."""
+    plan = training(card, shape, batch, moments)
+    assert plan.compiler == "gpu"
+    assert plan.fits
+    learned = 46_702_792_704 / plan.num_gpus
+    assert plan.optimizer == pytest.approx(learned * (8 if moments == "float32" else 4), rel=0.01)
+    assert plan.parameters["language"] == pytest.approx(4 * learned, rel=0.01)
+    assert plan.notes[0].endswith("float32." if moments == "float32" else "rounded to bfloat16 after every step.")
+    kinds = {c.kind for c in plan.collectives if "fsdp" in c.axes}
+    assert ("reduce-scatter" in kinds) == ("fsdp" in shape)
+
+
+def test_the_default_mesh_is_the_most_tensor_parallel():
+    config = preset("sphinx-moe-1k")
+    assert inference_meshes(config, 8)[0] == MeshShape(tensor=8)
+    assert inference_meshes(config, 32) == [MeshShape(tensor=8, expert=4), MeshShape(tensor=4, expert=8)]

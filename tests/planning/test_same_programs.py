@@ -1,0 +1,41 @@
+"""What is planned is what runs: the engine and the loop compile the same functions for the same shapes."""
+
+import jax
+import numpy as np
+import pytest
+
+import sharding
+import sphinx_jax
+from sharding import Program
+from sphinx_jax.inference.requests import Request
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.serving import answer_all
+from sphinx_jax.planning.inference import inference_jobs
+
+CONTEXT = 1044
+"""A picture of 19 words, two whole chunks of text, and one word to say."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", context=CONTEXT)
+
+
+def shapes(tree):
+    return [(np.shape(leaf), np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+
+
+def test_the_engines_programs(model, monkeypatch):
+    """A prompt as long as the context: everything the engine compiles for it is in the plan, argument by argument."""
+    ran = []
+    original = Program.compile
+    monkeypatch.setattr(Program, "compile", lambda self, args, mesh: ran.append(args) or original(self, args, mesh))
+    tokens = model.tokenizer.encode("circle " * 1000, bos=True, eos=False)[: CONTEXT - model.config.image_words - 1]
+    picture = model.picture(np.zeros((64, 64, 3), np.uint8))
+    request = Request(tokens, picture, 1)
+    answer_all(model.engine, [request], Sampling())
+    jobs, _ = inference_jobs(model.config, None, model.engine.params, model.mesh, rows=1, context=CONTEXT)
+    planned = [shapes(job.args) for job in jobs]
+    for args in filter(None, ran):
+        assert shapes(args) in planned
+    assert len([args for args in ran if args]) == len(planned)
