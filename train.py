@@ -134,12 +134,15 @@ def run(options: Options) -> None:
 def plan(options: Options) -> int:
     """Say whether a step would fit on the cards that --gpu and --num-gpus name; 0 if it does, 1 if not."""
     config = checkpoints.open(options.init).config if options.init else preset(options.preset)
-    recipe, length = make_recipe(options, options.steps or 900), options.max_length
+    recipe = make_recipe(options, options.steps or 900)
     if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
-        batch = next(make_task(options, config, None).batches(recipe.batch_size, recipe.seed))
-        length = batch["tokens"].shape[1] + config.image_words
+        task = make_task(options, config, None)
+        batch = lambda recipe: planning.shapes_of(next(task.batches(recipe.batch_size, recipe.seed)))
+    else:
+        recipe = dataclasses.replace(recipe, attribute_weight=0.0)
+        batch = lambda recipe: planning.training_batch(config, recipe, options.max_length)
     name = str(options.init or options.preset)
-    return planning.plan_training(options.planning, name, config, options.mesh, recipe, length)
+    return planning.plan_training(options.planning, name, config, options.mesh, recipe, batch)
 
 
 def make_recipe(options: Options, steps: int) -> Recipe:

@@ -4,9 +4,11 @@ The plugin remarks on every import that it finds no driver, and fails with a tra
 nothing is wrong: only its compiler is wanted there (see `sharding.plan`).
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterator
 
 
 def _has_driver() -> bool:
@@ -21,14 +23,20 @@ def _has_plugin() -> bool:
     return importlib.util.find_spec("jax_plugins") is not None
 
 
-if _has_plugin() and not _has_driver():
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    errors = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+@contextlib.contextmanager
+def without_remarks() -> Iterator[None]:
+    """What libraries write to standard error from C++ in here is dropped. An exception is still one."""
+    errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        import jax  # noqa: F401
+        yield
     finally:
         os.dup2(errors, 2)
         os.close(errors)
         os.close(nowhere)
+
+
+if _has_plugin() and not _has_driver():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with without_remarks():
+        import jax  # noqa: F401

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from sharding.mesh import MeshShape, make_mesh, simulate_devices
 from sharding.plan.gpus import Gpu
 from sharding.program import Program
+from sharding.start import without_remarks
 
 Compiler = Literal["gpu", "cpu-estimate"]
 
@@ -48,12 +49,13 @@ def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
     per_host = math.gcd(shape.size, GPUS_PER_HOST)
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        target_config=gpu.target_description(),
-        topology=f"{shape.size // per_host}x{per_host}x1",
-    )
+    with without_remarks():
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=gpu.target_description(),
+            topology=f"{shape.size // per_host}x{per_host}x1",
+        )
     return make_mesh(**dataclasses.asdict(shape), devices=topology.devices), "gpu"
 
 

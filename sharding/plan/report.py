@@ -199,7 +199,7 @@ def print_sweep(plans: Sequence[Plan], console: Console) -> None:
         table.add_row(mesh_text(plan.mesh), plan.job.partition(": ")[2], size, left, _rounded(plan.speed), style=style)
     console.print(table)
     if plans[0].fits:
-        console.print(f"run: {plans[0].command}", highlight=False)
+        console.print(f"run: {plans[0].command}", highlight=False, soft_wrap=True)
     else:
         console.print(f"none fits on {plans[0].num_gpus} × {plans[0].gpu.name}", style="bold red")
 

@@ -6,7 +6,7 @@ arrays. docs/planning.md says what a plan counts and what it leaves out.
 
 from sphinx_jax.planning.command import NO_PLAN, PlanOptions, plan_inference, plan_training
 from sphinx_jax.planning.inference import inference_plan
-from sphinx_jax.planning.training import training_batch, training_plan
+from sphinx_jax.planning.training import shapes_of, training_batch, training_plan
 
 __all__ = [
     "NO_PLAN",
@@ -14,6 +14,7 @@ __all__ = [
     "inference_plan",
     "plan_inference",
     "plan_training",
+    "shapes_of",
     "training_batch",
     "training_plan",
 ]

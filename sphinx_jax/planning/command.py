@@ -11,7 +11,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.planning.inference import inference_plan
 from sphinx_jax.planning.meshes import inference_meshes, training_meshes
-from sphinx_jax.planning.training import order, training_batch, training_plan, training_sweep
+from sphinx_jax.planning.training import BatchShapes, order, training_plan, training_sweep
 from sphinx_jax.training.recipe import Recipe
 
 
@@ -66,14 +66,19 @@ def plan_inference(
 
 
 def plan_training(
-    options: PlanOptions, name: str, config: SphinxConfig, mesh: MeshShape, recipe: Recipe, length: int
+    options: PlanOptions,
+    name: str,
+    config: SphinxConfig,
+    mesh: MeshShape,
+    recipe: Recipe,
+    batch: Callable[[Recipe], BatchShapes],
 ) -> int:
-    """The same for one step of `recipe` on sequences of `length` positions, the picture included."""
+    """The same for one step of `recipe` on a batch of the shapes that `batch` gives for it."""
     gpu = find_gpu(options.gpu)
     shapes = _meshes(options, mesh, lambda count: training_meshes(config, count))
 
     def plan(shape: MeshShape, recipe: Recipe) -> Plan:
-        return training_plan(name, config, gpu, shape, recipe, training_batch(config, recipe, length))
+        return training_plan(name, config, gpu, shape, recipe, batch(recipe))
 
     plans = training_sweep(plan, shapes, recipe) if options.sweep else (plan(shape, recipe) for shape in shapes)
     return _show(plans, options)

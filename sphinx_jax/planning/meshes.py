@@ -1,6 +1,8 @@
 """Which meshes of so many devices divide a model, the likeliest choice first."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NoReturn
 
 from sharding import LayoutError, MeshShape
 from sphinx_jax.config import SphinxConfig
@@ -11,17 +13,15 @@ def inference_meshes(config: SphinxConfig, num_gpus: int) -> list[MeshShape]:
 
     Raises LayoutError if there is none, with the nearest numbers that work.
     """
-    shapes = _splits(config, num_gpus)
-    if not shapes:
-        fits = [n for n in range(1, 4 * num_gpus + 64) if _splits(config, n)]
-        below, above = (max((n for n in fits if n < num_gpus), default=None), min(n for n in fits if n > num_gpus))
-        near = " or ".join(str(n) for n in (below, above) if n)
-        raise LayoutError(
-            f"no mesh of this model divides its {config.language.num_kv_heads} key/value heads, "
-            f"{config.language.num_experts} experts and hidden dimension {config.language.hidden_dim} over {num_gpus} "
-            f"devices; {near} would do, or copies of the model with --mesh.data"
-        )
-    return shapes
+    return _splits(config, num_gpus) or _refuse(config, num_gpus, _splits)
+
+
+def training_meshes(config: SphinxConfig, num_gpus: int) -> list[MeshShape]:
+    """Meshes for training on `num_gpus`: parts of the model times fsdp, the most model-parallel first.
+
+    Raises LayoutError if there is none, with the nearest numbers that work.
+    """
+    return _splits_and_fsdp(config, num_gpus) or _refuse(config, num_gpus, _splits_and_fsdp)
 
 
 def _splits(config: SphinxConfig, devices: int) -> list[MeshShape]:
@@ -38,15 +38,26 @@ def _splits(config: SphinxConfig, devices: int) -> list[MeshShape]:
     return [MeshShape(tensor=t, expert=e) for t, e in pairs if fits(t, e)]
 
 
-def training_meshes(config: SphinxConfig, num_gpus: int) -> list[MeshShape]:
-    """Meshes for training on `num_gpus`: parts of the model times fsdp, the most model-parallel first."""
+def _splits_and_fsdp(config: SphinxConfig, devices: int) -> list[MeshShape]:
+    """Meshes of tensor x expert x fsdp = `devices`."""
     found = []
-    for model in (n for n in range(num_gpus, 0, -1) if num_gpus % n == 0):
-        rest = num_gpus // model
+    for model in (n for n in range(devices, 0, -1) if devices % n == 0):
+        rest = devices // model
         if config.language.dim % rest == 0:
             found += [dataclasses.replace(shape, fsdp=rest) for shape in _splits(config, model)]
     # Past the key/value heads, more of `expert` costs exchanges that fsdp does without.
     return sorted(found, key=lambda shape: (shape.expert, -shape.tensor))
+
+
+def _refuse(config: SphinxConfig, devices: int, meshes: Callable[[SphinxConfig, int], list[MeshShape]]) -> NoReturn:
+    language = config.language
+    fits = [n for n in range(1, 2 * devices + 1) if meshes(config, n)]
+    near = " or ".join(map(str, [max(n for n in fits if n < devices), *[n for n in fits if n > devices][:1]]))
+    raise LayoutError(
+        f"no mesh of this model divides its {language.num_kv_heads} key/value heads, {language.num_experts} experts "
+        f"and dimensions {language.dim} and {language.hidden_dim} over {devices} devices; {near} "
+        "would do, or copies of the model with --mesh.data"
+    )
 
 
 def mesh_flags(shape: MeshShape) -> str:

@@ -1,11 +1,12 @@
 """What training takes: the step of a recipe, for batches of a given shape."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 import sharding
@@ -37,6 +38,11 @@ def training_batch(config: SphinxConfig, recipe: Recipe, length: int) -> BatchSh
         size = config.vision.image_size
         shapes["images"] = ((recipe.batch_size, size, size, 3), jnp.uint8)
     return shapes
+
+
+def shapes_of(batch: Mapping[str, np.ndarray]) -> BatchShapes:
+    """The shapes of a batch in memory."""
+    return {name: (array.shape, array.dtype) for name, array in batch.items()}
 
 
 def training_plan(
@@ -122,6 +128,11 @@ def training_sweep(
         if recipe.batch_size % (shape.fsdp * shape.data * recipe.accumulate) == 0:
             tried[shape] = plan(shape, recipe)
             yield tried[shape]
+    if not tried:
+        raise UserError(
+            f"--batch-size {recipe.batch_size} divides over none of the meshes; give a multiple of "
+            f"{min(shape.fsdp for shape in meshes) * recipe.accumulate}"
+        )
     best = sorted(tried, key=lambda shape: order(tried[shape]))[:2]
     for shape in best:
         for remat in ("none", "dots", "block"):
@@ -143,8 +154,7 @@ def order(plan: Plan) -> tuple:
 def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) -> str:
     options = {
         "preset": name,
-        "data": "DATA.yaml",
-        "max-length": length,
+        **({} if recipe.attribute_weight else {"data": "DATA.yaml", "max-length": length}),
         "batch-size": recipe.batch_size,
         "accumulate": recipe.accumulate,
         "stage": recipe.stage,
