@@ -80,8 +80,8 @@ class Options:
     simulate_devices: int | None = None
     """Pretend that this CPU is so many devices."""
     preset: str | None = None
-    """With --plan, instead of a checkpoint: nano, mixtral-140m, mixtral-8x7b, sphinx-moe or, by default,
-    sphinx-moe-1k."""
+    """With --plan, instead of a checkpoint: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b,
+    sphinx-moe or, by default, sphinx-moe-1k."""
     planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
 
 

@@ -42,7 +42,7 @@ class Options:
     """Train a model and write a run directory that `infer.py --checkpoint` takes."""
 
     preset: str = "nano"
-    """Which model: nano, mixtral-140m, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
+    """Which model: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
     init: Path | None = None
     """Start from the weights of this checkpoint, instead of from random ones."""
     data: str = "easy-vqa"

@@ -226,6 +226,22 @@ def mixtral_8x7b() -> SphinxConfig:
     return SphinxConfig(vision=None, balance_weight=0.02)
 
 
+def sphinx_mini() -> SphinxConfig:
+    """7.4 B parameters, 1.7 B of the decoder at work on a word; published CLIP and DINOv2; answers on a 24 GB card."""
+    return SphinxConfig(
+        language=DecoderConfig(dim=2048, hidden_dim=7168, num_layers=16, num_heads=16),
+        vision=VisionConfig(image_size=224, convnext=None, qformer=None),
+    )
+
+
+def sphinx_tiny() -> SphinxConfig:
+    """1.5 B parameters, 0.4 B of the decoder at work on a word; published CLIP; trains on a 24 GB card."""
+    return SphinxConfig(
+        language=DecoderConfig(dim=1024, hidden_dim=3584, num_layers=12, num_heads=8),
+        vision=VisionConfig(image_size=224, convnext=None, dino=None, qformer=None),
+    )
+
+
 def nano() -> SphinxConfig:
     """About a million parameters for 64 x 64 pictures: trains on two CPU cores in minutes."""
     return SphinxConfig(
@@ -255,6 +271,8 @@ def mixtral_140m() -> SphinxConfig:
 PRESETS: dict[str, Callable[[], SphinxConfig]] = {
     "nano": nano,
     "mixtral-140m": mixtral_140m,
+    "sphinx-tiny": sphinx_tiny,
+    "sphinx-mini": sphinx_mini,
     "mixtral-8x7b": mixtral_8x7b,
     "sphinx-moe": sphinx_moe,
     "sphinx-moe-1k": sphinx_moe_1k,
