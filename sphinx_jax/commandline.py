@@ -6,8 +6,10 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+import jax
 import tyro
 
 from sharding import LayoutError
@@ -35,8 +37,19 @@ def parse(kind: type[Options], argv: Sequence[str], program: str, description: s
     raise UserError(f"{problem or 'the options could not be read'}; see {program} --help")
 
 
+def keep_compiled_programs() -> None:
+    """Programs that took a second or more to compile are kept for the next start.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set, else under the user's cache directory.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "sphinx-jax"))
+
+
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of main(argv): 2 after an error that is the user's to mend, told on the last line of stderr."""
+    keep_compiled_programs()
     try:
         return main(argv)
     except (UserError, LayoutError) as error:
