@@ -15,7 +15,7 @@ from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.task import EasyVqa, Task, YamlData
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.training.loop import Recipe, check_batch, train
+from sphinx_jax.training.loop import Recipe, Upkeep, check_batch, train
 from sphinx_jax.training.optimizer import Stage
 
 EXAMPLES = """examples:
@@ -66,10 +66,18 @@ class Options:
     the image markers; language, the decoder."""
     tuning: bool = False
     """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
-    save_every: int = 500
-    """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    save_minutes: float = 15.0
+    """Minutes after which one is saved in any case."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: int = 1
+    """How many of those with the best held-out accuracy stay besides; see --eval-every."""
+    eval_every: int | None = None
+    """Steps between evaluations on the held-out examples, each followed by a checkpoint; only at the end by default."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     overwrite: bool = False
@@ -113,25 +121,38 @@ def run(options: Options) -> None:
         mesh,
         out,
         initial=start.params if start else None,
+        upkeep=Upkeep(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Upkeep)}),
         resume=options.resume,
-        save_every=options.save_every,
-        log_every=options.log_every,
     )
-    report(summary, out)
+    if summary is None:
+        print(f"stopped by SIGTERM, everything is saved; to go on: the same command with --out {out} --resume")
+    else:
+        report(summary, out)
 
 
 def check_options(options: Options) -> None:
     """Raises UserError on values that no run can have."""
-    for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "simulate_devices"):
+    counts = (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "save_every",
+        "log_every",
+        "simulate_devices",
+        "keep_last",
+        "eval_every",
+    )
+    for name in counts:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("epochs", "lr"):
+    for name in ("epochs", "lr", "save_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise UserError(f"--{name} must be above 0, got {value}")
-    if options.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {options.seed}")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    for name in ("seed", "keep_best"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
 

@@ -214,11 +214,11 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """An endless, resumable iterator of training batches, each of one type; the same seed gives the same batches.
 
-    Each batch: "tokens" and "labels" int32[B, T] as `conversation.fit` makes them, and for types with pictures
-    "images" uint8[B, image_size, image_size, 3], padded and resized. T is `max_length`, less `image_words` where
-    there are pictures. `accumulate` batches in a row are of one type. Of several processes, each takes the batches
-    of its `rank`. Raises UserError if no type fills a step, and while iterating if a picture cannot be opened or a
-    conversation has nothing to learn.
+    Each batch: "tokens" and "labels" int32[B, T] as `conversation.fit` makes them, for types with pictures "images"
+    uint8[B, image_size, image_size, 3], padded and resized, and "examples" int[B], the places in `annotations.items`.
+    T is `max_length`, less `image_words` where there are pictures. `accumulate` batches in a row are of one type. Of
+    several processes, each takes the batches of its `rank`. Raises UserError if no type fills a step, and while
+    iterating if a picture cannot be opened or a conversation has nothing to learn.
     """
 
     @functools.lru_cache(maxsize=2)
@@ -236,7 +236,9 @@ def train_batches(
 
     def make_batch(number: int) -> Batch:
         epoch, position = divmod(number, batches)
-        items = [annotations.items[i] for i in order(epoch)[position]]
-        return collate(items, tokenizer, max_length=max_length, image_size=image_size, image_words=image_words)
+        examples = order(epoch)[position]
+        items = [annotations.items[i] for i in examples]
+        batch = collate(items, tokenizer, max_length=max_length, image_size=image_size, image_words=image_words)
+        return batch | {"examples": examples}
 
     return read_ahead(grain.MapDataset.range(_ENDLESS).map(make_batch), threads)

@@ -21,6 +21,10 @@ class Task(Protocol):
     examples: int
     """Pictures (or texts) in one epoch."""
 
+    def name(self, example: int) -> str:
+        """What a person finds a training example by; batches number theirs in "examples"."""
+        ...
+
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Endless training batches; the iterator has `get_state` and `set_state`."""
         ...
@@ -32,6 +36,11 @@ class Task(Protocol):
     def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
         """Held-out accuracies for `summary.json`, from which answers (column: number) of each example are right."""
         ...
+
+
+def first_score(scores: dict[str, Any]) -> float:
+    """The accuracy that checkpoints are compared by."""
+    return next(iter(scores["held_out"].values()))
 
 
 class EasyVqa:
@@ -53,6 +62,9 @@ class EasyVqa:
         self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(texts, config.language.vocab_size)
         self._tokenizer = Tokenizer(self.tokenizer_bytes)
         self.examples = len(self._train)
+
+    def name(self, example: int) -> str:
+        return f"picture {self._train.ids[example]}"
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         table = easy_vqa.TurnTable.build(self._train, self._tokenizer)
@@ -101,6 +113,10 @@ class YamlData:
             "image_words": config.image_words,
         }
         self.examples = len(self._train.items)
+
+    def name(self, example: int) -> str:
+        item = self._train.items[example]
+        return item.where if item.id is None else f"{item.where} (id {item.id})"
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         return accessory_yaml.train_batches(

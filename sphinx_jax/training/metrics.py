@@ -18,9 +18,10 @@ class RunLog:
         self.console = console or Console(stderr=True)
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
-        old = file.read_text().splitlines() if first_step and file.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= first_step]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= first_step]
+        rewritten = file.with_suffix(".partial")
+        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.replace(file)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """What was logged last, in this process or before it."""
         self._lines = file.open("a")
@@ -66,10 +67,20 @@ class RunLog:
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
         if self._board:
-            for name, value in record.items():
+            held_out = {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
+            for name, value in (record | held_out).items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
         said = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  {rate:,.0f} tokens/s"
         self._progress.update(self._task, said=said)
         if not self.console.is_terminal:
             self.console.print(f"step {step}  {said}", highlight=False)
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that a killed process may have left in the middle of one."""
+    return (
+        [line[:-1] for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )
