@@ -12,7 +12,9 @@ import sharding
 from sharding import MeshShape
 from sphinx_jax import checkpoints, commandline
 from sphinx_jax.config import SphinxConfig, preset
-from sphinx_jax.data.task import EasyVqa, Task, YamlData
+from sphinx_jax.data.images import ImageTransform
+from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.data.task import EasyVqa, Task, YamlData, YamlOptions
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.loop import Recipe, Upkeep, check_batch, train
@@ -41,6 +43,12 @@ class Options:
     """What to train on: easy-vqa, or a data.yaml that names files of conversations (docs/data.md)."""
     max_length: int = 256
     """Longest sequence of one conversation, image words included; for a data.yaml."""
+    image_transform: ImageTransform = "pad"
+    """How its training pictures become squares: padded, or cropped at random."""
+    max_skipped: float = 0.01
+    """Share of its records, malformed or with pictures that do not open, that may be passed over."""
+    workers: int = 2
+    """Threads that read its pictures and make batches."""
     out: Path | None = None
     """Run directory to write; runs/PRESET-DATE by default."""
     steps: int | None = None
@@ -101,7 +109,8 @@ def run(options: Options) -> None:
 
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
-    task = make_task(options, config, start.tokenizer_bytes if start else None)
+    skipped = SkipLog(options.max_skipped)
+    task = make_task(options, config, start.tokenizer_bytes if start else None, skipped)
     recipe = Recipe(
         steps=make_steps(options, task.examples),
         batch_size=options.batch_size,
@@ -112,8 +121,10 @@ def run(options: Options) -> None:
         seed=options.seed,
     )
     check_batch(recipe, mesh)
+    task.batches(recipe.batch_size, recipe.seed)  # raises where the data cannot fill a batch
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     prepare_run_directory(out, options)
+    skipped.keep_in(out / "skipped.jsonl")
     summary = train(
         config,
         task,
@@ -128,6 +139,8 @@ def run(options: Options) -> None:
         print(f"stopped by SIGTERM, everything is saved; to go on: the same command with --out {out} --resume")
     else:
         report(summary, out)
+    if skipped:
+        print(f"{len(skipped)} of {skipped.total} records were skipped: {out / 'skipped.jsonl'} names them")
 
 
 def check_options(options: Options) -> None:
@@ -141,6 +154,7 @@ def check_options(options: Options) -> None:
         "simulate_devices",
         "keep_last",
         "eval_every",
+        "workers",
     )
     for name in counts:
         value = getattr(options, name)
@@ -150,6 +164,8 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if not 0 <= options.max_skipped <= 1:
+        raise UserError(f"--max-skipped must be a share from 0 to 1, got {options.max_skipped:g}")
     for name in ("seed", "keep_best"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
@@ -180,11 +196,12 @@ def prepare_run_directory(out: Path, options: Options) -> None:
     (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
 
 
-def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None) -> Task:
+def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkipLog) -> Task:
     if options.data == "easy-vqa":
         return EasyVqa(config, tokenizer_bytes, tuning=options.tuning)
     if Path(options.data).suffix in (".yaml", ".yml"):
-        return YamlData(Path(options.data), config, tokenizer_bytes, options.max_length)
+        said = {field.name: getattr(options, field.name) for field in dataclasses.fields(YamlOptions)}
+        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, YamlOptions(**said))
     raise UserError(f"--data {options.data}: unknown; give easy-vqa or a .yaml file")
 
 

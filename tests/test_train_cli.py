@@ -82,6 +82,10 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--init", "nowhere"], "nowhere is not a directory"),
         (["--seed", "-1"], "--seed"),
+        (["--workers", "0"], "--workers must be 1 or more"),
+        (["--max-skipped", "1.5"], "--max-skipped must be a share"),
+        (["--save-minutes", "0"], "--save-minutes must be above 0"),
+        (["--keep-best", "-1"], "--keep-best must be 0 or more"),
         (["--lr", "fast"], "lr"),
         (["--no-such-flag"], "no-such-flag"),
     ],
@@ -120,6 +124,27 @@ def test_only_the_stage_learns(run, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("image", "argv", "said"),
+    [
+        ("gone.png", [], "none of the 30 pictures of type 'picture' that were looked for is there"),
+        (None, ["--batch-size", "64"], "the largest type has 27 records, too few for one step of 64"),
+        (None, ["--max-length", "20"], "at least 1 of 30 records cannot be used"),
+    ],
+)
+def test_bad_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, capsys, image, argv, said):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
+    record = {"conversations": turns} if image is None else {"conversations": turns, "image": image}
+    (tmp_path / "records.json").write_text(json.dumps([record] * 30))
+    entry = {"path": str(tmp_path / "records.json"), "type": "picture"}
+    (tmp_path / "data.yaml").write_text(json.dumps({"META": [entry]}))
+    before = sorted(path.name for path in run.iterdir())
+    assert call("--out", run, "--overwrite", "--data", tmp_path / "data.yaml", "--batch-size", 8, *argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
 @pytest.mark.slow
 def test_own_pictures(tmp_path, capsys):
     """As README and docs/data.md say: conversations in a data.yaml, held out one in ten, loadable afterwards."""
@@ -132,12 +157,17 @@ def test_own_pictures(tmp_path, capsys):
     (tmp_path / "records.json").write_text(json.dumps(records))
     entry = {"path": str(tmp_path / "records.json"), "type": "image_text", "root": str(tmp_path)}
     (tmp_path / "data.yaml").write_text(json.dumps({"META": [entry]}))
+    (tmp_path / "17.png").write_bytes(b"no picture")
     out = tmp_path / "run"
-    assert call("--out", out, "--data", tmp_path / "data.yaml", "--steps", 60, "--batch-size", 8, "--lr", "3e-3") == 0
+    argv = ["--out", out, "--data", tmp_path / "data.yaml", "--steps", 60, "--batch-size", 8, "--lr", "3e-3"]
+    assert call(*argv, "--max-skipped", 0.03, "--eval-every", 30, "--image-transform", "crop") == 0
+    (line,) = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"].endswith("records.json, record 17")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["held_out"]["accuracy"] == 1.0
     assert "blind" not in summary
-    assert "accuracy 100.0%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "accuracy 100.0%" in said and "1 of 40 records were skipped" in said
     model = sphinx_jax.load(out)
     answers = model.generate(["Which colour?"] * 2, [tmp_path / "0.png", tmp_path / "1.png"], max_new_tokens=8)
     assert answers == ["red", "blue"]
