@@ -106,8 +106,9 @@ def random_resized_crop(image: Image.Image, size: int, random: np.random.Generat
         least, most = CROP_RATIO
         w, h = min(width, round(height * most)), min(height, round(width / least))
         left, top = (width - w) // 2, (height - h) // 2
-    part = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    return np.array(part)
+    # Cut out first: given a box, Pillow's filter would reach over its edges.
+    part = image.crop((left, top, left + w, top + h))
+    return np.array(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
