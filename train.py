@@ -45,6 +45,8 @@ class Options:
     """Longest sequence of one conversation, image words included; for a data.yaml."""
     image_transform: ImageTransform = "pad"
     """How its training pictures become squares: padded, or cropped at random."""
+    pack: bool = False
+    """Put several of its conversations without pictures into one sequence, where each sees itself only."""
     max_skipped: float = 0.01
     """Share of its records, malformed or with pictures that do not open, that may be passed over."""
     workers: int = 2

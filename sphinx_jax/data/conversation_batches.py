@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -12,6 +13,7 @@ from sphinx_jax.data.accessory_yaml import Annotations, Item
 from sphinx_jax.data.conversation import Example, fit
 from sphinx_jax.data.dataset import Batch, read_ahead
 from sphinx_jax.data.images import ImageTransform, open_image, padded_resize, random_resized_crop
+from sphinx_jax.data.packing import Packed, join, pack
 from sphinx_jax.data.skipped import BadRecord, SkipLog
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
@@ -45,6 +47,13 @@ def epoch_order(
     return batches[:, rank].reshape(-1)
 
 
+class Rows(NamedTuple):
+    """Which items stand in each sequence, type by type: one, or several where they are packed."""
+
+    items: tuple[tuple[int, ...], ...]
+    groups: dict[str, range]
+
+
 @dataclasses.dataclass(frozen=True)
 class ItemReader:
     """Turns items into arrays of one shape: text cut or padded, pictures read, squared and scaled."""
@@ -60,6 +69,10 @@ class ItemReader:
         """Raises UserError if nothing to learn is left, as `conversation.fit` does."""
         words = self.image_words if item.image else 0
         return fit(item.conversation.example(self.tokenizer), self.max_length, words, item.where)
+
+    def packed(self, items: Sequence[Item]) -> Packed:
+        """Items without pictures in one sequence."""
+        return join([item.conversation.example(self.tokenizer) for item in items], self.max_length)
 
     def picture(self, item: Item, crop: np.random.Generator | None = None) -> UInt8[np.ndarray, "size size 3"] | None:
         """The item's picture, whole or cropped at random; None, and the item skipped, if it does not open."""
@@ -91,6 +104,34 @@ class ItemReader:
         return annotations.select(keep)
 
 
+def plain_rows(annotations: Annotations) -> Rows:
+    """A sequence for every item."""
+    return Rows(tuple((i,) for i in range(len(annotations.items))), annotations.groups)
+
+
+def packed_rows(annotations: Annotations, reader: ItemReader) -> Rows:
+    """Items without pictures packed into as few sequences as fit; a sequence for every item with one.
+
+    Tokenises all text once. Raises UserError if every type has pictures.
+    """
+    rows: list[tuple[int, ...]] = []
+    groups = {}
+    for kind, group in annotations.groups.items():
+        start = len(rows)
+        if group and annotations.items[group[0]].image is None:
+            lengths = [len(annotations.items[i].conversation.example(reader.tokenizer).tokens) for i in group]
+            packed = pack(lengths, reader.max_length)
+            # Packing goes from long to short; a batch shall have of both.
+            shuffled = np.random.default_rng(0).permutation(len(packed))
+            rows += [tuple(group.start + i for i in packed[n]) for n in shuffled]
+        else:
+            rows += [(i,) for i in group]
+        groups[kind] = range(start, len(rows))
+    if all(item.image for item in annotations.items):
+        raise UserError("--pack: every conversation has a picture, and only those without are packed; leave it out")
+    return Rows(tuple(rows), groups)
+
+
 def held_out_batches(annotations: Annotations, reader: ItemReader, batch_size: int) -> Iterator[Batch]:
     """Every item once, in order, each batch of one type and at most `batch_size`; see `train_batches`."""
     for group in annotations.groups.values():
@@ -111,6 +152,7 @@ def _stack(rows: Sequence[Example], pictures: Sequence[UInt8[np.ndarray, "size s
 def train_batches(
     annotations: Annotations,
     reader: ItemReader,
+    rows: Rows | None = None,
     *,
     batch_size: int,
     seed: int,
@@ -124,23 +166,27 @@ def train_batches(
     whatever the number of `workers`, the threads that make them.
 
     Each batch: "tokens" and "labels" int32[B, T] as `conversation.fit` makes them, for types with pictures "images"
-    uint8[B, image_size, image_size, 3], and "examples" int[B], the places in `annotations.items`. T is `max_length`,
-    less `image_words` where there are pictures. An item whose picture does not open is skipped, and the next of its
-    type that has one takes its place. `accumulate` batches in a row are of one type. Of several processes, each takes
-    the batches of its `rank`. Raises UserError if no type fills a step, and while iterating if too many items are
-    skipped.
+    uint8[B, image_size, image_size, 3], and "examples" int[N], the places in `annotations.items`. T is `max_length`,
+    less `image_words` where there are pictures. `rows` are as `plain_rows` or `packed_rows` makes them; packed, text
+    has "turns" int32[B, T] too (see `packing.Packed`), and N is larger than B. An item whose picture does not open is
+    skipped, and the next of its type that has one takes its place. `accumulate` batches in a row are of one type. Of
+    several processes, each takes the batches of its `rank`. Raises UserError if no type fills a step, and while
+    iterating if too many items are skipped.
     """
+
+    packed = rows is not None
+    rows = rows or plain_rows(annotations)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Int[np.ndarray, "batches batch_size"]:
         sizes = {"batch_size": batch_size, "accumulate": accumulate, "replicas": replicas, "rank": rank}
-        return epoch_order(annotations.groups, **sizes, seed=seed, epoch=epoch).reshape(-1, batch_size)
+        return epoch_order(rows.groups, **sizes, seed=seed, epoch=epoch).reshape(-1, batch_size)
 
     batches = len(order(0))
     if not batches:
-        largest = max(map(len, annotations.groups.values()))
+        largest, kind = max(map(len, rows.groups.values())), "packed sequences" if packed else "records"
         raise UserError(
-            f"the largest type has {largest} records, too few for one step of {batch_size * accumulate * replicas} "
+            f"the largest type has {largest} {kind}, too few for one step of {batch_size * accumulate * replicas} "
             f"(batch size x accumulation x processes); choose a smaller batch size"
         )
 
@@ -155,12 +201,17 @@ def train_batches(
 
     def make_batch(number: int) -> Batch:
         epoch, position = divmod(number, batches)
-        examples, pictures = order(epoch)[position], [None] * batch_size
+        chosen = [rows.items[i] for i in order(epoch)[position]]
+        examples, pictures = [i for row in chosen for i in row], [None] * batch_size
         if annotations.items[examples[0]].image:
             # Drawn by the batch's number: neither the workers nor a resume changes what is drawn.
             random = np.random.default_rng((seed, rank, number)) if image_transform == "crop" else None
-            examples, pictures = zip(*(usable(int(i), random) for i in examples), strict=True)
-        rows = [reader.text(annotations.items[i]) for i in examples]
-        return _stack(rows, pictures) | {"examples": np.asarray(examples)}
+            examples, pictures = zip(*(usable(i, random) for i in examples), strict=True)
+        elif packed:
+            joined = [reader.packed([annotations.items[i] for i in row]) for row in chosen]
+            arrays = {name: np.stack([getattr(row, name) for row in joined]) for name in Packed._fields}
+            return arrays | {"examples": np.array(examples)}
+        texts = [reader.text(annotations.items[i]) for i in examples]
+        return _stack(texts, pictures) | {"examples": np.array(examples)}
 
     return read_ahead(grain.MapDataset.range(_ENDLESS).map(make_batch), workers)

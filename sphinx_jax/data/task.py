@@ -11,7 +11,7 @@ import numpy as np
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data import accessory_yaml, easy_vqa
 from sphinx_jax.data.accessory_yaml import Annotations
-from sphinx_jax.data.conversation_batches import ItemReader, held_out_batches, train_batches
+from sphinx_jax.data.conversation_batches import ItemReader, held_out_batches, packed_rows, train_batches
 from sphinx_jax.data.dataset import Batch
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped import SkipLog
@@ -24,7 +24,7 @@ class Task(Protocol):
 
     tokenizer_bytes: bytes
     examples: int
-    """Pictures (or texts) in one epoch."""
+    """Sequences in one epoch."""
 
     def name(self, example: int) -> str:
         """What a person finds a training example by; batches number theirs in "examples"."""
@@ -108,6 +108,8 @@ class YamlOptions:
     """Longest sequence, image words included."""
     image_transform: ImageTransform = "pad"
     """Of training pictures; held-out ones are padded, as those that a model is asked about."""
+    pack: bool = False
+    """Several conversations without pictures in one sequence, each seeing itself only."""
     workers: int = 2
     """Threads that read pictures and make batches."""
 
@@ -139,7 +141,8 @@ class YamlData:
         )
         self._options = options
         self._train, self._held_out = self._reader.learnable(train), self._reader.learnable(held_out)
-        self.examples = len(self._train.items)
+        self._rows = packed_rows(self._train, self._reader) if options.pack else None
+        self.examples = len(self._rows.items if self._rows else self._train.items)
 
     def name(self, example: int) -> str:
         item = self._train.items[example]
@@ -149,6 +152,7 @@ class YamlData:
         return train_batches(
             self._train,
             self._reader,
+            self._rows,
             batch_size=batch_size,
             seed=seed,
             image_transform=self._options.image_transform,
