@@ -86,6 +86,8 @@ class Options:
     """How many of the newest checkpoints stay."""
     keep_best: int = 1
     """How many of those with the best held-out accuracy stay besides; see --eval-every."""
+    profile: str | None = None
+    """Steps FIRST:LAST to record in OUT/profile, for TensorBoard or Perfetto."""
     eval_every: int | None = None
     """Steps between evaluations on the held-out examples, each followed by a checkpoint; only at the end by default."""
     resume: bool = False
@@ -134,7 +136,7 @@ def run(options: Options) -> None:
         mesh,
         out,
         initial=start.params if start else None,
-        upkeep=Upkeep(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Upkeep)}),
+        upkeep=make_upkeep(options),
         resume=options.resume,
     )
     if summary is None:
@@ -166,6 +168,7 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    profiled_steps(options.profile)
     if not 0 <= options.max_skipped <= 1:
         raise UserError(f"--max-skipped must be a share from 0 to 1, got {options.max_skipped:g}")
     for name in ("seed", "keep_best"):
@@ -205,6 +208,19 @@ def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | N
         said = {field.name: getattr(options, field.name) for field in dataclasses.fields(YamlOptions)}
         return YamlData(Path(options.data), config, tokenizer_bytes, skipped, YamlOptions(**said))
     raise UserError(f"--data {options.data}: unknown; give easy-vqa or a .yaml file")
+
+
+def make_upkeep(options: Options) -> Upkeep:
+    said = {field.name: getattr(options, field.name) for field in dataclasses.fields(Upkeep)}
+    return Upkeep(**said | {"profile": profiled_steps(options.profile)})
+
+
+def profiled_steps(said: str | None) -> range:
+    """Raises UserError on what is not FIRST:LAST."""
+    first, _, last = (said or "1:0").partition(":")
+    if not (first.isdecimal() and last.isdecimal()) or (said and not 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {said}: must be FIRST:LAST, two steps, such as 20:22")
+    return range(int(first), int(last) + 1)
 
 
 def make_steps(options: Options, examples: int) -> int:

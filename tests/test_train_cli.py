@@ -85,6 +85,8 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
         (["--workers", "0"], "--workers must be 1 or more"),
         (["--max-skipped", "1.5"], "--max-skipped must be a share"),
         (["--save-minutes", "0"], "--save-minutes must be above 0"),
+        (["--profile", "5"], "--profile 5: must be FIRST:LAST"),
+        (["--profile", "5:4"], "--profile 5:4: must be FIRST:LAST"),
         (["--keep-best", "-1"], "--keep-best must be 0 or more"),
         (["--lr", "fast"], "lr"),
         (["--no-such-flag"], "no-such-flag"),

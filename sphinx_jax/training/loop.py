@@ -27,6 +27,7 @@ from sphinx_jax.training.divergence import DivergenceWatch
 from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
 from sphinx_jax.training.optimizer import Stage, adamw, cosine_with_warmup, learns, map_with_path, only
+from sphinx_jax.training.profile import StepProfile
 from sphinx_jax.training.state import StateStore, abstract_state, init_state
 from sphinx_jax.training.step import Batch, Params, TrainState, make_eval_step, make_loss, make_train_step
 
@@ -62,6 +63,8 @@ class Upkeep:
     keep_last: int = 2
     keep_best: int = 1
     eval_every: int | None = None
+    profile: range = range(0)
+    """Steps, the first being 1, to record in OUT/profile."""
 
 
 def train(
@@ -114,6 +117,7 @@ def train(
     first = done = int(state.step)
     evaluate = make_evaluate(graph, task, recipe.batch_size, mesh)
     watch = DivergenceWatch(out, store)
+    profile = StepProfile(out / "profile", upkeep.profile)
     saved_at = time.monotonic()
     stop, judged = False, None
     with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
@@ -121,11 +125,13 @@ def train(
         while done < recipe.steps and not stop:
             batch = next(batches)
             examples = [task.name(i) for i in batch.pop("examples")]
-            state, metrics = step(state, put(batch, mesh))
+            with profile.before(done + 1):
+                state, metrics = step(state, put(batch, mesh))
             done += 1
+            profile.after(done, metrics)
             watch.follow(done, metrics, examples)
             words = batch["tokens"].shape[1] + (config.image_words if "images" in batch else 0)
-            log.count(done, recipe.batch_size * words)
+            log.count(done, recipe.batch_size * words, recipe.batch_size if "images" in batch else 0)
             minutes = (time.monotonic() - saved_at) / 60
             stop, late = in_any_process(interruption.asked, minutes >= upkeep.save_minutes)
             at = lambda every: every is not None and (done % every == 0 or done == recipe.steps)  # noqa: B023

@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import train
 from sphinx_jax import commandline, config
-from sphinx_jax.data.task import YamlData
+from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.data.task import YamlData, YamlOptions
 from sphinx_jax.training import loop
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -146,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeyp
     assert said.startswith("error: ") and "at step 7" in said and report["step"] == 7
     assert not all(np.isfinite(float(report[name])) for name in ("loss", "grad_norm"))
     assert "checkpoints/4 with --resume" in said
-    task = YamlData(tmp_path / "data.yaml", tiny, None, 100)
+    task = YamlData(tmp_path / "data.yaml", tiny, None, SkipLog(0.0), YamlOptions(max_length=100))
     batches = task.batches(4, seed=0)
     batch = [next(batches) for _ in range(7)][-1]
     assert report["examples"] == [task.name(i) for i in batch["examples"]]
@@ -165,6 +167,14 @@ def test_what_is_kept(tiny, tmp_path, monkeypatch):
         **{2: 0.1, 4: 0.7, 5: None, 6: 0.3, 8: 0.2, 10: 0.5}
     }
     assert json.loads((out / "summary.json").read_text())["held_out"] == {"accuracy": 0.5}
+
+
+def test_profile_holds_the_steps_asked_for(tiny, tmp_path):
+    assert call(tmp_path, "--steps", 5, "--profile", "2:3") == 0
+    (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
 
 
 def test_saved_by_minutes(tiny, tmp_path):
