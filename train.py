@@ -45,6 +45,9 @@ class Options:
     """Longest sequence of one conversation, image words included; for a data.yaml."""
     image_transform: ImageTransform = "pad"
     """How its training pictures become squares: padded, or cropped at random."""
+    mix_lengths: bool = False
+    """Mix conversations of all lengths in a batch, instead of neighbours in length: right where the answer's length
+    tells the answer, as with labels."""
     pack: bool = False
     """Put several of its conversations without pictures into one sequence, where each sees itself only."""
     max_skipped: float = 0.01

@@ -157,6 +157,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     image_transform: ImageTransform = "pad",
+    mix_lengths: bool = False,
     accumulate: int = 1,
     replicas: int = 1,
     rank: int = 0,
@@ -168,10 +169,11 @@ def train_batches(
     Each batch: "tokens" and "labels" int32[B, T] as `conversation.fit` makes them, for types with pictures "images"
     uint8[B, image_size, image_size, 3], and "examples" int[N], the places in `annotations.items`. T is `max_length`,
     less `image_words` where there are pictures. `rows` are as `plain_rows` or `packed_rows` makes them; packed, text
-    has "turns" int32[B, T] too (see `packing.Packed`), and N is larger than B. An item whose picture does not open is
-    skipped, and the next of its type that has one takes its place. `accumulate` batches in a row are of one type. Of
-    several processes, each takes the batches of its `rank`. Raises UserError if no type fills a step, and while
-    iterating if too many items are skipped.
+    has "turns" int32[B, T] too (see `packing.Packed`), and N is larger than B. A batch has neighbours in length, or
+    with `mix_lengths` items of all lengths, drawn anew each epoch. An item whose picture does not open is skipped,
+    and the next of its type that has one takes its place. `accumulate` batches in a row are of one type. Of several
+    processes, each takes the batches of its `rank`. Raises UserError if no type fills a step, and while iterating if
+    too many items are skipped.
     """
 
     packed = rows is not None
@@ -180,7 +182,11 @@ def train_batches(
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Int[np.ndarray, "batches batch_size"]:
         sizes = {"batch_size": batch_size, "accumulate": accumulate, "replicas": replicas, "rank": rank}
-        return epoch_order(rows.groups, **sizes, seed=seed, epoch=epoch).reshape(-1, batch_size)
+        chosen = epoch_order(rows.groups, **sizes, seed=seed, epoch=epoch)
+        if mix_lengths:
+            random = np.random.default_rng((seed, epoch))
+            chosen = np.concatenate([random.permutation(group) for group in rows.groups.values()])[chosen]
+        return chosen.reshape(-1, batch_size)
 
     batches = len(order(0))
     if not batches:

@@ -108,6 +108,8 @@ class YamlOptions:
     """Longest sequence, image words included."""
     image_transform: ImageTransform = "pad"
     """Of training pictures; held-out ones are padded, as those that a model is asked about."""
+    mix_lengths: bool = False
+    """Batches of all lengths, instead of neighbours in length."""
     pack: bool = False
     """Several conversations without pictures in one sequence, each seeing itself only."""
     workers: int = 2
@@ -156,6 +158,7 @@ class YamlData:
             batch_size=batch_size,
             seed=seed,
             image_transform=self._options.image_transform,
+            mix_lengths=self._options.mix_lengths,
             workers=self._options.workers,
         )
 

@@ -31,16 +31,18 @@ class RunLog:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(directory / "tensorboard"))
+        whole = lambda width: Column(no_wrap=True, min_width=width)
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole(6 + 2 * len(str(steps)))),
             BarColumn(bar_width=10),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            # Last, so that a narrow terminal cuts off its end.
-            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=whole(7)),
+            TextColumn("left", table_column=whole(4)),
+            TimeRemainingColumn(table_column=whole(7)),
+            # Last and elastic: a narrow terminal cuts off its end.
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             speed_estimate_period=120,
+            expand=True,
         )
         self._task = self._progress.add_task("train", total=steps, completed=first_step, said="compiling")
         self._last_time, self._tokens, self._images = time.monotonic(), 0, 0
@@ -88,7 +90,7 @@ class RunLog:
         said += f"  held out:{held_out}" if held_out else ""
         self._progress.update(self._task, said=said)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}  {said}", highlight=False)
+            self.console.print(f"step {step}  {said}", highlight=False, soft_wrap=True)
 
 
 def _whole_lines(file: Path) -> list[str]:

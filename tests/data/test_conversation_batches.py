@@ -119,6 +119,17 @@ def test_workers_and_resuming_change_nothing(mixed, mixtral, transform):
     assert not all(same(next(three), batch) for batch in make(1, seed=6))
 
 
+def test_mixed_lengths_are_drawn_anew_each_epoch(mixed, mixtral):
+    annotations, reader = read(mixed, mixtral)
+    batches = train_batches(annotations, reader, batch_size=2, seed=0, mix_lengths=True)
+    epochs = [[next(batches)["examples"].tolist() for _ in range(5)] for _ in range(4)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(10))
+        # Still of one type each: the first six have pictures.
+        assert all((one < 6) == (other < 6) for one, other in epoch)
+    assert len({tuple(sorted(map(tuple, map(sorted, epoch)))) for epoch in epochs}) == 4
+
+
 def test_crops_are_drawn_anew_each_epoch(tmp_path, mixtral):
     """Each pixel of the picture tells its own column."""
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
