@@ -11,28 +11,19 @@ A record is {"image": "cat.png", "conversations": [{"from": "human", "value": ..
 """
 
 import dataclasses
-import functools
 import json
 import os
 import random
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
-import numpy as np
 import yaml
-from jaxtyping import Int
 
-from sphinx_jax.data.conversation import Conversation, fit
-from sphinx_jax.data.dataset import Batch, read_ahead
-from sphinx_jax.data.images import open_image, padded_resize
-from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.data.conversation import Conversation
+from sphinx_jax.data.skipped import BadRecord, SkipLog
 from sphinx_jax.errors import UserError
-
-# Far beyond any run; grain only looks at the elements that it is asked for.
-_ENDLESS = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +44,25 @@ class Annotations:
     items: tuple[Item, ...]
     groups: dict[str, range]
 
+    def select(self, keep: Callable[[Item], bool]) -> "Annotations":
+        """The items that `keep` says True of, in the same order."""
+        items: list[Item] = []
+        groups = {}
+        for kind, group in self.groups.items():
+            start = len(items)
+            items += [self.items[i] for i in group if keep(self.items[i])]
+            groups[kind] = range(start, len(items))
+        return Annotations(tuple(items), groups)
 
-def read(config: str | Path) -> Annotations:
-    """The items that a `data.yaml` names, in the original's order.
 
-    Raises UserError, which names file and entry, if a file is missing or malformed, on unknown keys, on types
-    that mix items with and without pictures, and if nothing is left.
+def read(config: str | Path, skipped: SkipLog) -> Annotations:
+    """The items that a `data.yaml` names, in the original's order, less the malformed ones, which are `skipped`.
+
+    Raises UserError, which names file and entry, if a file is missing or malformed, on unknown keys and roles, on a
+    conversation without an answer, on types that mix items with and without pictures, if too many items are
+    malformed, and if nothing is left.
     """
+    bad: list[BadRecord] = []
     groups: dict[str, list[Item]] = {}
     for number, entry in enumerate(_entries(config)):
         where = f"{config}: META entry {number}"
@@ -68,8 +71,16 @@ def read(config: str | Path) -> Annotations:
         if "ratio" in meta:
             # Python's own generator and this seed: the same records as the original chooses.
             records = random.Random(0).sample(records, int(len(records) * meta["ratio"]))
-        items = [_item(record, place, meta.get("root")) for place, record in records]
+        skipped.total += len(records)
+        items = []
+        for place, record in records:
+            try:
+                items.append(_item(record, place, meta.get("root")))
+            except BadRecord as error:
+                bad.append(error)
         groups.setdefault(meta["type"], []).extend(items)
+    for error in bad:
+        skipped.add(error.where, str(error))
     ordered: list[Item] = []
     ranges = {}
     for kind, items in groups.items():
@@ -114,12 +125,16 @@ def _check_entry(entry: Any, where: str) -> dict[str, Any]:
     return entry
 
 
+class _Line(str):
+    """A line of a `.jsonl` file, not parsed yet: each is good or bad by itself."""
+
+
 def _records(path: Path, where: str) -> list[tuple[str, Any]]:
-    """(where it stands, record) of each record in a `.json` or `.jsonl` file."""
+    """(where it stands, record) of each record in a `.json` or `.jsonl` file; of the latter, still as text."""
     text = _read_text(path, f"the records of {where}")
     if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [(place, _parse(line, place)) for place, line in lines]
+        # Only '\n' ends a line of JSON: other line ends of Unicode may stand inside its strings.
+        return [(f"{path}, line {n}", _Line(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix != ".json":
         raise UserError(f"{path}: records must be in a .json or .jsonl file ({where})")
     parsed = _parse(text, str(path))
@@ -129,12 +144,20 @@ def _records(path: Path, where: str) -> list[tuple[str, Any]]:
 
 
 def _item(record: Any, where: str, root: str | None) -> Item:
+    """Raises BadRecord on a malformed record; UserError on one that says that the whole file is meant otherwise."""
+    if isinstance(record, _Line):
+        try:
+            record = _parse(record, where)
+        except UserError as error:
+            raise BadRecord(where, str(error)) from error
     if not isinstance(record, dict) or "conversations" not in record:
-        raise UserError(f'{where}: must be an object with "conversations", got {reprlib.repr(record)}')
+        raise BadRecord(where, f'{where}: must be an object with "conversations", got {reprlib.repr(record)}')
     conversation = Conversation.from_record(record["conversations"], where)
+    if not any(turn.role == "assistant" for turn in conversation.turns):
+        raise UserError(f"{where}: nothing to learn: it has no answer; add a turn from the assistant")
     image = record.get("image")
     if image is not None and (not isinstance(image, str) or not image or "\0" in image):
-        raise UserError(f'{where}: "image" must be the path of a picture, got {reprlib.repr(image)}')
+        raise BadRecord(where, f'{where}: "image" must be the path of a picture, got {reprlib.repr(image)}')
     if image is not None and root is not None:
         image = os.path.join(root, image)
     characters = sum(len(str(turn["value"])) for turn in record["conversations"])
@@ -158,85 +181,3 @@ def _parse(text: str, where: str) -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def epoch_order(
-    groups: dict[str, range],
-    *,
-    batch_size: int,
-    accumulate: int = 1,
-    replicas: int = 1,
-    rank: int = 0,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = True,
-) -> Int[np.ndarray, "count"]:
-    """The items that replica `rank` sees in an epoch: each run of `batch_size` is one of its batches.
-
-    What all replicas take for one optimizer step (replicas x accumulate x batch_size items) is of one type and
-    of neighbours in length; those blocks are shuffled, their items are not. What fills no block is left out of
-    every epoch. The same indices as the original's sampler gives.
-    """
-    block = batch_size * replicas * accumulate
-    blocks = [group[i : i + block] for group in groups.values() for i in range(0, len(group) - block + 1, block)]
-    if shuffle:
-        np.random.default_rng(seed + epoch).shuffle(blocks)
-    batches = np.array(blocks, np.int64).reshape(-1, replicas, batch_size)
-    return batches[:, rank].reshape(-1)
-
-
-def collate(
-    items: Sequence[Item], tokenizer: Tokenizer, *, max_length: int, image_size: int, image_words: int
-) -> Batch:
-    """One batch of items of one type (see `train_batches`). Raises UserError as iterating over that does."""
-    pictures = items[0].image is not None
-    words = image_words if pictures else 0
-    rows = [fit(item.conversation.example(tokenizer), max_length, words, item.where) for item in items]
-    batch = {"tokens": np.stack([row.tokens for row in rows]), "labels": np.stack([row.labels for row in rows])}
-    if pictures:
-        batch["images"] = np.stack([padded_resize(open_image(item.image), image_size) for item in items])
-    return batch
-
-
-def train_batches(
-    annotations: Annotations,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    seed: int,
-    max_length: int,
-    image_size: int,
-    image_words: int,
-    accumulate: int = 1,
-    replicas: int = 1,
-    rank: int = 0,
-    threads: int = 2,
-) -> grain.DatasetIterator[Batch]:
-    """An endless, resumable iterator of training batches, each of one type; the same seed gives the same batches.
-
-    Each batch: "tokens" and "labels" int32[B, T] as `conversation.fit` makes them, and for types with pictures
-    "images" uint8[B, image_size, image_size, 3], padded and resized. T is `max_length`, less `image_words` where
-    there are pictures. `accumulate` batches in a row are of one type. Of several processes, each takes the batches
-    of its `rank`. Raises UserError if no type fills a step, and while iterating if a picture cannot be opened or a
-    conversation has nothing to learn.
-    """
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> Int[np.ndarray, "batches batch_size"]:
-        sizes = {"batch_size": batch_size, "accumulate": accumulate, "replicas": replicas, "rank": rank}
-        return epoch_order(annotations.groups, **sizes, seed=seed, epoch=epoch).reshape(-1, batch_size)
-
-    batches = len(order(0))
-    if not batches:
-        largest = max(map(len, annotations.groups.values()))
-        raise UserError(
-            f"the largest type has {largest} records, too few for one step of {batch_size * accumulate * replicas} "
-            f"(batch size x accumulation x processes); choose a smaller batch size"
-        )
-
-    def make_batch(number: int) -> Batch:
-        epoch, position = divmod(number, batches)
-        items = [annotations.items[i] for i in order(epoch)[position]]
-        return collate(items, tokenizer, max_length=max_length, image_size=image_size, image_words=image_words)
-
-    return read_ahead(grain.MapDataset.range(_ENDLESS).map(make_batch), threads)

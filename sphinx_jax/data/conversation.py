@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from sphinx_jax.data.skipped import BadRecord
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 
@@ -124,11 +125,12 @@ class Conversation:
     def from_record(cls, source: Any, where: str, template: Template = DEFAULT_TEMPLATE) -> "Conversation":
         """From a LLaVA-style list of {"from": "human" | "gpt", "value": ...}; `<image>` marks are dropped.
 
-        Raises UserError, which begins with `where`, if it is no such list, or empty.
+        Raises BadRecord, which begins with `where`, if it is no such list, or empty; UserError on an unknown role.
         """
         if not isinstance(source, list) or not source:
-            raise UserError(f'{where}: "conversations" must be a list of at least one turn, got {reprlib.repr(source)}')
-        return cls(tuple(_read_turn(turn, f"{where}, turn {i}") for i, turn in enumerate(source)), template)
+            problem = f'{where}: "conversations" must be a list of at least one turn, got {reprlib.repr(source)}'
+            raise BadRecord(where, problem)
+        return cls(tuple(_read_turn(turn, where, i) for i, turn in enumerate(source)), template)
 
     def segments(self) -> list[Segment]:
         """The text cut where learning begins and ends; learned and unlearned segments alternate."""
@@ -172,28 +174,30 @@ class Conversation:
         return Example(np.asarray(tokens, np.int32), np.asarray(labels, np.int32))
 
 
-def _read_turn(turn: Any, where: str) -> Turn:
+def _read_turn(turn: Any, where: str, number: int) -> Turn:
+    place = f"{where}, turn {number}"
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise UserError(f'{where}: needs "from" and "value", got {reprlib.repr(turn)}')
+        raise BadRecord(where, f'{place}: needs "from" and "value", got {reprlib.repr(turn)}')
     role = _ROLES.get(str(turn["from"]).lower())
     if role is None:
-        raise UserError(f'{where}: is from {reprlib.repr(turn["from"])}; use "human" or "gpt"')
+        # Not one bad record: a file that is written otherwise throughout.
+        raise UserError(f'{place}: is from {reprlib.repr(turn["from"])}; use "human" or "gpt"')
     value = turn["value"]
     # Answers that are counts are often written as JSON numbers.
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise UserError(f'{where}: "value" must be text, got {reprlib.repr(value)}')
+        raise BadRecord(where, f'{place}: "value" must be text, got {reprlib.repr(value)}')
     text = str(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f'{where}: "value" holds half a surrogate pair at character {error.start}') from error
+        raise BadRecord(where, f'{place}: "value" holds half a surrogate pair at character {error.start}') from error
     return Turn(role, text.replace("<image>", ""))
 
 
 def fit(example: Example, max_length: int, image_words: int, where: str) -> Example:
     """`example` cut or padded to the text positions that `image_words` leave of `max_length`.
 
-    Raises UserError, which begins with `where`, if nothing to learn is left.
+    Raises BadRecord, which begins with `where`, if nothing to learn is left; UserError if no text has room.
     """
     length = max_length - image_words
     if length < 1:
@@ -209,7 +213,7 @@ def fit(example: Example, max_length: int, image_words: int, where: str) -> Exam
             if (example.labels != NOT_LEARNED).any()
             else "it has no answer; add a turn from the assistant"
         )
-        raise UserError(f"{where}: nothing left to learn: {reason}")
+        raise BadRecord(where, f"{where}: nothing left to learn: {reason}")
     missing = length - len(tokens)
     return Example(
         np.pad(tokens, (0, missing), constant_values=PADDING),

@@ -280,7 +280,7 @@ def train_batches(
 
     Each batch: "images" uint8[B, 64, 64, 3], augmented; "tokens", "labels" and "turns" int32[B, max_length] as
     `sequence` makes them, of up to `turns_per_picture` questions drawn at random; "shape" and "colour" int32[B],
-    the places in SHAPES and COLOURS, or -1 where the questions do not tell.
+    the places in SHAPES and COLOURS, or -1 where the questions do not tell; "examples" int[B], the places in `records`.
     Raises UserError if `max_length` has no room for a single question.
     """
     table = TurnTable.build(records, tokenizer)
@@ -305,6 +305,7 @@ def train_batches(
             "turns": numbers,
             "shape": shape[indices],
             "colour": colour[indices],
+            "examples": np.asarray(indices),
         }
 
     return batches(len(records), make_batch, batch_size, seed)

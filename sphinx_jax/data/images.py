@@ -5,6 +5,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -14,6 +15,10 @@ from sphinx_jax.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CROP_AREA, CROP_RATIO = (0.9, 1.0), (0.75, 1.3333)
+"""Share of the picture's area, and width over height, of a random resized crop."""
+ImageTransform = Literal["pad", "crop"]
+"""How a training picture becomes a square: padded, or cropped at random."""
 PAD_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 """CLIP's mean colour: padding that is near zero once normalised."""
 
@@ -80,6 +85,30 @@ def padded_resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size
     if side != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image)
+
+
+def random_resized_crop(image: Image.Image, size: int, random: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+    """A part of an RGB picture scaled to a square of `size` (bicubic, antialiased), as the original trains with it.
+
+    The part has 90 to 100 % of the picture's area, is between 3:4 and 4:3, and lies anywhere; where no such part
+    fits in ten tries, it is the largest in the middle that is not narrower or wider (Inception's augmentation,
+    https://arxiv.org/abs/1409.4842, with the original's numbers).
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(*CROP_AREA)
+        ratio = math.exp(random.uniform(*map(math.log, CROP_RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            break
+    else:
+        least, most = CROP_RATIO
+        w, h = min(width, round(height * most)), min(height, round(width / least))
+        left, top = (width - w) // 2, (height - h) // 2
+    # Cut out first: given a box, Pillow's filter would reach over its edges.
+    part = image.crop((left, top, left + w, top + h))
+    return np.array(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:

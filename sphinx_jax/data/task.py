@@ -1,5 +1,7 @@
 """What a run trains on and is judged by: one small interface, and the two kinds of data behind it."""
 
+import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +11,10 @@ import numpy as np
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data import accessory_yaml, easy_vqa
 from sphinx_jax.data.accessory_yaml import Annotations
+from sphinx_jax.data.conversation_batches import ItemReader, held_out_batches, packed_rows, train_batches
 from sphinx_jax.data.dataset import Batch
+from sphinx_jax.data.images import ImageTransform
+from sphinx_jax.data.skipped import SkipLog
 from sphinx_jax.data.tokenizer import Tokenizer, train_tokenizer
 from sphinx_jax.errors import UserError
 
@@ -19,7 +24,11 @@ class Task(Protocol):
 
     tokenizer_bytes: bytes
     examples: int
-    """Pictures (or texts) in one epoch."""
+    """Sequences in one epoch."""
+
+    def name(self, example: int) -> str:
+        """What a person finds a training example by; batches number theirs in "examples"."""
+        ...
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Endless training batches; the iterator has `get_state` and `set_state`."""
@@ -32,6 +41,11 @@ class Task(Protocol):
     def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
         """Held-out accuracies for `summary.json`, from which answers (column: number) of each example are right."""
         ...
+
+
+def first_score(scores: dict[str, Any]) -> float:
+    """The accuracy that checkpoints are compared by."""
+    return next(iter(scores["held_out"].values()))
 
 
 class EasyVqa:
@@ -53,6 +67,9 @@ class EasyVqa:
         self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(texts, config.language.vocab_size)
         self._tokenizer = Tokenizer(self.tokenizer_bytes)
         self.examples = len(self._train)
+
+    def name(self, example: int) -> str:
+        return f"picture {self._train.ids[example]}"
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         table = easy_vqa.TurnTable.build(self._train, self._tokenizer)
@@ -83,35 +100,70 @@ class EasyVqa:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class YamlOptions:
+    """How one's own conversations are made into sequences."""
+
+    max_length: int = 256
+    """Longest sequence, image words included."""
+    image_transform: ImageTransform = "pad"
+    """Of training pictures; held-out ones are padded, as those that a model is asked about."""
+    mix_lengths: bool = False
+    """Batches of all lengths, instead of neighbours in length."""
+    pack: bool = False
+    """Several conversations without pictures in one sequence, each seeing itself only."""
+    workers: int = 2
+    """Threads that read pictures and make batches."""
+
+
 class YamlData:
     """One's own conversations, named by a `data.yaml` (see `data.accessory_yaml`); every tenth is held out."""
 
-    def __init__(self, file: Path, config: SphinxConfig, tokenizer_bytes: bytes | None, max_length: int):
-        """Without a tokenizer one is trained on the conversations' text."""
-        annotations = accessory_yaml.read(file)
+    def __init__(
+        self,
+        file: Path,
+        config: SphinxConfig,
+        tokenizer_bytes: bytes | None,
+        skipped: SkipLog,
+        options: YamlOptions = YamlOptions(),
+    ):
+        """Without a tokenizer one is trained on the conversations' text. What cannot be used goes to `skipped`."""
+        annotations = accessory_yaml.read(file, skipped)
         if config.vision is None and any(item.image for item in annotations.items):
             raise UserError(f"{file} has pictures and the model sees none; choose a preset with encoders")
-        self._train, self._held_out = _split(annotations, file)
-        texts = [item.conversation.text() for item in self._train.items]
-        self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(texts, config.language.vocab_size)
-        self._tokenizer = Tokenizer(self.tokenizer_bytes)
-        self._shape = {
-            "max_length": max_length,
-            "image_size": config.vision.image_size if config.vision else 0,
-            "image_words": config.image_words,
-        }
-        self.examples = len(self._train.items)
+        _check_pictures(annotations)
+        train, held_out = _split(annotations, file)
+        self.tokenizer_bytes = tokenizer_bytes or _train_tokenizer(train, config.language.vocab_size, file)
+        self._reader = ItemReader(
+            Tokenizer(self.tokenizer_bytes),
+            options.max_length,
+            config.vision.image_size if config.vision else 0,
+            config.image_words,
+            skipped,
+        )
+        self._options = options
+        self._train, self._held_out = self._reader.learnable(train), self._reader.learnable(held_out)
+        self._rows = packed_rows(self._train, self._reader) if options.pack else None
+        self.examples = len(self._rows.items if self._rows else self._train.items)
+
+    def name(self, example: int) -> str:
+        item = self._train.items[example]
+        return item.where if item.id is None else f"{item.where} (id {item.id})"
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        return accessory_yaml.train_batches(
-            self._train, self._tokenizer, batch_size=batch_size, seed=seed, **self._shape
+        return train_batches(
+            self._train,
+            self._reader,
+            self._rows,
+            batch_size=batch_size,
+            seed=seed,
+            image_transform=self._options.image_transform,
+            mix_lengths=self._options.mix_lengths,
+            workers=self._options.workers,
         )
 
     def held_out(self, batch_size: int) -> Iterator[Batch]:
-        for group in self._held_out.groups.values():
-            for start in range(group.start, group.stop, batch_size):
-                items = self._held_out.items[start : min(start + batch_size, group.stop)]
-                yield accessory_yaml.collate(items, self._tokenizer, **self._shape)
+        return held_out_batches(self._held_out, self._reader, batch_size)
 
     def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
         flags = [flag for row, there in zip(right, exists, strict=True) for flag in row[there]]
@@ -131,3 +183,24 @@ def _split(annotations: Annotations, file: Path) -> tuple[Annotations, Annotatio
     if not parts[1].items:
         raise UserError(f"{file}: needs at least ten records of one type, since every tenth is held out; add records")
     return parts[0], parts[1]
+
+
+def _check_pictures(annotations: Annotations) -> None:
+    """Raises UserError if none of a hundred pictures of a type is there: a wrong root is said before training."""
+    for kind, group in annotations.groups.items():
+        looked_at = [annotations.items[i].image for i in group[:: max(len(group) // 100, 1)]]
+        if looked_at[0] and not any(os.path.exists(image) for image in looked_at):
+            raise UserError(
+                f"none of the {len(looked_at)} pictures of type {kind!r} that were looked for is there, the first is "
+                f"{looked_at[0]}; check root in the data.yaml"
+            )
+
+
+def _train_tokenizer(annotations: Annotations, vocab_size: int, file: Path) -> bytes:
+    try:
+        return train_tokenizer([item.conversation.text() for item in annotations.items], vocab_size)
+    except ValueError as error:
+        raise UserError(
+            f"{file}: the conversations have too many different characters for a vocabulary of {vocab_size}; choose a "
+            "larger preset, or --init with a checkpoint that has a tokenizer"
+        ) from error

@@ -4,13 +4,11 @@ Nothing here decides what runs: the programs are the engine's and the training l
 arrays. docs/planning.md says what a plan counts and what it leaves out.
 """
 
-from sphinx_jax.planning.command import NO_PLAN, PlanOptions, plan_inference, plan_training
+from sphinx_jax.planning.command import plan_inference, plan_training
 from sphinx_jax.planning.inference import inference_plan
 from sphinx_jax.planning.training import shapes_of, training_batch, training_plan
 
 __all__ = [
-    "NO_PLAN",
-    "PlanOptions",
     "inference_plan",
     "plan_inference",
     "plan_training",

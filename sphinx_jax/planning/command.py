@@ -1,4 +1,4 @@
-"""`--plan` on the command line: its options, which meshes it looks at, and what it prints."""
+"""`--plan` on the command line: which meshes it looks at, and what it prints."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -7,42 +7,13 @@ from rich.console import Console
 
 from sharding import LayoutError, MeshShape
 from sharding.plan import Plan, find_gpu, mesh_text, print_json, print_plan, print_sweep
+from sphinx_jax.commandline import PlanOptions
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.planning.inference import inference_plan
 from sphinx_jax.planning.meshes import inference_meshes, training_meshes
 from sphinx_jax.planning.training import BatchShapes, order, training_plan, training_sweep
 from sphinx_jax.training.recipe import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """Options of `--plan`, the same for training and inference."""
-
-    plan: bool = False
-    """Say whether it would fit on --num-gpus cards of the kind --gpu, and do nothing else. No GPU is needed."""
-    gpu: str | None = None
-    """With --plan: a100-40gb, a100-80gb, h100-80gb, h200, b200, l40s, a6000, a10g, l4, rtx3090, rtx4090, rtx4080, or
-    a file mine.json that describes yours."""
-    num_gpus: int | None = None
-    """With --plan: how many cards; by default as many as the mesh has devices."""
-    sweep: bool = False
-    """With --plan: try the meshes for so many cards (in training also recomputation and batch sizes), best first."""
-    json: bool = False
-    """With --plan: print one JSON object instead of a table."""
-
-    def check(self) -> None:
-        """Raises UserError on options that do not go together."""
-        given = [name for name in ("gpu", "num_gpus", "sweep", "json") if getattr(self, name)]
-        if not self.plan and given:
-            raise UserError(f"--{given[0].replace('_', '-')} belongs to --plan; add it")
-        if self.plan and self.gpu is None:
-            raise UserError("--plan needs a card: give --gpu, for example --gpu a100-80gb")
-        if self.num_gpus is not None and self.num_gpus < 1:
-            raise UserError(f"--num-gpus must be 1 or more, got {self.num_gpus}")
-
-
-NO_PLAN = PlanOptions()
 
 
 def plan_inference(

@@ -41,8 +41,8 @@ def training_batch(config: SphinxConfig, recipe: Recipe, length: int) -> BatchSh
 
 
 def shapes_of(batch: Mapping[str, np.ndarray]) -> BatchShapes:
-    """The shapes of a batch in memory."""
-    return {name: (array.shape, array.dtype) for name, array in batch.items()}
+    """The shapes of what the step sees of a batch in memory: all but the numbers of its examples."""
+    return {name: (array.shape, array.dtype) for name, array in batch.items() if name != "examples"}
 
 
 def training_plan(

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,33 @@ from jax.sharding import Mesh
 import sharding
 from sphinx_jax.checkpoints import native
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.data.task import Task
-from sphinx_jax.errors import UserError
+from sphinx_jax.data.task import Task, first_score
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
+from sphinx_jax.training.divergence import DivergenceWatch
+from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
+from sphinx_jax.training.profile import StepProfile
 from sphinx_jax.training.program import normalised, train_program
 from sphinx_jax.training.recipe import Recipe, schedule
 from sphinx_jax.training.state import StateStore, init_state
 from sphinx_jax.training.step import Batch, Params, TrainState, make_eval_step
+
+Judgement = tuple[dict[str, Any], np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Upkeep:
+    """What a run does besides learning: nothing here changes its numbers."""
+
+    log_every: int = 20
+    save_every: int = 500
+    save_minutes: float = 15.0
+    keep_last: int = 2
+    keep_best: int = 1
+    eval_every: int | None = None
+    profile: range = range(0)
+    """Steps, the first being 1, to record in OUT/profile."""
 
 
 def train(
@@ -35,53 +54,70 @@ def train(
     mesh: Mesh,
     out: Path,
     *,
+    upkeep: Upkeep = Upkeep(),
     resume: bool = False,
     initial: Any = None,
-    save_every: int = 500,
-    log_every: int = 20,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train, evaluate on the held-out examples, write `out`, and return what is in its `summary.json`.
 
-    `initial` are model parameters to start from, already on the mesh; by default they are drawn from the seed.
-    Raises UserError where the loss is not finite or there is nothing to resume.
+    Returns None where SIGTERM ended the run early; the state is saved then. `initial` are model parameters to
+    start from, already on the mesh; by default they are drawn from the seed. With `resume` the run goes on from
+    its newest checkpoint, if it has one yet. Raises UserError where a loss or gradient is not finite.
     """
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
     step = jax.jit(program.step, donate_argnums=0)
     batches = task.batches(recipe.batch_size, recipe.seed)
-    store = StateStore(out / "checkpoints")
-    if resume:
-        state, position = store.restore(program.state)
+    store = StateStore(out / "checkpoints", upkeep.keep_last, upkeep.keep_best)
+    saved = store.restore(program.state) if resume else None
+    if saved:
+        state, position = saved
         batches.set_state(position)
     else:
         state = init_state(starting_params(config, program.params, recipe.seed, mesh, initial), program.optimizer, mesh)
 
     first = done = int(state.step)
-    with sharding.use(mesh), RunLog(out, recipe.steps, first_step=first) as log:
+    evaluate = make_evaluate(program.graph, task, recipe, mesh)
+    watch = DivergenceWatch(out, store)
+    profile = StepProfile(out / "profile", upkeep.profile)
+    saved_at = time.monotonic()
+    stop, judged = False, None
+    with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
         logged = log.last
-        while done < recipe.steps:
-            batch = put(next(batches), mesh)
-            state, metrics = step(state, batch)
+        while done < recipe.steps and not stop:
+            batch = next(batches)
+            examples = [task.name(i) for i in batch.pop("examples")]
+            with profile.before(done + 1):
+                state, metrics = step(state, put(batch, mesh))
             done += 1
+            profile.after(done, metrics)
+            watch.follow(done, metrics, examples)
             words = batch["tokens"].shape[1] + (config.image_words if "images" in batch else 0)
-            log.count(done, recipe.batch_size * words)
-            if done % log_every == 0 or done == recipe.steps:
+            log.count(done, recipe.batch_size * words, recipe.batch_size if "images" in batch else 0)
+            minutes = (time.monotonic() - saved_at) / 60
+            stop, late = in_any_process(interruption.asked, minutes >= upkeep.save_minutes)
+            at = lambda every: every is not None and (done % every == 0 or done == recipe.steps)  # noqa: B023
+            judged = None
+            if at(upkeep.eval_every) and not stop:
+                watch.settle()
+                judged = evaluate(state.params["model"], interruption)
+            if at(upkeep.log_every) or judged:
                 logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
                 logged["lr"] = float(schedule(recipe)(done - 1))
+                if judged:
+                    logged["held_out"] = judged[0]["held_out"]
                 log.write(done, logged)
-                if not np.isfinite(logged["loss"]):
-                    raise UserError(
-                        f"the loss is {logged['loss']} at step {done}; lower --lr, or continue before it from "
-                        f"{out / 'checkpoints'} with --resume"
-                    )
-            if done % save_every == 0 and done < recipe.steps:
-                store.save(state, batches.get_state())
-        if done > first:
-            store.save(state, batches.get_state())
+            if at(upkeep.save_every) or late or judged or stop:
+                watch.settle()
+                store.save(state, batches.get_state(), first_score(judged[0]) if judged else None)
+                saved_at = time.monotonic()
         store.close()
         trained = time.monotonic() - started
-        scores, share = evaluate(program.graph, state, task, recipe, mesh)
+        judged = judged or (None if stop else evaluate(state.params["model"], interruption))
+    if judged is None:
+        return None
 
+    scores, share = judged
     write_weights(out, config, state, task)
     summary = {
         "steps": done,
@@ -112,20 +148,28 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {key: jax.device_put(x, sharding.place(names(x), x.shape, mesh)) for key, x in batch.items()}
 
 
-def evaluate(graph, state: TrainState, task: Task, recipe: Recipe, mesh: Mesh) -> tuple[dict[str, Any], np.ndarray]:
-    """The task's held-out scores, and each layer's share of words by expert, [layers, experts]."""
+def make_evaluate(graph: Any, task: Task, recipe: Recipe, mesh: Mesh) -> Callable[[Params, Interruption], Judgement]:
+    """A function from the model's parameters to the task's held-out scores, and each layer's share of words by
+    expert, [layers, experts]; or to None as soon as the run is to be interrupted.
+    """
     judge, batch_size = make_eval_step(graph, jnp.dtype(recipe.dtype)), recipe.batch_size
     step = jax.jit(lambda params, batch: judge(params, normalised(batch)))
-    right, exists, shares = [], [], []
-    for batch in task.held_out(batch_size):
-        rows = len(batch["tokens"])
-        # One shape, one compilation: a smaller batch is filled up with copies of its first row.
-        filled = {key: np.concatenate([x, np.repeat(x[:1], batch_size - rows, axis=0)]) for key, x in batch.items()}
-        correct, there, share = step(state.params["model"], put(filled, mesh))
-        right.extend(np.asarray(correct)[:rows])
-        exists.extend(np.asarray(there)[:rows])
-        shares.append(np.asarray(share))
-    return task.score(right, exists), np.mean(shares, axis=0)
+
+    def evaluate(params: Params, interruption: Interruption) -> Judgement:
+        right, exists, shares = [], [], []
+        for batch in task.held_out(batch_size):
+            if in_any_process(interruption.asked)[0]:
+                return None
+            rows = len(batch["tokens"])
+            # One shape, one compilation: a smaller batch is filled up with copies of its first row.
+            filled = {key: np.concatenate([x, np.repeat(x[:1], batch_size - rows, axis=0)]) for key, x in batch.items()}
+            correct, there, share = step(params, put(filled, mesh))
+            right.extend(np.asarray(correct)[:rows])
+            exists.extend(np.asarray(there)[:rows])
+            shares.append(np.asarray(share))
+        return task.score(right, exists), np.mean(shares, axis=0)
+
+    return evaluate
 
 
 def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task) -> None:

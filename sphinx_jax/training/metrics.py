@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
@@ -18,9 +19,10 @@ class RunLog:
         self.console = console or Console(stderr=True)
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
-        old = file.read_text().splitlines() if first_step and file.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= first_step]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= first_step]
+        rewritten = file.with_suffix(".partial")
+        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.replace(file)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """What was logged last, in this process or before it."""
         self._lines = file.open("a")
@@ -29,18 +31,21 @@ class RunLog:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(directory / "tensorboard"))
+        whole = lambda width: Column(no_wrap=True, min_width=width)
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole(6 + 2 * len(str(steps)))),
+            BarColumn(bar_width=10),
+            TimeElapsedColumn(table_column=whole(7)),
+            TextColumn("left", table_column=whole(4)),
+            TimeRemainingColumn(table_column=whole(7)),
+            # Last and elastic: a narrow terminal cuts off its end.
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             speed_estimate_period=120,
+            expand=True,
         )
         self._task = self._progress.add_task("train", total=steps, completed=first_step, said="compiling")
-        self._last_time, self._last_tokens, self._tokens = time.monotonic(), 0, 0
+        self._last_time, self._tokens, self._images = time.monotonic(), 0, 0
 
     def __enter__(self) -> "RunLog":
         self._progress.start()
@@ -52,24 +57,46 @@ class RunLog:
         if self._board:
             self._board.close()
 
-    def count(self, step: int, tokens: int) -> None:
-        """One more step done, of so many sequence positions."""
+    def count(self, step: int, tokens: int, images: int) -> None:
+        """One more step done, of so many sequence positions and pictures."""
         self._tokens += tokens
+        self._images += images
         self._progress.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Log the metrics of a step, with the tokens a second since the last time."""
+        """Log the metrics of a step, with what was done a second since the last time, and the memory in use."""
         now = time.monotonic()
-        rate = (self._tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
-        self._last_time, self._last_tokens = now, self._tokens
-        record = {"step": step, **metrics, "tokens_per_second": round(rate, 1)}
+        seconds = max(now - self._last_time, 1e-9)
+        tokens, images = self._tokens / seconds, self._images / seconds
+        self._last_time, self._tokens, self._images = now, 0, 0
+        record = {"step": step, **metrics, "tokens_per_second": round(tokens, 1), "images_per_second": round(images, 1)}
+        # A CPU does not say.
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:
+            record["memory_bytes"] = memory["peak_bytes_in_use"]
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
         if self._board:
-            for name, value in record.items():
+            held_out = {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
+            for name, value in (record | held_out).items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
-        said = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  {rate:,.0f} tokens/s"
+        said = f"loss {metrics['loss']:.4f}  {tokens:,.0f} tokens/s"
+        said += f"  {images:,.0f} images/s" if images else ""
+        said += f"  accuracy {metrics['accuracy']:.3f}  balance {metrics['balance_loss']:.3f}"
+        said += f"  grad {metrics['grad_norm']:.2g}  lr {metrics['lr']:.2g}"
+        said += f"  memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB" if memory else ""
+        held_out = "".join(f"  {name} {value:.3f}" for name, value in metrics.get("held_out", {}).items())
+        said += f"  held out:{held_out}" if held_out else ""
         self._progress.update(self._task, said=said)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}  {said}", highlight=False)
+            self.console.print(f"step {step}  {said}", highlight=False, soft_wrap=True)
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that a killed process may have left in the middle of one."""
+    return (
+        [line[:-1] for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )

@@ -37,8 +37,10 @@ class Recipe:
 
 def schedule(recipe: Recipe) -> Callable[[int | Array], Array]:
     """Learning rate by optimizer step. Step 0 already learns: the warm-up is taken one step ahead."""
+    # A run no longer than the warm-up ends in it.
+    end = max(recipe.steps, recipe.warmup_steps + 1)
     return lambda step: cosine_with_warmup(
-        step + 1, lr=recipe.lr, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_steps, epochs=recipe.steps
+        step + 1, lr=recipe.lr, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_steps, epochs=end
     )
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers
 
 from sharding import shardings_of
-from sphinx_jax.errors import UserError
 from sphinx_jax.training.step import Params, TrainState
 
 
@@ -40,28 +40,47 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 class StateStore:
-    """Checkpoints of a run under `directory`/STEP, written in the background and renamed into place when whole."""
+    """Checkpoints of a run under `directory`/STEP, written in the background and renamed into place when whole.
 
-    def __init__(self, directory: Path, keep: int = 2):
+    Kept are the newest `keep_last`, and the `keep_best` of those saved with the highest scores.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 1):
+        newest = checkpoint_managers.LatestN(n=keep_last)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics["score"], n=keep_best, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                # What a killed process left half written.
+                cleanup_tmp_directories=True,
+            ),
         )
 
-    def save(self, state: TrainState, data_position: dict[str, Any]) -> None:
-        """Save the state, and where the data iterator stands."""
+    def save(self, state: TrainState, data_position: dict[str, Any], score: float | None = None) -> None:
+        """Save the state, and where the data iterator stands; `score` is of held-out examples, higher is better."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)),
+            metrics=None if score is None else {"score": score},
         )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out as `abstract` says, whatever mesh wrote it. Raises UserError without one."""
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, once a save under way is done."""
+        self._manager.wait_until_finished()
+        step = self._manager.latest_step()
+        return None if step is None else Path(self._manager.directory) / str(step)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint, laid out as `abstract` says, whatever mesh wrote it; None if there is none yet."""
         step = self._manager.latest_step()
         if step is None:
-            raise UserError(f"nothing to resume in {self._manager.directory}: no checkpoint was saved there yet")
+            return None
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()),

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD, center_crop, normalise, open_image, padded_resize, to_rgb
+from sphinx_jax.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    center_crop,
+    normalise,
+    open_image,
+    padded_resize,
+    random_resized_crop,
+    to_rgb,
+)
 from sphinx_jax.errors import UserError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -178,3 +187,37 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match="too many pixels"):
         open_image(saved(two_halves(), "PNG"))
+
+
+def test_random_crops_have_the_originals_area_and_shape():
+    """Red tells a pixel's column and green its row: the box of each crop is read off its colours."""
+    width, height, size = 240, 200, 64
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(width)[None, :], np.arange(height)[:, None]
+    image = Image.fromarray(ramp)
+    random = np.random.default_rng(0)
+    boxes = []
+    for _ in range(300):
+        crop = random_resized_crop(image, size, random).astype(float)
+        # Away from the edges a ramp stays a ramp: its slope is the box's side over the size.
+        inner = np.arange(8, size - 8)
+        across, left = np.polyfit(inner + 0.5, crop[size // 2, inner, 0] + 0.5, 1)
+        down, top = np.polyfit(inner + 0.5, crop[inner, size // 2, 1] + 0.5, 1)
+        boxes.append((left, top, across * size, down * size))
+    left, top, w, h = np.array(boxes).T
+    share = w * h / (width * height)
+    assert share.min() > 0.885 and share.max() < 1.005 and abs(share.mean() - 0.95) < 0.02
+    assert (w / h).min() > 0.74 and (w / h).max() < 1.35
+    for start, length, side in ((left, w, width), (top, h, height)):
+        assert start.min() > -0.6 and (start + length).max() < side + 0.6 and start.std() > 2
+
+
+@pytest.mark.parametrize(("shape", "box"), [((400, 30), (180, 40, 0, 30)), ((30, 400), (0, 30, 180, 40))])
+def test_a_crop_of_a_strip_is_its_middle(shape, box):
+    """No crop between 3:4 and 4:3 has 90 % of it: the largest such part in the middle."""
+    width, height = shape
+    left, w, top, h = box
+    picture = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    middle = Image.fromarray(picture[top : top + h, left : left + w]).resize((16, 16), Image.Resampling.BICUBIC)
+    got = random_resized_crop(Image.fromarray(picture), 16, np.random.default_rng(0))
+    np.testing.assert_array_equal(got, np.array(middle))

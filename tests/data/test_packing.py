@@ -1,0 +1,103 @@
+"""Packing: what fits where, and that packed conversations are learned as if each stood alone."""
+
+import json
+
+import numpy as np
+import optax
+import pytest
+import yaml
+from flax import nnx
+
+from sphinx_jax import config
+from sphinx_jax.data import accessory_yaml
+from sphinx_jax.data.conversation_batches import ItemReader, packed_rows, train_batches
+from sphinx_jax.data.packing import join, pack
+from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.errors import UserError
+from sphinx_jax.model import SphinxMoE
+from sphinx_jax.training.step import next_tokens
+
+LENGTH = 160
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pack_fits_everything_once_and_tightly(seed):
+    lengths = np.random.default_rng(seed).integers(1, 100, 300).tolist()
+    groups = pack(lengths, 128)
+    assert sorted(place for group in groups for place in group) == list(range(300))
+    filled = [sum(lengths[place] for place in group) for group in groups]
+    assert max(filled) <= 128
+    # Best fit decreasing uses at most 11/9 of the fewest groups possible, and 1 (Johnson 1974).
+    assert (
+        len(groups) <= 11 / 9 * np.ceil(sum(lengths) / 128) + 1
+        or len(groups) <= 11 / 9 * sum(length > 64 for length in lengths) + 1
+    )
+
+
+def test_pack_leaves_alone_what_does_not_fit():
+    assert sorted(pack([300, 2, 126], 128)) == [(0,), (2, 1)]
+
+
+@pytest.fixture
+def texts(tmp_path, small):
+    """Thirty conversations of different lengths: their annotations, and what reads them."""
+    random = np.random.default_rng(0)
+    words = ["circle", "blue", "is", "there", "a", "green", "shape"]
+    say = lambda n: " ".join(random.choice(words, n))
+    records = []
+    for i in range(30):
+        turns = [("human", say(1 + i % 5)), ("gpt", say(1 + i % 3))] * (1 + i % 2)
+        records.append({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    meta = [{"type": "text", "path": str(tmp_path / "records.json")}]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"META": meta}))
+    skipped = SkipLog(0.0)
+    annotations = accessory_yaml.read(tmp_path / "data.yaml", skipped)
+    return annotations, ItemReader(small, LENGTH, image_size=0, image_words=0, skipped=skipped)
+
+
+def test_losses_are_those_of_the_conversations_alone(texts):
+    annotations, reader = texts
+    rows = packed_rows(annotations, reader)
+    assert len(rows.items) < 20
+    batches = train_batches(annotations, reader, rows, batch_size=len(rows.items), seed=0)
+    packed = next(batches)
+    assert sorted(packed["examples"].tolist()) == list(range(30))
+    decoder = config.DecoderConfig(
+        dim=32, hidden_dim=32, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=512
+    )
+    model = SphinxMoE(config.SphinxConfig(language=decoder, vision=None), rngs=nnx.Rngs(0))
+    losses, _, counted = next_tokens(model(packed["tokens"], turns=packed["turns"])[0], packed["labels"])
+    # Row by row and word by word, in the order in which the conversations stand in the batch.
+    of_packed = np.asarray(losses)[np.asarray(counted)]
+
+    alone = [reader.text(annotations.items[i]) for i in packed["examples"]]
+    logits = model(np.stack([example.tokens for example in alone]))[0]
+    expected = []
+    for scores, example in zip(logits, alone, strict=True):
+        each = optax.softmax_cross_entropy_with_integer_labels(scores[:-1], example.labels[1:])
+        expected.append(np.asarray(each)[example.labels[1:] != 0])
+    np.testing.assert_allclose(of_packed, np.concatenate(expected), rtol=2e-5)
+    # The model sees more than the word before: other conversations would have changed something.
+    blended, _, _ = next_tokens(model(packed["tokens"])[0], packed["labels"])
+    assert np.abs(np.asarray(blended)[np.asarray(counted)] - of_packed).max() > 0.01
+
+
+def test_what_is_too_long_is_cut(texts):
+    annotations, reader = texts
+    long = annotations.items[-1].conversation.example(reader.tokenizer)
+    row = join([long], 50)
+    assert row.tokens.tolist() == long.tokens[:50].tolist() and row.labels.tolist() == long.labels[:50].tolist()
+    short = join([long, long], 400)
+    both = 2 * len(long.tokens)
+    assert short.turns[[0, both // 2 - 1, both // 2, both - 1, both, 399]].tolist() == [1, 1, 2, 2, 3, 3]
+    assert not short.tokens[both:].any() and not short.labels[both:].any()
+
+
+def test_pictures_alone_cannot_be_packed(texts, tmp_path):
+    (tmp_path / "records.json").write_text(
+        json.dumps([{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}])
+    )
+    annotations = accessory_yaml.read(tmp_path / "data.yaml", SkipLog(0.0))
+    with pytest.raises(UserError, match="--pack: every conversation has a picture"):
+        packed_rows(annotations, texts[1])

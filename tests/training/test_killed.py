@@ -1,0 +1,183 @@
+"""Runs killed, stopped and diverged: what is left goes on as if nothing had happened, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from sphinx_jax import commandline, config
+from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.data.task import YamlData, YamlOptions
+from sphinx_jax.training import recipe
+
+TINY = Path(__file__).with_name("tiny.py")
+
+
+def write_data(folder):
+    """Sums as text: a data.yaml and its records."""
+    said = lambda i: [{"from": "human", "value": f"{i} plus {i % 7}?"}, {"from": "gpt", "value": str(i + i % 7)}]
+    records = [{"id": str(i), "conversations": said(i)} for i in range(120)]
+    (folder / "records.json").write_text(json.dumps(records))
+    entry = {"path": str(folder / "records.json"), "type": "text"}
+    (folder / "data.yaml").write_text(json.dumps({"META": [entry]}))
+    return folder / "data.yaml"
+
+
+class Program:
+    """`tiny.py` on one data set, in processes of its own that share their compiled programs."""
+
+    def __init__(self, folder):
+        self.argv = [sys.executable, str(TINY), "--preset", "tiny", "--data", str(write_data(folder))]
+        self.argv += ["--max-length", "100", "--batch-size", "2", "--log-every", "1", "--save-every", "5"]
+        self.folder = folder
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
+
+    def start(self, out, steps):
+        argv = [
+            *self.argv,
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+            *(["--resume"] if (out / "options.json").exists() else []),
+        ]
+        self.errors = self.folder / "stderr"
+        with self.errors.open("w") as errors:
+            return subprocess.Popen(argv, env=self.environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+    def finish(self, out, steps):
+        """Run to the end; the losses and gradient norms of all steps."""
+        process = self.start(out, steps)
+        process.communicate(timeout=300)
+        assert process.returncode == 0, self.errors.read_text()
+        assert len(losses(out)) == steps
+        return losses(out)
+
+    def wait(self, process, condition, seconds=120):
+        """Until `condition()` holds; the process must not end before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def uninterrupted(self, steps):
+        out = self.folder / f"whole-{steps}"
+        return losses(out) if out.exists() else self.finish(out, steps)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(2, 250), pytest.param(20, 1000, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(program, tmp_path, kills, steps):
+    """kill -9, every other time while a checkpoint is half written; then SIGTERM, then to the end."""
+    chance = random.Random(kills)
+    out = tmp_path / "killed"
+    during_save = 0
+    for kill in range(kills):
+        process = program.start(out, steps)
+        log = out / "metrics.jsonl"
+        size = lambda log=log: log.stat().st_size if log.exists() else 0
+        before = size()
+        half_written = lambda: any("tmp" in path.name for path in (out / "checkpoints").iterdir())
+        program.wait(process, lambda before=before, size=size: size() > before)
+        time.sleep(chance.uniform(0, 0.2))
+        if kill % 2:
+            program.wait(process, half_written)
+            time.sleep(chance.uniform(0, 0.01))
+        process.kill()
+        process.communicate()
+        during_save += half_written()
+    print(f"{during_save} of {kills} kills during a save")
+    assert during_save or kills < 20
+    process = program.start(out, steps)
+    start = size()
+    program.wait(process, lambda: size() > start)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"--out {out} --resume" in said
+    newest = max(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert newest == losses(out)[-1][0] < steps
+    assert not (out / "summary.json").exists()
+    assert program.finish(out, steps) == program.uninterrupted(steps)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The preset in this process, and its model's config."""
+    made = config.nano()
+    small = {"dim": 16, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}
+    made = config.SphinxConfig(language=config.dataclasses.replace(made.language, **small), vision=None)
+    monkeypatch.setitem(config.PRESETS, "tiny", lambda: made)
+    return made
+
+
+def call(tmp_path, *argv):
+    argv = ["--preset", "tiny", "--data", write_data(tmp_path), "--max-length", "100", "--batch-size", "4", *argv]
+    return commandline.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
+    """Whichever step it happens in: here one that is not logged, after an update that was far too large."""
+    monkeypatch.setattr(recipe, "cosine_with_warmup", lambda step, **_: jnp.where(step == 6, 1e30, 1e-3))
+    assert call(tmp_path, "--steps", 60, "--lr", "1e-3", "--save-every", 4, "--log-every", 50) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    report = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert said.startswith("error: ") and "at step 7" in said and report["step"] == 7
+    assert not all(np.isfinite(float(report[name])) for name in ("loss", "grad_norm"))
+    assert "checkpoints/4 with --resume" in said
+    task = YamlData(tmp_path / "data.yaml", tiny, None, SkipLog(0.0), YamlOptions(max_length=100))
+    batches = task.batches(4, seed=0)
+    batch = [next(batches) for _ in range(7)][-1]
+    assert report["examples"] == [task.name(i) for i in batch["examples"]]
+    assert report["examples"][0] in said
+
+
+def test_what_is_kept(tiny, tmp_path, monkeypatch):
+    """The newest two and the best one; each evaluation saves, and is logged with its step."""
+    scores = iter([0.1, 0.7, 0.3, 0.2, 0.5])
+    monkeypatch.setattr(YamlData, "score", lambda *_: {"held_out": {"accuracy": next(scores)}})
+    assert call(tmp_path, "--steps", 10, "--save-every", 3, "--eval-every", 2, "--log-every", 5) == 0
+    out = tmp_path / "run"
+    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [4, 9, 10]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line.get("held_out", {}).get("accuracy") for line in lines} == {
+        **{2: 0.1, 4: 0.7, 5: None, 6: 0.3, 8: 0.2, 10: 0.5}
+    }
+    assert json.loads((out / "summary.json").read_text())["held_out"] == {"accuracy": 0.5}
+
+
+def test_profile_holds_the_steps_asked_for(tiny, tmp_path):
+    assert call(tmp_path, "--steps", 5, "--profile", "2:3") == 0
+    (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
+
+
+def test_saved_by_minutes(tiny, tmp_path):
+    assert call(tmp_path, "--steps", 4, "--save-minutes", "1e-9", "--keep-last", 4) == 0
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [1, 2, 3, 4]

@@ -1,0 +1,20 @@
+"""train.py with one preset more: a decoder that compiles and steps in no time. Run as a program by the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
+from sphinx_jax import commandline, config
+
+TINY = config.SphinxConfig(
+    language=config.DecoderConfig(
+        dim=16, hidden_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, num_experts=4, vocab_size=512
+    ),
+    vision=None,
+)
+config.PRESETS["tiny"] = lambda: TINY
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(train.main, sys.argv[1:]))
