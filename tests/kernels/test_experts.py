@@ -154,6 +154,13 @@ def test_a_batch_on_a_gpu_reads_every_weight_once(gpu_mesh, compile_for_gpu, bat
     assert program.memory_analysis().temp_size_in_bytes < 4 * batch * 8 * FULL.dim * 4
 
 
+def test_a_long_prompt_on_a_gpu_makes_no_array_of_tokens_by_experts_by_hidden(gpu_mesh, compile_for_gpu):
+    tokens = 16384
+    text = layer(gpu_mesh(tensor=8), compile_for_gpu, 1, tokens).as_text()
+    largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", text))
+    assert largest < tokens * FULL.num_experts * FULL.hidden_dim // 8
+
+
 def test_the_form_follows_platform_and_tokens():
     chosen = [choose_form("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
     assert chosen == ["chosen", "chosen", "every", "every", "blocks"]
