@@ -1,4 +1,4 @@
-"""Linear projections, of a single row in a form of its own on a GPU."""
+"""Linear projections: one function, with a gradient of its own on CPU and a form of its own for one row on a GPU."""
 
 import math
 
@@ -11,7 +11,9 @@ import sharding
 
 def project(x: Float[Array, "*rows in"], w: Float[Array, "in *out"]) -> Float[Array, "..."]:
     """x @ w of shape [*rows, *out]: any number of dimensions before and behind the one summed over."""
-    if x.size == x.shape[-1] and sharding.platform() != "cpu":
+    if sharding.platform() == "cpu":
+        return _project_on_cpu(x, w)
+    if x.size == x.shape[-1]:
         return vector_matrix(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
     return jnp.tensordot(x, w, axes=1)
 
@@ -28,3 +30,27 @@ def vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Ar
     x = x.reshape(-1, part, *(1,) * (w.ndim - 2))
     parts = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
     return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
+
+
+def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: jnp.dtype) -> Float[Array, "in out"]:
+    """x' y, the gradient of a matrix. XLA:CPU is up to twice as fast if x is transposed before the product."""
+    return jnp.dot(jax.lax.optimization_barrier(x.T), y, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _project_on_cpu(x, w):
+    return jnp.tensordot(x, w, axes=1)
+
+
+def _forward(x, w):
+    return _project_on_cpu(x, w), (x, w)
+
+
+def _backward(residuals, dy):
+    x, w = residuals
+    rows, matrix = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
+    dy = dy.reshape(-1, matrix.shape[1])
+    return (dy @ matrix.T).reshape(x.shape), outer(rows, dy, w.dtype).reshape(w.shape)
+
+
+_project_on_cpu.defvjp(_forward, _backward)

@@ -10,6 +10,7 @@ import pytest
 
 import sharding
 from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.expert_blocks import block_sizes, expert_blocks
 from sphinx_jax.kernels.experts import choose_form, experts_sum
 from sphinx_jax.language.moe import MoE
 from sphinx_jax.model import bind
@@ -92,6 +93,21 @@ def test_one_token_and_bfloat16(compiled, form, tokens, dtype):
         assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("sizes", [(8, 2), (4, 1)])
+def test_blocks_of_two_sizes(sizes):
+    @jax.jit
+    def both(x, experts, weights, w_in, w_out, dy):
+        y, pull = jax.vjp(lambda *a: expert_blocks(a[0], experts, *a[1:], sizes), x, weights, w_in, w_out)
+        return y, pull(dy)
+
+    x, experts, *rest = draw(17)
+    for routing in ("even", "all on one", "some elsewhere"):
+        args = (x, ROUTINGS[routing](experts), *rest)
+        (y, gradients), (expected, expected_gradients) = both(*args), reference(*args)
+        for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 FULL = DecoderConfig()
 MESHES = [{"tensor": 8}, {"tensor": 2}, {"tensor": 8, "expert": 2}]
 
@@ -138,7 +154,25 @@ def test_a_batch_on_a_gpu_reads_every_weight_once(gpu_mesh, compile_for_gpu, bat
     assert program.memory_analysis().temp_size_in_bytes < 4 * batch * 8 * FULL.dim * 4
 
 
+def test_a_long_prompt_on_a_gpu_makes_no_array_of_tokens_by_experts_by_hidden(gpu_mesh, compile_for_gpu):
+    tokens = 16384
+    text = layer(gpu_mesh(tensor=8), compile_for_gpu, 1, tokens).as_text()
+    largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", text))
+    assert largest < tokens * FULL.num_experts * FULL.hidden_dim // 8
+
+
 def test_the_form_follows_platform_and_tokens():
     chosen = [choose_form("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
     assert chosen == ["chosen", "chosen", "every", "every", "blocks"]
     assert choose_form("gpu", 2, 2, 4) == "every"
+
+
+@pytest.mark.parametrize("largest", [128, 256])
+def test_blocks_waste_little(largest):
+    """At most one small block of an expert is partly filled: of 2,048 words that is at most an eighth of the rows."""
+    for rows in (1, 2, 32, 100, 1000, 4096, 100_000):
+        large, small = block_sizes(rows, 8, largest)[0], block_sizes(rows, 8, largest)[-1]
+        assert large & (large - 1) == 0 and large % small == 0 and large <= largest
+        if rows >= 4096:
+            assert 8 * small <= rows / 8
+    assert block_sizes(2, 8, largest) == (1,)

@@ -8,12 +8,15 @@ import pytest
 import sharding
 from sphinx_jax.kernels.project import project, vector_matrix
 
+one_row = lambda x, w: project(x[None], w)[0]
 
+
+@pytest.mark.parametrize("form", [vector_matrix, one_row])
 @pytest.mark.parametrize(("length", "dtype"), [(512, jnp.float32), (512, jnp.bfloat16), (7, jnp.float32)])
-def test_values_and_gradients(length, dtype):
+def test_values_and_gradients(form, length, dtype):
     keys = jax.random.split(jax.random.key(length), 3)
     x, w, dy = (jax.random.normal(k, s, dtype) for k, s in zip(keys, [(length,), (length, 3, 2), (3, 2)], strict=True))
-    y, pull = jax.vjp(vector_matrix, x, w)
+    y, pull = jax.vjp(form, x, w)
     dx, dw = pull(dy)
     x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
     expected = (np.tensordot(x64, w64, 1), np.tensordot(w64, dy64, 2), x64[:, None, None] * dy64)
@@ -23,10 +26,14 @@ def test_values_and_gradients(length, dtype):
         assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
-def test_shapes():
-    x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))
-    assert project(x, w).shape == (2, 3, 5, 6)
-    assert project(x[:1, :1], w).shape == (1, 1, 5, 6)
+def test_gradients_of_many_dimensions_are_those_of_einsum():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, 3, 4), (4, 5, 6), (2, 3, 5, 6)]
+    x, w, dy = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    y, pull = jax.vjp(project, x, w)
+    expected, pull_expected = jax.vjp(lambda x, w: jnp.einsum("abi,icd->abcd", x, w), x, w)
+    for ours, theirs in zip((y, *pull(dy)), (expected, *pull_expected(dy)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_one_row_on_a_gpu_writes_nothing_of_the_size_of_the_weights(gpu_mesh, compile_for_gpu):

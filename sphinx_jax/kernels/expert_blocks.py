@@ -1,0 +1,171 @@
+"""SwiGLU experts on assignments sorted by expert, block by block: the arithmetic of the chosen experts alone.
+
+`lax.ragged_dot` multiplies every row by every expert's matrix on CPU and on most GPUs, so this is a loop over the
+experts that were chosen, and for each a loop over blocks of its rows. Trip counts follow the routing: no row is
+dropped, and an expert's weights are fetched once. A block is taken through the whole expert, gate to output, while
+it lies in cache.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sphinx_jax.kernels.project import outer
+
+Tokens = Float[Array, "tokens dim"]
+Assigned = Int[Array, "tokens k"]
+Weights = Float[Array, "tokens k"]
+WIn = Float[Array, "experts dim 2 hidden"]
+WOut = Float[Array, "experts hidden dim"]
+
+
+def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
+    """Rows of an expert's first blocks, and of its last ones: whole large blocks, then small ones for what is left.
+
+    Only small blocks are partly filled, by half on average, so with a quarter of the large size the arithmetic in
+    vain is an eighth of a large block an expert. Twice the mean load is large enough for an expert's first block,
+    and one row for most experts if there are fewer rows than experts.
+    """
+    large = 1
+    while large < largest and large * experts <= rows:
+        large *= 2
+    small = max(large // 4, min(large, 4))
+    return (large, small) if small < large else (large,)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def expert_blocks(
+    x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut, sizes: tuple[int, ...]
+) -> Tokens:
+    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.experts`.
+
+    `sizes` are the sizes of blocks, largest first.
+    """
+    return _forward(x, experts, weights, w_in, w_out, sizes, keep=False)[0]
+
+
+class Sorted(NamedTuple):
+    """Assignments sorted by expert, those to no expert here last."""
+
+    order: Int[Array, "rows"]
+    token: Int[Array, "padded"]
+    """Which token each is of, followed by a block of padding."""
+    first: Int[Array, "experts"]
+    count: Int[Array, "experts"]
+    chosen: Int[Array, "experts"]
+    """The experts that have any, in ascending order; then the others."""
+
+    @classmethod
+    def of(cls, experts: Assigned, num_experts: int, padding: int) -> "Sorted":
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        count = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+        token = jnp.pad(order // experts.shape[1], (0, padding))
+        return cls(order, token, jnp.cumsum(count) - count, count, jnp.argsort(count == 0, stable=True))
+
+    def each_expert(self, body, carry):
+        """carry = body(expert, carry) for each expert that has rows."""
+        step = lambda i, carry: body(self.chosen[i], carry)
+        return jax.lax.fori_loop(0, jnp.sum(self.count > 0), step, carry)
+
+    def each_block(self, expert, sizes, body, carry):
+        """carry = body(start, size, carry) for each block of an expert's rows.
+
+        A block may reach past its expert's rows, never past the padding. What it writes there is written again by
+        the experts that the rows are of, which come later, and is not read if they are of none.
+        """
+        start, left = self.first[expert], self.count[expert]
+        for size in sizes:
+            blocks = left // size if size != sizes[-1] else (left + size - 1) // size
+            step = lambda i, carry, start=start, size=size: body(start + i * size, size, carry)
+            carry = jax.lax.fori_loop(0, blocks, step, carry)
+            start, left = start + blocks * size, left - blocks * size
+        return carry
+
+    def back(self, rows: Float[Array, "padded dim"], experts: Assigned, num_experts: int) -> Array:
+        """Rows in the order of their assignments, zero where an assignment is to no expert here."""
+        ours = rows[jnp.argsort(self.order)].reshape(*experts.shape, *rows.shape[1:])
+        here = experts < num_experts
+        return jnp.where(here.reshape(*here.shape, *(1,) * (ours.ndim - 2)), ours, 0)
+
+
+_slice = jax.lax.dynamic_slice_in_dim
+_update = jax.lax.dynamic_update_slice_in_dim
+_matrix = lambda w, expert: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+
+
+def _forward(x, experts, weights, w_in, w_out, sizes, keep):
+    """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
+    num_experts, dim, _, hidden = w_in.shape
+    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
+    rows = Sorted.of(experts, num_experts, sizes[0])
+    empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
+
+    def expert(e, carry):
+        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+
+        def block(start, size, carry):
+            gate_up = x[_slice(rows.token, start, size)] @ into
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+            out = (jax.nn.silu(gate) * up) @ out_of
+            new = (out, gate_up) if keep else (out,)
+            return tuple(_update(whole, part, start, 0) for whole, part in zip(carry, new, strict=True))
+
+        return rows.each_block(e, sizes, block, carry)
+
+    out, *kept = rows.each_expert(expert, (empty(dim), empty(2 * hidden)) if keep else (empty(dim),))
+    return jnp.sum(rows.back(out, experts, num_experts) * weights[..., None], axis=1), (rows, *kept)
+
+
+def _vjp_forward(x, experts, weights, w_in, w_out, sizes):
+    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, keep=True)
+    return y, (x, experts, weights, w_in, w_out, *kept)
+
+
+def _vjp_backward(sizes, residuals, dy):
+    x, experts, weights, w_in, w_out, rows, gate_up = residuals
+    num_experts, dim, _, hidden = w_in.shape
+    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
+    weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
+    zeros = lambda w: jnp.zeros_like(w, jnp.float32)
+
+    def expert(e, carry):
+        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+        end = rows.first[e] + rows.count[e]
+
+        def block(start, size, carry):
+            dx, dweight, d_into, d_out_of = carry
+            token = _slice(rows.token, start, size)
+            own = (start + jnp.arange(size) < end)[:, None]
+            dout = jnp.where(own, dy[token], 0)
+            gate, up = jnp.split(_slice(gate_up, start, size), 2, axis=-1)
+            swish, slope = jax.vjp(jax.nn.silu, gate)
+            # Of the unweighted output: times the hidden vector it is the weight's gradient, times the weight the
+            # hidden vector's.
+            dhidden = dout @ out_of.T
+            dweight = _update(dweight, jnp.sum(swish * up * dhidden, axis=-1, keepdims=True), start, 0)
+            scale = _slice(weight, start, size)
+            dhidden = dhidden * scale
+            dgate_up = jnp.concatenate([*slope(dhidden * up), dhidden * swish], axis=-1)
+            d_out_of = d_out_of + outer(swish * up, dout * scale, jnp.float32)
+            d_into = d_into + outer(x[token], dgate_up, jnp.float32)
+            return _update(dx, dgate_up @ into.T, start, 0), dweight, d_into, d_out_of
+
+        dx, dweight, dw_in, dw_out = carry
+        carry = dx, dweight, zeros(into), zeros(out_of)
+        dx, dweight, d_into, d_out_of = rows.each_block(e, sizes, block, carry)
+        put = lambda dw, new: _update(dw, new[None].astype(dw.dtype), e, 0)
+        return dx, dweight, put(dw_in, d_into), put(dw_out, d_out_of)
+
+    empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
+    carry = empty(dim), empty(1), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
+    dx, dweight, dw_in, dw_out = rows.each_expert(expert, carry)
+    dx = jnp.sum(rows.back(dx, experts, num_experts), axis=1)
+    dweights = rows.back(dweight, experts, num_experts)[..., 0]
+    return dx, None, dweights, dw_in.reshape(num_experts, dim, 2, hidden), dw_out
+
+
+expert_blocks.defvjp(_vjp_forward, _vjp_backward)
