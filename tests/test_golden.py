@@ -41,11 +41,13 @@ class Run:
         self.images = jnp.asarray(pictures(variant))
         with sharding.use(self.mesh):
             self.gradient = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
-            (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params))
+            (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params, self.encoders, self.images))
 
-    def loss(self, params):
-        whole = params | {"vision": params["vision"] | self.encoders}
-        logits, record = bind(self.graph, whole)(self.tokens, self.images)
+    def loss(self, params, encoders, images):
+        # Pictures are an argument, as everywhere outside of tests: XLA computes with constants while it compiles,
+        # in other roundings, and where those meet a rounding to half a pixel tips over.
+        whole = params | {"vision": params["vision"] | encoders}
+        logits, record = bind(self.graph, whole)(self.tokens, images)
         losses, _, counted = next_tokens(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), self.labels)
         words = losses.sum(where=counted) / counted.sum()
         balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]])
@@ -86,9 +88,7 @@ def test_hidden_states(run):
     at = e["hidden_positions"]
     close(record["embedded"][:, at], e["train_layer0_in"])
     for i, layer in enumerate(record["layers"]):
-        # One picture word of the five-view set has nearly equal channels, and its norm makes rounding 30 times
-        # larger: 1.5e-4 there after two layers, where the relative error of all is 2e-6.
-        close(layer["out"][:, at], e[f"train_layer{i}_out"], largest=2e-4)
+        close(layer["out"][:, at], e[f"train_layer{i}_out"])
         close(layer["ffn"][:, at[::4]], e[f"train_layer{i}_ffn"])
     close(record["layers"][0]["attention"][:, at], e["train_layer0_attn"])
     close(record["hidden"][:, at], e["train_norm_out"])
@@ -156,7 +156,7 @@ def test_four_optimizer_steps(run):
     with sharding.use(run.mesh):
         params, state = run.params, optimizer.init(run.params)
         for step in trajectory["steps"]:
-            (total, out), grads = run.gradient(params)
+            (total, out), grads = run.gradient(params, run.encoders, run.images)
             np.testing.assert_allclose(out["words"], step["c_loss"], rtol=1e-4)
             np.testing.assert_allclose(total, step["total"], rtol=1e-4)
             params, state, norm = update(params, state, grads)

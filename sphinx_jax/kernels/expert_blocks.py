@@ -102,7 +102,9 @@ def _forward(x, experts, weights, w_in, w_out, sizes, keep):
     num_experts, dim, _, hidden = w_in.shape
     w_in = w_in.reshape(num_experts, dim, 2 * hidden)
     rows = Sorted.of(experts, num_experts, sizes[0])
-    empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
+    # Constant zeros are nobody's result, and XLA writes those of all layers before the first begins.
+    zero = jnp.where(rows.order[0] < 0, x[0, 0], 0)
+    empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
         into, out_of = _matrix(w_in, e), _matrix(w_out, e)

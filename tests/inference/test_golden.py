@@ -1,45 +1,128 @@
-"""Texts that the original program generated, from its own checkpoint: with a picture, and without."""
+"""What the original program answered, from its own checkpoints: with a picture and without, token by token."""
 
-from pathlib import Path
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import sharding
 import sphinx_jax
+from sphinx_jax.checkpoints import accessory
+from sphinx_jax.language.cache import causal_mask, make_cache
+from sphinx_jax.model import bind
+from tests.conftest import GOLDEN, mesh_name
+from tests.vision.test_golden import pictures
 
-PICTURE = Path(__file__).parents[1] / "golden" / "ens" / "image_padded_resized.png"
-
-
-@pytest.fixture(scope="module")
-def model(golden_checkpoint):
-    return sphinx_jax.load(golden_checkpoint("ens", 2), sharding.make_mesh(), "float32")
-
-
-@pytest.fixture(scope="module")
-def asked(golden):
-    """Prompts, their pictures, and the tokens that the original answered: two scenarios as one mixed batch."""
-    pixels = np.asarray(Image.open(PICTURE))
-    scenarios = {scenario["name"]: scenario for scenario in golden("ens/expected.json")["generate"]}
-    seeing, reading = scenarios["image_batch2_different_lengths"], scenarios["text_only_batch3"]
-    images = [pixels, pixels[:, ::-1], None, None, None]
-    return seeing["prompts"] + reading["prompts"], images, seeing["output_tokens"] + reading["output_tokens"]
+QUICK = ("ens", {})
+MESHES = [{}, {"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}]
+CASES = [
+    case if case == QUICK else pytest.param(case, marks=pytest.mark.slow)
+    for case in ((variant, shape) for variant in ("ens", "ens5") for shape in MESHES)
+]
+ONE_DEVICE = [QUICK, pytest.param(("ens5", {}), marks=pytest.mark.slow)]
+LONGEST = 31
+"""Tokens of the longest answer stored: in a batch the original let shorter prompts run past the limit."""
 
 
-def test_answers_are_the_originals(model, asked):
-    prompts, images, expected = asked
-    answers = model.complete(prompts, images, raw=True, max_new_tokens=10)
-    # The original let shorter prompts of a batch run past the limit, and the first scenario ended the rest at six.
-    for answer, tokens in zip(answers, expected, strict=True):
-        assert len(answer.tokens) == 10 and min(len(tokens), 10) >= 6
-        assert answer.tokens[: len(tokens)] == tokens[:10]
+class Run:
+    """One variant on one mesh, from the files of two shards, and what the original answered."""
+
+    def __init__(self, variant, shape, directory, golden):
+        self.model = sphinx_jax.load(directory, sharding.make_mesh(**shape), "float32")
+        self.expected, self.inputs = golden(f"{variant}/expected.npz"), golden(f"{variant}/inputs.npz")
+        self.facts = golden(f"{variant}/expected.json")
+        self.scenarios = {scenario["name"]: scenario for scenario in self.facts["generate"]}
+        pixels = np.asarray(Image.open(GOLDEN / variant / "image_padded_resized.png"))
+        self.pixels, self.picture = [pixels, pixels[:, ::-1]], pictures(variant)[:1]
 
 
-def test_a_stop_string_cuts_where_the_original_did(model, asked, golden):
-    prompts, images, _ = asked
-    (scenario,) = (s for s in golden("ens/expected.json")["generate"] if s["name"] == "image_single_stop_symbol")
-    stop = scenario["kwargs"]["additional_stop_symbols"]
-    text = model.generate(prompts, images, raw=True, max_new_tokens=10, stop=stop)[0]
+def case_name(case) -> str:
+    return f"{case[0]}-{mesh_name(case[1])}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=case_name)
+def run(request, golden_checkpoint, golden):
+    variant, shape = request.param
+    return Run(variant, shape, golden_checkpoint(variant, 2), golden)
+
+
+def test_every_scenario_is_answered_as_by_the_original(run):
+    """All prompts as one mixed batch: what a prompt gets does not depend on its company."""
+    prompts, images, expected, texts = [], [], [], []
+    for name in ("image_single", "image_batch2_different_lengths", "text_only_batch3"):
+        scenario = run.scenarios[name]
+        prompts += scenario["prompts"]
+        images += run.pixels[: scenario["n_images"]] or [None] * len(scenario["prompts"])
+        expected += scenario["output_tokens"]
+        texts += scenario["output"]
+    answers = run.model.complete(prompts, images, raw=True, max_new_tokens=LONGEST)
+    for answer, tokens, text in zip(answers, expected, texts, strict=True):
+        assert answer.tokens[: len(tokens)] == tokens
+        assert run.model.tokenizer.decode(answer.tokens[: len(tokens)]) == text
+
+
+@pytest.mark.parametrize("run", ONE_DEVICE, ids=case_name, indirect=True)
+def test_generate_and_stream_give_the_originals_text(run):
+    (prompt,) = run.scenarios["image_single"]["prompts"]
+    (stopping,) = (s for s in run.scenarios.values() if "additional_stop_symbols" in s["kwargs"])
+    ask = {"raw": True, "max_new_tokens": 8}
+    assert run.model.generate([prompt], run.pixels[:1], **ask) == run.scenarios["image_single"]["output"]
+    assert "".join(run.model.stream(prompt, run.pixels[0], **ask)) == run.scenarios["image_single"]["output"][0]
+    stop = stopping["kwargs"]["additional_stop_symbols"]
     # The original stops at tokens and so drops the space before the word with it.
-    assert text.rstrip() == scenario["output"][0]
+    assert run.model.generate([prompt], run.pixels[:1], stop=stop, **ask)[0].rstrip() == stopping["output"][0]
+
+
+def test_logits_of_cached_decoding(run):
+    """The prompt read into the cache, then eight tokens one at a time: the scores after each."""
+    engine, e = run.model.engine, run.expected
+    prompt = jnp.asarray(run.inputs["prompt_tokens"], jnp.int32)
+    slots = run.model.config.image_words + prompt.shape[1] + len(e["decode_tokens"])
+
+    def read(params, cache, tokens, start, picture):
+        model = bind(engine._graph, params)
+        x = model.embed(tokens, None if picture is None else model.encode_images(picture))
+        positions = start + jnp.arange(x.shape[1])[None]
+        hidden, cache, _ = model.language(x, positions, causal_mask(positions, slots), cache)
+        return model.language.logits(hidden[:, -1:])[0, 0], cache, start + x.shape[1]
+
+    with sharding.use(run.model.mesh):
+        read = jax.jit(read)
+        cache = make_cache(run.model.config.language, 1, slots, jnp.float32)
+        logits, cache, start = read(engine.params, cache, prompt, jnp.int32(0), run.picture)
+        rows = [logits]
+        for token in e["decode_tokens"]:
+            logits, cache, start = read(engine.params, cache, jnp.full((1, 1), token, jnp.int32), start, None)
+            rows.append(logits)
+        rows = np.asarray(jnp.stack(rows))
+    assert start == slots
+    np.testing.assert_array_equal(rows.argmax(-1), e["decode_logits_argmax"])
+    np.testing.assert_array_equal(rows.argmax(-1)[:-1], e["decode_tokens"])
+    np.testing.assert_allclose(rows[:, ::125], e["decode_logits_cols"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(rows[0], e["decode_logits_full_first"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(rows[-1], e["decode_logits_full_last"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(jax.nn.logsumexp(rows, axis=-1)), e["decode_logits_lse"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_no_further_from_float32_than_the_originals(golden_checkpoint, golden):
+    """First scores and picture words, both as far from the original's float32 as ours may be, on average and at most.
+
+    The original's bfloat16 was computed on a CPU too. Logits are about 2.9 wide, words 1.
+    """
+    loaded = accessory.load(golden_checkpoint("ens", 1), sharding.make_mesh(), "bfloat16")
+    run = jax.jit(lambda params, tokens, images: bind(loaded.graph, params)(tokens, images))
+    prompt = golden("ens/inputs.npz")["prompt_tokens"].astype(np.int32)
+    logits, record = run(loaded.params, prompt, pictures("ens")[:1])
+    exact, theirs = golden("ens/expected.npz"), golden("ens/info_bf16_cpu.npz")
+    first = np.asarray(logits)[0, -1]
+    assert first.argmax() == exact["decode_logits_argmax"][0]
+    for ours, reference, wide in (
+        (first[::125], theirs["first_logits_cols"], exact["decode_logits_cols"][0]),
+        (record["words"][0], theirs["encode_image"], exact["encode_image"][:1]),
+    ):
+        ours_off = np.abs(np.asarray(ours, np.float32) - wide)
+        reference_off = np.abs(reference.astype(np.float32) - wide)
+        assert ours_off.mean() <= reference_off.mean()
+        assert ours_off.max() <= reference_off.max()

@@ -13,7 +13,8 @@ from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.vision.views import CLIP_MEAN, CLIP_STD, encoder_inputs
 from tests.conftest import GOLDEN, mesh_name
 
-MESHES = [{}, {"tensor": 2, "expert": 2, "fsdp": 2}]
+QUICK = [{}, {"tensor": 2, "expert": 2, "fsdp": 2}]
+SLOW = [{"tensor": 2}, {"expert": 4}]
 
 
 def pictures(variant: str) -> np.ndarray:
@@ -23,7 +24,10 @@ def pictures(variant: str) -> np.ndarray:
     return np.stack([normalised, normalised[:, ::-1]])
 
 
-CASES = [(variant, mesh) for variant in ("ens", "ens5") for mesh in MESHES]
+CASES = [
+    *((variant, mesh) for variant in ("ens", "ens5") for mesh in QUICK),
+    *(pytest.param((variant, mesh), marks=pytest.mark.slow) for variant in ("ens", "ens5") for mesh in SLOW),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{mesh_name(case[1])}")
