@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options)
+    commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     own_mesh = options.mesh != sharding.MeshShape()

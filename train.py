@@ -47,6 +47,7 @@ def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
     out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_run_directory(out, options.resume, options.overwrite)
+    commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))

@@ -31,6 +31,8 @@ from sphinx_jax.training.state import init_state
 from sphinx_jax.training.step import make_loss, make_train_step
 
 try:
+    # timm's torchvision does not import beside a CPU torch, and transformers would try to; Mixtral needs none.
+    sys.modules["torchvision"] = None
     import torch
     import transformers
 except ImportError:

@@ -80,7 +80,6 @@ def keep_compiled_programs() -> None:
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of main(argv): 2 after an error that is the user's to mend, told on the last line of stderr."""
-    keep_compiled_programs()
     try:
         return main(argv)
     except (UserError, LayoutError) as error:

@@ -100,6 +100,19 @@ def test_convnext():
     assert_close(ours[:, 0], norm.mean(dim=1))
 
 
+def test_convnext_of_timm():
+    """The trunk that open_clip builds, under its own names."""
+    timm = pytest.importorskip("timm.models.convnext", reason="the reference: install sphinx-jax[parity]")
+    config = ConvNextConfig(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), image_size=64)
+    theirs = timm.ConvNeXt(depths=config.depths, dims=config.dims, num_classes=0, norm_eps=1e-5)
+    published = rename(random_weights(theirs), "llma.openclip_convnext_xxl.")
+    images = pictures(64)
+    ours = run(ConvNext, "convnext", config, published, images)
+    places = theirs.head.norm(theirs.forward_features(to_torch(images))).flatten(2).transpose(1, 2)
+    assert_close(ours[:, 1:], places)
+    assert_close(ours[:, 0], places.mean(dim=1))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_clip(activation):
     config = ClipConfig(width=32, num_layers=2, num_heads=4, patch=8, image_size=32, activation=activation)
