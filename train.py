@@ -11,6 +11,7 @@ from pathlib import Path
 import sharding
 from sharding import MeshShape
 from sphinx_jax import checkpoints, commandline
+from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped import SkipLog
@@ -131,7 +132,8 @@ def run(options: Options) -> None:
     task.batches(recipe.batch_size, recipe.seed)  # raises where the data cannot fill a batch
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     prepare_run_directory(out, options)
-    skipped.keep_in(out / "skipped.jsonl")
+    if is_lead():
+        skipped.keep_in(out / "skipped.jsonl")
     summary = train(
         config,
         task,
@@ -142,6 +144,8 @@ def run(options: Options) -> None:
         upkeep=make_upkeep(options),
         resume=options.resume,
     )
+    if not is_lead():
+        return
     if summary is None:
         print(f"stopped by SIGTERM, everything is saved; to go on: the same command with --out {out} --resume")
     else:
@@ -197,11 +201,14 @@ def check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_run_directory(out: Path, options: Options) -> None:
-    """Make `out`, empty unless resuming, and write down what was asked for."""
-    if options.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
+    """Make `out`, empty unless resuming, and write down what was asked for: one process, once all have looked at it."""
+    wait_for_all("looked at the run directory")
+    if is_lead():
+        if options.overwrite and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
+    wait_for_all("made the run directory")
 
 
 def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkipLog) -> Task:

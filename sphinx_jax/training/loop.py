@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sharding
 from sphinx_jax.checkpoints import native
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
 from sphinx_jax.data.task import Task, first_score
@@ -119,6 +120,7 @@ def train(
     watch = DivergenceWatch(out, store)
     profile = StepProfile(out / "profile", upkeep.profile)
     saved_at = time.monotonic()
+    due = lambda step, every: every is not None and (step % every == 0 or step == recipe.steps)
     stop, judged = False, None
     with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
         logged = log.last
@@ -134,18 +136,17 @@ def train(
             log.count(done, recipe.batch_size * words, recipe.batch_size if "images" in batch else 0)
             minutes = (time.monotonic() - saved_at) / 60
             stop, late = in_any_process(interruption.asked, minutes >= upkeep.save_minutes)
-            at = lambda every: every is not None and (done % every == 0 or done == recipe.steps)  # noqa: B023
             judged = None
-            if at(upkeep.eval_every) and not stop:
+            if due(done, upkeep.eval_every) and not stop:
                 watch.settle()
                 judged = evaluate(state.params["model"], interruption)
-            if at(upkeep.log_every) or judged:
+            if due(done, upkeep.log_every) or judged:
                 logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
                 logged["lr"] = float(schedule(recipe)(done - 1))
                 if judged:
                     logged["held_out"] = judged[0]["held_out"]
                 log.write(done, logged)
-            if at(upkeep.save_every) or late or judged or stop:
+            if due(done, upkeep.save_every) or late or judged or stop:
                 watch.settle()
                 store.save(state, batches.get_state(), first_score(judged[0]) if judged else None)
                 saved_at = time.monotonic()
@@ -168,7 +169,8 @@ def train(
         "recipe": dataclasses.asdict(recipe),
         "versions": versions(),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if is_lead():
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -211,7 +213,9 @@ def make_evaluate(graph: Any, task: Task, batch_size: int, mesh: Mesh) -> Callab
     """A function from the model's parameters to the task's held-out scores, and each layer's share of words by
     expert, [layers, experts]; or to None as soon as the run is to be interrupted.
     """
-    step = jax.jit(lambda params, batch: make_eval_step(graph)(params, normalised(batch)))
+    # Whole on every device: of several processes each reads all results.
+    whole = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(lambda params, batch: make_eval_step(graph)(params, normalised(batch)), out_shardings=whole)
 
     def evaluate(params: Params, interruption: Interruption) -> Judgement:
         right, exists, shares = [], [], []
@@ -234,6 +238,8 @@ def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task
     """The model as a native checkpoint in the run directory itself, so that the run is what `--checkpoint` takes."""
     partial = out / "weights.partial"
     native.save(partial, config, state.params["model"], task.tokenizer_bytes, overwrite=True)
+    if not is_lead():
+        return
     for name in ("params", "tokenizer.model", "config.json"):
         target = out / name
         if target.is_dir():

@@ -110,8 +110,7 @@ def test_killed_at_random_moments(program, tmp_path, kills, steps):
         process.kill()
         process.communicate()
         during_save += half_written()
-    print(f"{during_save} of {kills} kills during a save")
-    assert during_save or kills < 20
+    assert during_save > 3 or kills < 20
     process = program.start(out, steps)
     start = size()
     program.wait(process, lambda: size() > start)
