@@ -25,6 +25,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
 from sphinx_jax.training.divergence import DivergenceWatch
+from sphinx_jax.training.export import write_description
 from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
 from sphinx_jax.training.optimizer import Stage, adamw, cosine_with_warmup, learns, map_with_path, only
@@ -105,6 +106,8 @@ def train(
     step = jax.jit(
         make_train_step(prepared_loss, optimizer, sharding.shardings_of(shapes), recipe.accumulate), donate_argnums=0
     )
+    if is_lead():
+        write_description(out, config, task.tokenizer_bytes)
     batches = task.batches(recipe.batch_size, recipe.seed)
     store = StateStore(out / "checkpoints", upkeep.keep_last, upkeep.keep_best)
     saved = store.restore(abstract_state(shapes, optimizer, mesh)) if resume else None
