@@ -118,7 +118,7 @@ def run(options: Options) -> None:
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
     skipped = SkipLog(options.max_skipped)
-    task = make_task(options, config, start.tokenizer_bytes if start else None, skipped)
+    task = make_task(options, config, start.tokenizer_bytes if start else run_tokenizer(options), skipped)
     recipe = Recipe(
         steps=make_steps(options, task.examples),
         batch_size=options.batch_size,
@@ -209,6 +209,12 @@ def prepare_run_directory(out: Path, options: Options) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
     wait_for_all("made the run directory")
+
+
+def run_tokenizer(options: Options) -> bytes | None:
+    """That of the run to be resumed: data that has changed since would give another."""
+    file = options.out / "tokenizer.model" if options.resume else None
+    return file.read_bytes() if file and file.exists() else None
 
 
 def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkipLog) -> Task:

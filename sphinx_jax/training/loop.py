@@ -128,7 +128,14 @@ def train(
     with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
         logged = log.last
         while done < recipe.steps and not stop:
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError:
+                # The data ends the run, not the state: what was learned so far is kept.
+                watch.settle()
+                store.save(state, batches.get_state())
+                store.close()
+                raise
             examples = [task.name(i) for i in batch.pop("examples")]
             with profile.before(done + 1):
                 state, metrics = step(state, put(batch, mesh))
