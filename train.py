@@ -1,8 +1,6 @@
 """Train SPHINX-MoE on any mesh. With no arguments: the nano preset, from scratch, on easy-vqa."""
 
 import dataclasses
-import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -11,13 +9,14 @@ from pathlib import Path
 import sharding
 from sharding import MeshShape
 from sphinx_jax import checkpoints, commandline
-from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped import SkipLog
 from sphinx_jax.data.task import EasyVqa, Task, YamlData, YamlOptions
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.training import run_directory
 from sphinx_jax.training.loop import Recipe, Upkeep, check_batch, train
 from sphinx_jax.training.optimizer import Stage
 
@@ -110,7 +109,7 @@ def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
     check_options(options)
     out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_run_directory(out, options.resume, options.overwrite)
+    run_directory.check(out, options.resume, options.overwrite)
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
@@ -118,7 +117,9 @@ def run(options: Options) -> None:
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
     skipped = SkipLog(options.max_skipped)
-    task = make_task(options, config, start.tokenizer_bytes if start else run_tokenizer(options), skipped)
+    task = make_task(
+        options, config, start.tokenizer_bytes if start else run_directory.tokenizer_bytes(out, options.resume), skipped
+    )
     recipe = Recipe(
         steps=make_steps(options, task.examples),
         batch_size=options.batch_size,
@@ -131,7 +132,7 @@ def run(options: Options) -> None:
     check_batch(recipe, mesh)
     task.batches(recipe.batch_size, recipe.seed)  # raises where the data cannot fill a batch
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
-    prepare_run_directory(out, options)
+    run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
     if is_lead():
         skipped.keep_in(out / "skipped.jsonl")
     summary = train(
@@ -183,38 +184,6 @@ def check_options(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
-
-
-def check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError before anything is read or written where `out` must not be used."""
-    is_run = (out / "options.json").is_file()
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
-    if resume and not is_run:
-        raise UserError(f"--resume: {out} holds no run; give the run's directory with --out")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or resume:
-        return
-    if not is_run:
-        raise UserError(f"--out {out} exists and is not a run; choose another directory")
-    if not overwrite:
-        raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
-
-
-def prepare_run_directory(out: Path, options: Options) -> None:
-    """Make `out`, empty unless resuming, and write down what was asked for: one process, once all have looked at it."""
-    wait_for_all("looked at the run directory")
-    if is_lead():
-        if options.overwrite and out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "options.json").write_text(json.dumps(dataclasses.asdict(options), indent=2, default=str) + "\n")
-    wait_for_all("made the run directory")
-
-
-def run_tokenizer(options: Options) -> bytes | None:
-    """That of the run to be resumed: data that has changed since would give another."""
-    file = options.out / "tokenizer.model" if options.resume else None
-    return file.read_bytes() if file and file.exists() else None
 
 
 def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkipLog) -> Task:

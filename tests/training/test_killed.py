@@ -91,7 +91,7 @@ def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("program"))
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 250), pytest.param(20, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(20, 1000, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(program, tmp_path, kills, steps):
     """kill -9, every other time while a checkpoint is half written; then SIGTERM, then to the end."""
     chance = random.Random(kills)
@@ -104,7 +104,7 @@ def test_killed_at_random_moments(program, tmp_path, kills, steps):
         before = size()
         half_written = lambda: any("tmp" in path.name for path in (out / "checkpoints").iterdir())
         program.wait(process, lambda before=before, size=size: size() > before)
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(chance.uniform(0, 0.15))
         if kill % 2:
             program.wait(process, half_written)
             time.sleep(chance.uniform(0, 0.01))
