@@ -8,16 +8,17 @@ from pathlib import Path
 
 import sharding
 from sphinx_jax import checkpoints, commandline, planning
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.easy_vqa import IMAGE_SIZE
 from sphinx_jax.data.skipped import SkipLog
 from sphinx_jax.data.task import EasyVqa, Task, YamlData, YamlOptions
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.training import run_directory
 from sphinx_jax.training.loop import train
 from sphinx_jax.training.options import Options, check_options, make_recipe, make_steps, make_upkeep
 from sphinx_jax.training.recipe import check_batch
-from sphinx_jax.training.run_directory import check_run_directory, prepare_run_directory
 
 EXAMPLES = """examples:
   python train.py
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
     out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_run_directory(out, options.resume, options.overwrite)
+    run_directory.check(out, options.resume, options.overwrite)
     commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
@@ -55,13 +56,15 @@ def run(options: Options) -> None:
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
     skipped = SkipLog(options.max_skipped)
-    task = make_task(options, config, start.tokenizer_bytes if start else None, skipped)
+    tokenizer_bytes = start.tokenizer_bytes if start else run_directory.tokenizer_bytes(out, options.resume)
+    task = make_task(options, config, tokenizer_bytes, skipped)
     recipe = make_recipe(options, make_steps(options, task.examples))
     check_batch(recipe, mesh)
     task.batches(recipe.batch_size, recipe.seed)  # raises where the data cannot fill a batch
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
-    prepare_run_directory(out, dataclasses.asdict(options), options.overwrite)
-    skipped.keep_in(out / "skipped.jsonl")
+    run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
+    if is_lead():
+        skipped.keep_in(out / "skipped.jsonl")
     summary = train(
         config,
         task,
@@ -72,6 +75,8 @@ def run(options: Options) -> None:
         upkeep=make_upkeep(options),
         resume=options.resume,
     )
+    if not is_lead():
+        return
     if summary is None:
         print(f"stopped by SIGTERM, everything is saved; to go on: the same command with --out {out} --resume")
     else:

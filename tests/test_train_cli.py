@@ -11,6 +11,7 @@ import pytest
 import sphinx_jax
 import train
 from sphinx_jax import checkpoints, commandline
+from sphinx_jax.training import export
 
 QUICK = ["--tuning", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
 EIGHT = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
@@ -106,6 +107,23 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
     assert call("--out", tmp_path, "--overwrite") == 2
     assert "is not a run; choose another directory" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_checkpoint_is_exported(run, tmp_path, capsys):
+    """The newest is what the run wrote at its end; another is another; one that is gone is said."""
+    export_it = lambda *argv: commandline.run(export.main, list(map(str, argv)))
+    assert export_it(run, tmp_path / "newest") == 0
+    assert export_it(run, tmp_path / "second", "--step", 2) == 0
+    newest, second, final = (
+        checkpoints.load(path, apart=False).params for path in (tmp_path / "newest", tmp_path / "second", run)
+    )
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    assert same(newest, final) and not same(second, final)
+    assert (tmp_path / "newest" / "tokenizer.model").read_bytes() == (run / "tokenizer.model").read_bytes()
+    assert export_it(run, tmp_path / "third", "--step", 3) == 2
+    assert "--step 3: not among the checkpoints" in capsys.readouterr().err
+    assert export_it(tmp_path, tmp_path / "third") == 2
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.slow

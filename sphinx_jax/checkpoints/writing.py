@@ -67,14 +67,14 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     if is_lead():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _wait_for_all("directory made")
+    wait_for_all("directory made")
     try:
         yield partial
     except BaseException:
         if is_lead():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _wait_for_all("directory filled")
+    wait_for_all("directory filled")
     if is_lead():
         if path.exists():
             old = path.with_name(f".{path.name}.old")
@@ -84,7 +84,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(path)
-    _wait_for_all("directory moved")
+    wait_for_all("directory moved")
 
 
 def is_lead() -> bool:
@@ -97,7 +97,8 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _wait_for_all(what: str) -> None:
+def wait_for_all(what: str) -> None:
+    """Returns in every process when all have come here; at once in the only one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 

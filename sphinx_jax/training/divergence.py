@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.state import StateStore
 from sphinx_jax.training.step import Metrics
@@ -39,7 +40,8 @@ class DivergenceWatch:
         if wrong is None:
             return
         report = {"step": step, **{name: str(value) for name, value in values.items()}, "examples": list(examples)}
-        (self._out / "diverged.json").write_text(json.dumps(report, indent=2) + "\n")
+        if is_lead():
+            (self._out / "diverged.json").write_text(json.dumps(report, indent=2) + "\n")
         some = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         good = self._store.newest()
         remedy = "start again with a lower --lr" if good is None else f"lower --lr and go on from {good} with --resume"

@@ -13,15 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sharding
 from sphinx_jax.checkpoints import native
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.task import Task, first_score
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
 from sphinx_jax.training.divergence import DivergenceWatch
+from sphinx_jax.training.export import write_description
 from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
 from sphinx_jax.training.profile import StepProfile
@@ -67,6 +69,8 @@ def train(
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
     step = jax.jit(program.step, donate_argnums=0)
+    if is_lead():
+        write_description(out, config, task.tokenizer_bytes)
     batches = task.batches(recipe.batch_size, recipe.seed)
     store = StateStore(out / "checkpoints", upkeep.keep_last, upkeep.keep_best)
     saved = store.restore(program.state) if resume else None
@@ -81,11 +85,19 @@ def train(
     watch = DivergenceWatch(out, store)
     profile = StepProfile(out / "profile", upkeep.profile)
     saved_at = time.monotonic()
+    due = lambda step, every: every is not None and (step % every == 0 or step == recipe.steps)
     stop, judged = False, None
     with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
         logged = log.last
         while done < recipe.steps and not stop:
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError:
+                # The data ends the run, not the state: what was learned so far is kept.
+                watch.settle()
+                store.save(state, batches.get_state())
+                store.close()
+                raise
             examples = [task.name(i) for i in batch.pop("examples")]
             with profile.before(done + 1):
                 state, metrics = step(state, put(batch, mesh))
@@ -96,18 +108,17 @@ def train(
             log.count(done, recipe.batch_size * words, recipe.batch_size if "images" in batch else 0)
             minutes = (time.monotonic() - saved_at) / 60
             stop, late = in_any_process(interruption.asked, minutes >= upkeep.save_minutes)
-            at = lambda every: every is not None and (done % every == 0 or done == recipe.steps)  # noqa: B023
             judged = None
-            if at(upkeep.eval_every) and not stop:
+            if due(done, upkeep.eval_every) and not stop:
                 watch.settle()
                 judged = evaluate(state.params["model"], interruption)
-            if at(upkeep.log_every) or judged:
+            if due(done, upkeep.log_every) or judged:
                 logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
                 logged["lr"] = float(schedule(recipe)(done - 1))
                 if judged:
                     logged["held_out"] = judged[0]["held_out"]
                 log.write(done, logged)
-            if at(upkeep.save_every) or late or judged or stop:
+            if due(done, upkeep.save_every) or late or judged or stop:
                 watch.settle()
                 store.save(state, batches.get_state(), first_score(judged[0]) if judged else None)
                 saved_at = time.monotonic()
@@ -130,7 +141,8 @@ def train(
         "recipe": dataclasses.asdict(recipe),
         "versions": versions(),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if is_lead():
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -152,8 +164,10 @@ def make_evaluate(graph: Any, task: Task, recipe: Recipe, mesh: Mesh) -> Callabl
     """A function from the model's parameters to the task's held-out scores, and each layer's share of words by
     expert, [layers, experts]; or to None as soon as the run is to be interrupted.
     """
+    # Whole on every device: of several processes each reads all results.
+    whole = NamedSharding(mesh, PartitionSpec())
     judge, batch_size = make_eval_step(graph, jnp.dtype(recipe.dtype)), recipe.batch_size
-    step = jax.jit(lambda params, batch: judge(params, normalised(batch)))
+    step = jax.jit(lambda params, batch: judge(params, normalised(batch)), out_shardings=whole)
 
     def evaluate(params: Params, interruption: Interruption) -> Judgement:
         right, exists, shares = [], [], []
@@ -176,6 +190,8 @@ def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task
     """The model as a native checkpoint in the run directory itself, so that the run is what `--checkpoint` takes."""
     partial = out / "weights.partial"
     native.save(partial, config, state.params["model"], task.tokenizer_bytes, overwrite=True)
+    if not is_lead():
+        return
     for name in ("params", "tokenizer.model", "config.json"):
         target = out / name
         if target.is_dir():

@@ -11,23 +11,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from sphinx_jax.checkpoints.writing import is_lead
+
 
 class RunLog:
-    """Progress bar on stderr; one JSON line a logged step; TensorBoard event files where tensorboardX is installed."""
+    """Progress bar on stderr; one JSON line a logged step; TensorBoard event files where tensorboardX is installed.
+
+    Of several processes only the first says and writes anything.
+    """
 
     def __init__(self, directory: Path, steps: int, *, first_step: int = 0, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not is_lead())
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
         kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= first_step]
-        rewritten = file.with_suffix(".partial")
-        rewritten.write_text("".join(f"{line}\n" for line in kept))
-        rewritten.replace(file)
+        if is_lead():
+            rewritten = file.with_suffix(".partial")
+            rewritten.write_text("".join(f"{line}\n" for line in kept))
+            rewritten.replace(file)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """What was logged last, in this process or before it."""
-        self._lines = file.open("a")
+        self._lines = file.open("a") if is_lead() else None
         self._board = None
-        if importlib.util.find_spec("tensorboardX"):
+        if is_lead() and importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(directory / "tensorboard"))
@@ -53,7 +59,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._lines.close()
+        if self._lines:
+            self._lines.close()
         if self._board:
             self._board.close()
 
@@ -74,8 +81,9 @@ class RunLog:
         memory = jax.local_devices()[0].memory_stats()
         if memory:
             record["memory_bytes"] = memory["peak_bytes_in_use"]
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        if self._lines:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
         if self._board:
             held_out = {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
             for name, value in (record | held_out).items():

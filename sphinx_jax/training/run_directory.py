@@ -1,14 +1,15 @@
-"""The directory of a run: never overwritten without being asked to."""
+"""The directory that a run writes: when it may be used, and what stands in it from the start."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
 from sphinx_jax.errors import UserError
 
 
-def check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
+def check(out: Path, resume: bool, overwrite: bool) -> None:
     """Raises UserError before anything is read or written where `out` must not be used."""
     is_run = (out / "options.json").is_file()
     if resume and overwrite:
@@ -23,9 +24,18 @@ def check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
 
 
-def prepare_run_directory(out: Path, options: dict[str, Any], overwrite: bool) -> None:
-    """Make `out`, empty where it is replaced, and write down what was asked for."""
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "options.json").write_text(json.dumps(options, indent=2, default=str) + "\n")
+def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:
+    """Make `out`, empty unless resuming, and write down what was asked for: one process, once all have looked at it."""
+    wait_for_all("looked at the run directory")
+    if is_lead():
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "options.json").write_text(json.dumps(options, indent=2, default=str) + "\n")
+    wait_for_all("made the run directory")
+
+
+def tokenizer_bytes(out: Path, resume: bool) -> bytes | None:
+    """The tokenizer of a run to be resumed, if it has come so far: data that has changed since would give another."""
+    file = out / "tokenizer.model"
+    return file.read_bytes() if resume and file.exists() else None

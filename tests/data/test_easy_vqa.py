@@ -161,6 +161,7 @@ def test_batches(make, train, small):
             "images": ("uint8", (16, 64, 64, 3)),
             **dict.fromkeys(("tokens", "labels", "turns"), ("int32", (16, 120))),
             **dict.fromkeys(("shape", "colour"), ("int32", (16,))),
+            "examples": ("int64", (16,)),
         }
         learned = batch["labels"] != 0
         assert (batch["labels"][learned] == batch["tokens"][learned]).all()
