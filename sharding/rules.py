@@ -159,6 +159,12 @@ def platform() -> str:
     return active[0].devices.flat[0].platform if active else jax.default_backend()
 
 
+def device_count() -> int:
+    """How many devices the mesh in use has; 1 outside of a mesh."""
+    active = _active.get()
+    return active[0].size if active else 1
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out as the names of its dimensions say."""
     active = _active.get()

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.argmax import argmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,4 +106,4 @@ def choose(
         rank = jnp.argmax(jnp.log(probabilities) + jax.vmap(noise)(seeds, count), axis=-1)
         return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
-    return jax.lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return jax.lax.cond(sampling.temperature > 0, draw, lambda: argmax(logits).astype(jnp.int32))

@@ -1,6 +1,5 @@
 """One training step and one evaluation step, as pure functions to be compiled for a mesh."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import NOT_LEARNED
+from sphinx_jax.kernels.argmax import argmax
 from sphinx_jax.model import bind
 from sphinx_jax.training.attributes import attribute_losses
 
@@ -37,7 +37,7 @@ def next_tokens(
     """
     # Shifted are the labels and what is found, not the scores: those are the largest array there is.
     targets = jnp.roll(labels, -1, axis=1)
-    losses, likeliest = _cross_entropy(logits, targets), _argmax(logits)
+    losses, likeliest = _cross_entropy(logits, targets), argmax(logits)
     return losses[:, :-1], (likeliest == targets)[:, :-1], (targets != NOT_LEARNED)[:, :-1]
 
 
@@ -61,18 +61,6 @@ def _cross_entropy_backward(residuals, gradient):
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
-def _argmax(logits: Float[Array, "batch text vocab"]) -> Int[Array, "batch text"]:
-    """The first largest of all: of the largest of each 16, the first 16, and the first of these.
-
-    XLA:CPU compares pairs of value and index one by one, twenty times as slowly as it finds a maximum.
-    """
-    size = math.gcd(logits.shape[-1], 16)
-    groups = logits.reshape(*logits.shape[:-1], -1, size)
-    group = jnp.max(groups, axis=-1).argmax(axis=-1)
-    within = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :].argmax(axis=-1)
-    return group * size + within
 
 
 def answers(
