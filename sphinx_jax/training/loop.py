@@ -20,6 +20,7 @@ from sphinx_jax.checkpoints import native
 from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.task import Task, first_score
+from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.attributes import init_probe
 from sphinx_jax.training.divergence import DivergenceWatch
