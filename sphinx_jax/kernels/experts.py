@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 import sharding
 from sphinx_jax.kernels.expert_blocks import Assigned, Tokens, Weights, WIn, WOut, block_sizes, expert_blocks
-from sphinx_jax.kernels.project import vector_matrix
+from sphinx_jax.kernels.project import vector_chosen_matrix
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,10 @@ def experts_sum(
 
 def choose_form(platform: str, tokens: int, k: int, num_experts: int) -> Form:
     """The form for `tokens` tokens that choose `k` experts each, where `num_experts` are on the device."""
-    if platform == "cpu":
-        return "blocks"
     if tokens * k < num_experts:
         return "chosen"
-    return "every" if tokens <= EVERY_TOKENS else "blocks"
+    # A CPU's arithmetic is too slow for more than needs be.
+    return "every" if tokens <= EVERY_TOKENS and platform != "cpu" else "blocks"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,11 +72,10 @@ def _chosen(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WO
     elsewhere = experts == w_in.shape[0]
     # Some matrix has to be read for an assignment to another device's expert: one that is read anyway.
     nearest = jnp.where(elsewhere, jnp.max(jnp.where(elsewhere, 0, experts)), experts).reshape(-1)
-    matrix = lambda w, row: jax.lax.dynamic_index_in_dim(w, nearest[row], keepdims=False)
     rows = range(tokens * k)
-    gate_up = jnp.stack([vector_matrix(x[row // k], matrix(w_in, row)) for row in rows])
+    gate_up = jnp.stack([vector_chosen_matrix(x[row // k], w_in, nearest[row]) for row in rows])
     hidden = _swiglu(gate_up)
-    parts = jnp.stack([vector_matrix(hidden[row], matrix(w_out, row)) for row in rows])
+    parts = jnp.stack([vector_chosen_matrix(hidden[row], w_out, nearest[row]) for row in rows])
     return _weighted_sum(parts.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))
 
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import sharding
 
@@ -30,6 +30,28 @@ def vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Ar
     x = x.reshape(-1, part, *(1,) * (w.ndim - 2))
     parts = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
     return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
+
+
+def vector_chosen_matrix(
+    x: Float[Array, "in"], w: Float[Array, "n in *out"], index: Int[Array, ""]
+) -> Float[Array, "*out"]:
+    """x @ w[index], summed in float32, the matrix read in place."""
+    if sharding.platform() != "cpu":
+        return vector_matrix(x, jax.lax.dynamic_index_in_dim(w, index, keepdims=False))
+    # XLA:CPU copies what a product is given of a larger array, but not what sums of a few lines are.
+    length = x.shape[0]
+    lines, at_once = w.reshape(w.shape[0] * length, -1), math.gcd(length, 8)
+
+    def add(i, y):
+        for line in range(at_once):
+            line += i * at_once
+            y += x[line].astype(jnp.float32) * jax.lax.dynamic_index_in_dim(
+                lines, index * length + line, keepdims=False
+            )
+        return y
+
+    zeros = jnp.zeros_like(w, jnp.float32, shape=lines.shape[1:])
+    return jax.lax.fori_loop(0, length // at_once, add, zeros).reshape(w.shape[2:]).astype(w.dtype)
 
 
 def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: jnp.dtype) -> Float[Array, "in out"]:

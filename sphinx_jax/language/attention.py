@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+import sharding
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.kernels.attention import attention
@@ -80,11 +81,18 @@ class Attention(nnx.Module):
             k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
         q = constrain(q, "batch", "sequence", "kv_heads", "queries", "head_dim")
         out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
-        out = jnp.einsum("btkgh,kghd->btd", out, self.wo[...].astype(x.dtype))
+        # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
+        wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
+        out = out.reshape(*x.shape[:2], -1) @ wo
         return constrain(out, "batch", "residual", None), cache
 
 
 def _write(slots: Array, new: Array, positions: Int[Array, "batch length"]) -> Array:
     """`new` written into each row at its first position on: one contiguous run a row."""
+    new, first = new.astype(slots.dtype), positions[:, 0]
+    if sharding.platform() == "cpu" and sharding.device_count() == 1:
+        # Row by row in place; of the form below XLA:CPU copies the whole cache for a single row.
+        row = lambda i, slots: jax.lax.dynamic_update_slice(slots, new[i][None], (i, first[i], 0, 0))
+        return jax.lax.fori_loop(0, slots.shape[0], row, slots)
     write_row = lambda row, values, start: jax.lax.dynamic_update_slice_in_dim(row, values, start, 0)
-    return jax.vmap(write_row)(slots, new.astype(slots.dtype), positions[:, 0])
+    return jax.vmap(write_row)(slots, new, first)
