@@ -194,3 +194,23 @@ def test_two_shards_hold_what_one_holds(variant, mesh, golden_checkpoint):
     assert one.config == two.config
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one.params, two.params)
     assert all(jax.tree.leaves(same))
+
+
+def test_text_without_a_picture(run):
+    """The same conversations, asked blind: scores of the last eight positions, and both losses."""
+    e = run.expected
+    @jax.jit
+    def blind(params, encoders):
+        logits, record = bind(run.graph, params | {"vision": params["vision"] | encoders})(run.tokens)
+        losses, _, counted = next_tokens(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), run.labels)
+        balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]]).mean()
+        return logits, losses.sum(where=counted) / counted.sum(), balance
+
+    with sharding.use(run.mesh):
+        logits, words, balance = jax.device_get(blind(run.params, run.encoders))
+    last = logits[:, -8:]
+    close(last[..., ::125], e["textonly_logits_cols"])
+    close(np.asarray(jax.nn.logsumexp(last, axis=-1)), e["textonly_logits_lse"])
+    np.testing.assert_array_equal(last.argmax(-1), e["textonly_logits_argmax"])
+    np.testing.assert_allclose(words, e["textonly_c_loss"], rtol=1e-5)
+    np.testing.assert_allclose(balance, e["textonly_load_balancing_loss"], rtol=1e-5)
