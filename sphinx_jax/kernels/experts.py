@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 import sharding
 from sphinx_jax.kernels.expert_blocks import Assigned, Tokens, Weights, WIn, WOut, block_sizes, expert_blocks
-from sphinx_jax.kernels.project import vector_chosen_matrix
+from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
 
 log = logging.getLogger(__name__)
 
