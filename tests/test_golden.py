@@ -199,6 +199,7 @@ def test_two_shards_hold_what_one_holds(variant, mesh, golden_checkpoint):
 def test_text_without_a_picture(run):
     """The same conversations, asked blind: scores of the last eight positions, and both losses."""
     e = run.expected
+
     @jax.jit
     def blind(params, encoders):
         logits, record = bind(run.graph, params | {"vision": params["vision"] | encoders})(run.tokens)
