@@ -19,7 +19,7 @@ class Programs:
     """The programs of one model on one mesh. `vocab_size` is the tokenizer's, `dtype` the weights'."""
 
     def __init__(self, config: SphinxConfig, graph: nnx.GraphDef, vocab_size: int, mesh: Mesh, dtype: jnp.dtype):
-        self._config, self._graph, self._vocab_size, self._mesh, self._dtype = config, graph, vocab_size, mesh, dtype
+        self._config, self.graph, self._vocab_size, self._mesh, self._dtype = config, graph, vocab_size, mesh, dtype
         self.everywhere = NamedSharding(mesh, PartitionSpec())
 
     def abstract_state(self, rows: int, slots: int) -> steps.State:
@@ -33,12 +33,12 @@ class Programs:
 
     def prefill(self, state: steps.State, fresh: bool) -> Program:
         """params, state, chunk, words, sampling, stops -> state; see `steps.prefill`."""
-        function = lambda *args: steps.prefill(self._graph, self._vocab_size, fresh, *args)
+        function = lambda *args: steps.prefill(self.graph, self._vocab_size, fresh, *args)
         return Program(function, (1,), sharding.shardings_of(state))
 
     def decode(self, state: steps.State) -> Program:
         """params, state, sampling, stops, steps, until -> state; see `steps.decode`."""
-        function = lambda *args: steps.decode(self._graph, self._vocab_size, *args)
+        function = lambda *args: steps.decode(self.graph, self._vocab_size, *args)
         return Program(function, (1,), sharding.shardings_of(state))
 
     def encode(self) -> Program:
@@ -47,11 +47,11 @@ class Programs:
         def function(
             params: dict, images: Float[Array, "batch size size 3"]
         ) -> tuple[Float[Array, "views words dim"], ...]:
-            return tuple(bind(self._graph, params).encode_images(images))
+            return tuple(bind(self.graph, params).encode_images(images))
 
         return Program(function, (), self.everywhere)
 
     def logits(self) -> Program:
         """params, tokens, normalised pictures or None -> scores of the word after each token."""
-        function = lambda params, tokens, images: bind(self._graph, params)(tokens, images)[0]
+        function = lambda params, tokens, images: bind(self.graph, params)(tokens, images)[0]
         return Program(function, (), self.everywhere)

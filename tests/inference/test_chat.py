@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sphinx_jax.data.conversation import Conversation
+from sphinx_jax.data.skipped import SkipLog
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.chat import Turn, chat_in_pipe, chat_on_terminal, save
 
@@ -147,6 +148,6 @@ def test_a_saved_conversation_can_be_trained_on(model, tmp_path):
     chat.turns = [Turn("what is it?", "a circle")]
     save(chat, Path("cat.png"), tmp_path / "chat.json")
     (tmp_path / "data.yaml").write_text(f"META:\n  - path: {tmp_path}/chat.json\n    type: image_text\n")
-    (item,) = accessory_yaml.read(tmp_path / "data.yaml").items
+    (item,) = accessory_yaml.read(tmp_path / "data.yaml", SkipLog(0.0)).items
     assert item.conversation.turns == Conversation.from_pairs([("what is it?", "a circle")]).turns
     assert item.image == str(Path("cat.png").absolute())

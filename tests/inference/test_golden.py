@@ -81,7 +81,7 @@ def test_logits_of_cached_decoding(run):
     slots = run.model.config.image_words + prompt.shape[1] + len(e["decode_tokens"])
 
     def read(params, cache, tokens, start, picture):
-        model = bind(engine._graph, params)
+        model = bind(engine._programs.graph, params)
         x = model.embed(tokens, None if picture is None else model.encode_images(picture))
         positions = start + jnp.arange(x.shape[1])[None]
         hidden, cache, _ = model.language(x, positions, causal_mask(positions, slots), cache)
