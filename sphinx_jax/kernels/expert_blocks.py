@@ -20,6 +20,15 @@ Assigned = Int[Array, "tokens k"]
 Weights = Float[Array, "tokens k"]
 WIn = Float[Array, "experts dim 2 hidden"]
 WOut = Float[Array, "experts hidden dim"]
+Factors = (
+    tuple[()]
+    | tuple[
+        Float[Array, "experts dim rank"],
+        Float[Array, "experts rank 2 hidden"],
+        Float[Array, "experts hidden rank"],
+        Float[Array, "experts rank dim"],
+    ]
+)
 
 
 def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
@@ -38,13 +47,21 @@ def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def expert_blocks(
-    x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut, sizes: tuple[int, ...]
+    x: Tokens,
+    experts: Assigned,
+    weights: Weights,
+    w_in: WIn,
+    w_out: WOut,
+    sizes: tuple[int, ...],
+    factors: Factors = (),
 ) -> Tokens:
     """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.experts`.
 
-    `sizes` are the sizes of blocks, largest first.
+    `sizes` are the sizes of blocks, largest first. With `factors` (a_in, b_in, a_out, b_out) an expert's matrices are
+    w_in + a_in b_in and w_out + a_out b_out; w_in and w_out are constants then, and have no gradient. The sums are
+    never made: rows go through both factors, and no array as large as the matrices is written, forwards or back.
     """
-    return _forward(x, experts, weights, w_in, w_out, sizes, keep=False)[0]
+    return _forward(x, experts, weights, w_in, w_out, sizes, factors, keep=False)[0]
 
 
 class Sorted(NamedTuple):
@@ -94,25 +111,56 @@ class Sorted(NamedTuple):
 
 _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
-_matrix = lambda w, expert: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
 
 
-def _forward(x, experts, weights, w_in, w_out, sizes, keep):
+def _matrices(w_in: WIn, w_out: WOut, factors: Factors) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """What multiplies before and behind the nonlinearity, for each expert: w, or w, a and b. Gate and up are one."""
+    flat = lambda w: w.reshape(*w.shape[:2], -1)
+    return (flat(w_in), *map(flat, factors[:2])), (w_out, *factors[2:])
+
+
+def _of_expert(matrices: tuple[Array, ...], expert: Int[Array, ""]) -> tuple[Array, ...]:
+    return tuple(jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in matrices)
+
+
+def _times(x, w, a=None, b=None):
+    """x w, or x (w + a b)."""
+    return x @ w if a is None else x @ w + (x @ a) @ b
+
+
+def _times_transposed(dy, w, a=None, b=None):
+    """The gradient of `_times` for x."""
+    return dy @ w.T if a is None else dy @ w.T + (dy @ b.T) @ a.T
+
+
+def _learned(w, *factors):
+    """What has a gradient: the matrix, or the factors beside it."""
+    return factors or (w,)
+
+
+def _gradients(x, dy, w, a=None, b=None):
+    """The gradients of `_times` for what is learned, float32."""
+    if a is None:
+        return (outer(x, dy, jnp.float32),)
+    return outer(x, dy @ b.T, jnp.float32), outer(x @ a, dy, jnp.float32)
+
+
+def _forward(x, experts, weights, w_in, w_out, sizes, factors, keep):
     """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
     num_experts, dim, _, hidden = w_in.shape
-    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
+    before, behind = _matrices(w_in, w_out, factors)
     rows = Sorted.of(experts, num_experts, sizes[0])
     # Constant zeros are nobody's result, and XLA writes those of all layers before the first begins.
     zero = jnp.where(rows.order[0] < 0, x[0, 0], 0)
     empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
-        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+        into, out_of = _of_expert(before, e), _of_expert(behind, e)
 
         def block(start, size, carry):
-            gate_up = x[_slice(rows.token, start, size)] @ into
+            gate_up = _times(x[_slice(rows.token, start, size)], *into)
             gate, up = jnp.split(gate_up, 2, axis=-1)
-            out = (jax.nn.silu(gate) * up) @ out_of
+            out = _times(jax.nn.silu(gate) * up, *out_of)
             new = (out, gate_up) if keep else (out,)
             return tuple(_update(whole, part, start, 0) for whole, part in zip(carry, new, strict=True))
 
@@ -122,24 +170,23 @@ def _forward(x, experts, weights, w_in, w_out, sizes, keep):
     return jnp.sum(rows.back(out, experts, num_experts) * weights[..., None], axis=1), (rows, *kept)
 
 
-def _vjp_forward(x, experts, weights, w_in, w_out, sizes):
-    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, keep=True)
-    return y, (x, experts, weights, w_in, w_out, *kept)
+def _vjp_forward(x, experts, weights, w_in, w_out, sizes, factors):
+    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, factors, keep=True)
+    return y, (x, experts, weights, w_in, w_out, factors, *kept)
 
 
 def _vjp_backward(sizes, residuals, dy):
-    x, experts, weights, w_in, w_out, rows, gate_up = residuals
-    num_experts, dim, _, hidden = w_in.shape
-    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
+    x, experts, weights, w_in, w_out, factors, rows, gate_up = residuals
+    num_experts, dim = w_in.shape[:2]
+    before, behind = _matrices(w_in, w_out, factors)
     weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
-    zeros = lambda w: jnp.zeros_like(w, jnp.float32)
 
     def expert(e, carry):
-        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+        into, out_of = _of_expert(before, e), _of_expert(behind, e)
         end = rows.first[e] + rows.count[e]
 
         def block(start, size, carry):
-            dx, dweight, d_into, d_out_of = carry
+            dx, dweight, *so_far = carry
             token = _slice(rows.token, start, size)
             own = (start + jnp.arange(size) < end)[:, None]
             dout = jnp.where(own, dy[token], 0)
@@ -147,27 +194,28 @@ def _vjp_backward(sizes, residuals, dy):
             swish, slope = jax.vjp(jax.nn.silu, gate)
             # Of the unweighted output: times the hidden vector it is the weight's gradient, times the weight the
             # hidden vector's.
-            dhidden = dout @ out_of.T
+            dhidden = _times_transposed(dout, *out_of)
             dweight = _update(dweight, jnp.sum(swish * up * dhidden, axis=-1, keepdims=True), start, 0)
             scale = _slice(weight, start, size)
             dhidden = dhidden * scale
             dgate_up = jnp.concatenate([*slope(dhidden * up), dhidden * swish], axis=-1)
-            d_out_of = d_out_of + outer(swish * up, dout * scale, jnp.float32)
-            d_into = d_into + outer(x[token], dgate_up, jnp.float32)
-            return _update(dx, dgate_up @ into.T, start, 0), dweight, d_into, d_out_of
+            new = (*_gradients(x[token], dgate_up, *into), *_gradients(swish * up, dout * scale, *out_of))
+            added = map(jnp.add, so_far, new)
+            return _update(dx, _times_transposed(dgate_up, *into), start, 0), dweight, *added
 
-        dx, dweight, dw_in, dw_out = carry
-        carry = dx, dweight, zeros(into), zeros(out_of)
-        dx, dweight, d_into, d_out_of = rows.each_block(e, sizes, block, carry)
-        put = lambda dw, new: _update(dw, new[None].astype(dw.dtype), e, 0)
-        return dx, dweight, put(dw_in, d_into), put(dw_out, d_out_of)
+        dx, dweight, *gradients = carry
+        zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_learned(*into), *_learned(*out_of)))
+        dx, dweight, *own = rows.each_block(e, sizes, block, (dx, dweight, *zeros))
+        put = lambda whole, part: _update(whole, part[None].astype(whole.dtype), e, 0)
+        return dx, dweight, *map(put, gradients, own)
 
     empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
-    carry = empty(dim), empty(1), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
-    dx, dweight, dw_in, dw_out = rows.each_expert(expert, carry)
+    zeros = map(jnp.zeros_like, (*_learned(*before), *_learned(*behind)))
+    dx, dweight, *gradients = rows.each_expert(expert, (empty(dim), empty(1), *zeros))
     dx = jnp.sum(rows.back(dx, experts, num_experts), axis=1)
     dweights = rows.back(dweight, experts, num_experts)[..., 0]
-    return dx, None, dweights, dw_in.reshape(num_experts, dim, 2, hidden), dw_out
+    shaped = tuple(g.reshape(w.shape) for g, w in zip(gradients, factors or (w_in, w_out), strict=True))
+    return dx, None, dweights, *((None, None, shaped) if factors else (*shaped, ()))
 
 
 expert_blocks.defvjp(_vjp_forward, _vjp_backward)

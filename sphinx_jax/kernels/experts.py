@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import sharding
-from sphinx_jax.kernels.expert_blocks import Assigned, Tokens, Weights, WIn, WOut, block_sizes, expert_blocks
+from sphinx_jax.kernels.expert_blocks import (
+    Assigned,
+    Factors,
+    Tokens,
+    Weights,
+    WIn,
+    WOut,
+    block_sizes,
+    expert_blocks,
+)
 from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
 
 log = logging.getLogger(__name__)
@@ -37,16 +46,28 @@ cache; on a GPU each block costs a round trip to the host as well."""
 
 
 def experts_sum(
-    x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut, form: Form | None = None
+    x: Tokens,
+    experts: Assigned,
+    weights: Weights,
+    w_in: WIn,
+    w_out: WOut,
+    form: Form | None = None,
+    factors: Factors = (),
 ) -> Tokens:
     """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]), expert(x) = (silu(x gate) * (x up)) w_out.
 
     `w_in` holds gate and up side by side. An assignment to expert number `w_in.shape[0]`, one past the last, adds
     nothing. Differentiable in all but `experts`. `form` overrules the choice.
+
+    `factors` are low-rank products beside the matrices (see `expert_blocks`), for training: always in blocks.
     """
-    form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    form = "blocks" if factors else form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
     _say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
-    return {"chosen": _chosen, "every": _every, "blocks": _blocks}[form](x, experts, weights, w_in, w_out)
+    if form == "blocks":
+        largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK
+        sizes = block_sizes(experts.size, w_in.shape[0], largest)
+        return expert_blocks(x, experts, weights, w_in, w_out, sizes, factors)
+    return {"chosen": _chosen, "every": _every}[form](x, experts, weights, w_in, w_out)
 
 
 def choose_form(platform: str, tokens: int, k: int, num_experts: int) -> Form:
@@ -97,8 +118,3 @@ def _every(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOu
 
 def _weighted_sum(parts: Float[Array, "tokens n dim"], weights: Float[Array, "tokens n"]) -> Tokens:
     return jnp.sum(parts * weights[..., None], axis=1)
-
-
-def _blocks(x: Tokens, experts: Assigned, weights: Weights, w_in: WIn, w_out: WOut) -> Tokens:
-    largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK
-    return expert_blocks(x, experts, weights, w_in, w_out, block_sizes(experts.size, w_in.shape[0], largest))

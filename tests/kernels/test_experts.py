@@ -112,6 +112,35 @@ def test_blocks_of_two_sizes(sizes):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("routing", ["an empty expert", "some elsewhere"])
+def test_factors_are_learned_beside_constant_matrices(routing):
+    """As the merged matrices', whose gradients the chain rule turns into the factors'."""
+    x, experts, weights, w_in, w_out, dy = draw(17)
+    experts, rank = ROUTINGS[routing](experts), 3
+    shapes = (E, DIM, rank), (E, rank, 2, HIDDEN), (E, HIDDEN, rank), (E, rank, DIM)
+    factors = tuple(jax.random.normal(jax.random.key(i), shape) / 3 for i, shape in enumerate(shapes))
+
+    @jax.jit
+    def both(x, weights, factors):
+        by_blocks = lambda x, weights, factors: experts_sum(x, experts, weights, w_in, w_out, factors=factors)
+        y, pull = jax.vjp(by_blocks, x, weights, factors)
+        return y, pull(dy)
+
+    y, (dx, dweights, found) = both(x, weights, factors)
+    a_in, b_in, a_out, b_out = (np.asarray(f, np.float64) for f in factors)
+    merged = np.asarray(w_in) + np.einsum("edr,ergh->edgh", a_in, b_in), np.asarray(w_out) + a_out @ b_out
+    expected, (expected_dx, expected_dweights, dw_in, dw_out) = reference(x, experts, weights, *merged, dy)
+    expected_factors = (
+        np.einsum("edgh,ergh->edr", dw_in, b_in),
+        np.einsum("edr,edgh->ergh", a_in, dw_in),
+        dw_out @ b_out.swapaxes(1, 2),
+        a_out.swapaxes(1, 2) @ dw_out,
+    )
+    ours, theirs = (y, dx, dweights, *found), (expected, expected_dx, expected_dweights, *expected_factors)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 FULL = DecoderConfig()
 MESHES = [{"tensor": 8}, {"tensor": 2}, {"tensor": 8, "expert": 2}]
 
