@@ -17,7 +17,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training import run_directory
 from sphinx_jax.training.loop import train
-from sphinx_jax.training.options import Options, check_options, make_recipe, make_steps, make_upkeep
+from sphinx_jax.training.options import Options, check_options, make_lora, make_recipe, make_steps, make_upkeep
 from sphinx_jax.training.recipe import check_batch
 
 EXAMPLES = """examples:
@@ -48,12 +48,16 @@ def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
     out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_directory.check(out, options.resume, options.overwrite)
+    if options.resume:
+        run_directory.check_adapters(out, make_lora(options), options.init)
     commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
 
-    start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
+    # A base that only carries adapters is held as it is computed with; what learns needs float32.
+    dtype = options.dtype if options.stage == "lora" else "float32"
+    start = checkpoints.load(options.init, mesh, dtype, apart=False) if options.init else None
     config = start.config if start else preset(options.preset)
     skipped = SkipLog(options.max_skipped)
     tokenizer_bytes = start.tokenizer_bytes if start else run_directory.tokenizer_bytes(out, options.resume)
@@ -65,6 +69,8 @@ def run(options: Options) -> None:
     run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
     if is_lead():
         skipped.keep_in(out / "skipped.jsonl")
+        if recipe.lora:
+            checkpoints.lora.write_record(out, checkpoints.open(options.init), recipe.lora)
     summary = train(
         config,
         task,

@@ -35,19 +35,24 @@ def abstract_params(
 
 
 def init_params(
-    make: Callable[[nnx.Rngs], nnx.Module], seed: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, dtype: Any = None
+    make: Callable[[nnx.Rngs], nnx.Module],
+    seed: int,
+    mesh: Mesh,
+    rules: Rules = DEFAULT_RULES,
+    dtype: Any = None,
+    part: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[nnx.GraphDef, Params]:
-    """The module's graph and freshly drawn parameters, each device making only its own part.
+    """The module's graph and freshly drawn parameters, each device making only its own share.
 
-    The values depend on the seed alone, not on the mesh.
+    Only what `part` takes out of the tree is made. The values depend on the seed alone, not on the mesh.
     """
     graph, abstract = abstract_params(make, mesh, rules, dtype)
 
     def draw() -> Params:
-        params = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param))
+        params = part(nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param)))
         return jax.tree.map(lambda p: p if dtype is None else p.astype(dtype), params)
 
-    return graph, jax.jit(draw, out_shardings=shardings_of(abstract))()
+    return graph, jax.jit(draw, out_shardings=shardings_of(part(abstract)))()
 
 
 def shardings_of(tree: Any) -> Any:

@@ -211,6 +211,18 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**built)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on attention and experts (https://arxiv.org/abs/2106.09685): W + alpha / rank x a b."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 def sphinx_moe() -> SphinxConfig:
     """SPHINX-MoE as published: one view of 512 pixels, 291 image words."""
     return SphinxConfig()

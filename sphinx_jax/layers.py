@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sphinx_jax.config import LoraConfig
 from sphinx_jax.kernels.project import project
 
 # Placing parameters is the business of sharding.init, from abstract shapes; with eager sharding
@@ -90,6 +91,30 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         return jnp.take(self.table[...], tokens, axis=0)
+
+
+class LowRank(nnx.Module):
+    """LoRA (https://arxiv.org/abs/2106.09685): x a b x alpha / rank, added to the product with a frozen matrix.
+
+    The matrix is W[*stack, *in, *out], `inputs` the number of dimensions of its input. `a[*stack, *in, rank]` is
+    split over a mesh as the matrix's input is, `b[*stack, rank, *out]` as its output. b starts as zeros.
+    """
+
+    def __init__(self, matrix: nnx.Param, lora: LoraConfig, *, stack: int = 0, inputs: int = 1, rngs: nnx.Rngs):
+        shape, names, end = matrix.shape, matrix.get_metadata()["out_sharding"], stack + inputs
+        into, out_of = (*shape[:end], lora.rank), (*shape[:stack], lora.rank, *shape[end:])
+        self.a = param(rngs, into, (*names[:end], None), fan_in_normal(math.prod(shape[stack:end])))
+        self.b = param(rngs, out_of, (*names[:stack], None, *names[end:]), nnx.initializers.zeros)
+        self.scale = lora.scale
+
+    def factors(self, dtype: Any) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """a, and b scaled, in `dtype`."""
+        return self.a[...].astype(dtype), (self.b[...] * self.scale).astype(dtype)
+
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "..."]:
+        """What is added to x W of a single matrix, the dimensions of its input as one."""
+        a, b = self.factors(x.dtype)
+        return project(project(x, a.reshape(-1, a.shape[-1])), b)
 
 
 def make_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, apart: bool = False) -> nnx.Module:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.language.cache import causal_mask, turn_mask, turn_positions
 from sphinx_jax.language.decoder import Decoder
 from sphinx_jax.vision.ensemble import Ensemble
@@ -15,11 +15,12 @@ from sphinx_jax.vision.ensemble import Ensemble
 class SphinxMoE(nnx.Module):
     """Pictures and text in, next-word scores out.
 
-    `apart` holds the decoder's layers as a list instead of stacked (see `layers.make_layers`).
+    `apart` holds the decoder's layers as a list instead of stacked (see `layers.make_layers`); `lora` puts adapters
+    beside the matrices of attention and experts (see `adapters`).
     """
 
-    def __init__(self, config: SphinxConfig, *, apart: bool = False, rngs: nnx.Rngs):
-        self.language = Decoder(config.language, apart=apart, rngs=rngs)
+    def __init__(self, config: SphinxConfig, *, apart: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs):
+        self.language = Decoder(config.language, apart=apart, lora=lora, rngs=rngs)
         self.vision = Ensemble(config.vision, config.language.dim, rngs=rngs) if config.vision else None
 
     def encode_images(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch views words dim"]:

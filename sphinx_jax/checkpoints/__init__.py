@@ -1,4 +1,4 @@
-"""Checkpoints of every format: native, LLaMA2-Accessory, Mixtral of Hugging Face and of Mistral.
+"""Checkpoints of every format: native, LLaMA2-Accessory, Mixtral of Hugging Face and of Mistral; and adapters of one.
 
     loaded = checkpoints.load("SPHINX-MoE", mesh)      # the format is read off the files
     checkpoints.save("out", config, params, tokenizer_bytes, format="mixtral")
@@ -12,7 +12,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from sharding import make_mesh
-from sphinx_jax.checkpoints import accessory, mixtral, native, stream
+from sphinx_jax.checkpoints import accessory, lora, mixtral, native, stream
 from sphinx_jax.checkpoints.loaded import Loaded, Params, abstract_model
 from sphinx_jax.checkpoints.opened import Opened, match
 from sphinx_jax.checkpoints.writing import check_new
@@ -34,6 +34,8 @@ def open(path: str | os.PathLike) -> Opened:
     path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give the one that holds the checkpoint's files")
+    if lora.is_lora(path):
+        return lora.open_directory(path, open)
     if native.is_native(path):
         return native.open_directory(path)
     if accessory.is_accessory(path):

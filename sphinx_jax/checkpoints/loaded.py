@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sharding import abstract_params, default_mesh_shape, make_mesh
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax.adapters import split
+from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 
@@ -49,6 +50,11 @@ def abstract_model(config: SphinxConfig, mesh: Mesh, dtype: str | None, apart: b
     if dtype not in (None, *_DTYPES):
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     return abstract_params(lambda rngs: SphinxMoE(config, apart=apart, rngs=rngs), mesh, dtype=dtype)
+
+
+def abstract_adapters(config: SphinxConfig, lora: LoraConfig) -> Params:
+    """Shapes of the model's adapters, layers stacked."""
+    return split(abstract_params(lambda rngs: SphinxMoE(config, lora=lora, rngs=rngs), make_mesh())[1])[1]
 
 
 def layers_are_apart(params: Params) -> bool:

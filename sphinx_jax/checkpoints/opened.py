@@ -28,12 +28,23 @@ class Tensor(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What is added to a checkpoint's matrices when they are read: scale x a b.
+
+    `factors` are (a, b) by the path of the matrix, those of all layers stacked (see `layers.LowRank`).
+    """
+
+    scale: float
+    factors: Mapping[tuple[str, ...], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """A checkpoint's files, opened, and how their tensors relate to our parameters.
 
     `shards` holds the tensors of each file of a model-parallel set; a format without such shards has one.
     `entries(apart)` lists what the files must hold, for decoder layers held apart or stacked; `ignored`
-    says of a name that it is known and not needed.
+    says of a name that it is known and not needed; `adapters` are to be added, in turn.
     """
 
     format: str
@@ -43,6 +54,7 @@ class Opened:
     entries: Callable[[bool], list[Entry]]
     ignored: Callable[[str], bool] = lambda name: False
     files: tuple[MappedFile, ...] = ()
+    adapters: tuple[Adapters, ...] = ()
 
     @property
     def dtype(self) -> str:

@@ -4,6 +4,7 @@ The host holds one slice at a time and the file pages that it is copied from, no
 next parameter is read ahead into the page cache.
 """
 
+import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.copying import aligned_empty, copy, has_nan
 from sphinx_jax.checkpoints.entries import Entry
 from sphinx_jax.checkpoints.loaded import Loaded, Params, abstract_model, layers_are_apart, model_mesh
@@ -124,7 +126,9 @@ class Reader:
             first = jax.block_until_ready(jax.device_put(host, devices[0]))
             del host
             parts += [first, *(jax.device_put(first, device) for device in devices[1:])]
-        return jax.make_array_from_single_device_arrays(target.shape, target.sharding, parts)
+        array = jax.make_array_from_single_device_arrays(target.shape, target.sharding, parts)
+        add = lambda so_far, adapters: lora.merged(so_far, path, adapters)
+        return functools.reduce(add, self._opened.adapters, array)
 
     def _read_slice(self, path: Path, box: Box, dtype: np.dtype) -> np.ndarray:
         out = aligned_empty(tuple(s.stop - s.start for s in box), np.dtype(dtype))

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 import sharding
 from sharding import constrain
-from sphinx_jax.config import DecoderConfig
+from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.attention import attention
 from sphinx_jax.kernels.project import project
-from sphinx_jax.layers import fan_in_normal, param
+from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
 class LayerCache(NamedTuple):
@@ -43,7 +43,7 @@ class Attention(nnx.Module):
     heads, then its key, then its value: split over the key/value heads it needs no reshuffling.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         groups, head_dim = config.queries_per_kv, config.head_dim
         self.wqkv = param(
             rngs,
@@ -57,6 +57,8 @@ class Attention(nnx.Module):
             ("kv_heads", "queries", "head_dim", "embed"),
             fan_in_normal(config.dim),
         )
+        self.wqkv_lora = LowRank(self.wqkv, lora, rngs=rngs) if lora else None
+        self.wo_lora = LowRank(self.wo, lora, inputs=3, rngs=rngs) if lora else None
         self.theta = config.rope_theta
 
     def __call__(
@@ -69,6 +71,8 @@ class Attention(nnx.Module):
         """With a cache, this call's keys and values are written at `positions` before they are read."""
         x = constrain(x, "batch", "residual", None)
         qkv = project(x, self.wqkv[...].astype(x.dtype))
+        if self.wqkv_lora is not None:
+            qkv += self.wqkv_lora(x)
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2
         turned = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
@@ -83,7 +87,10 @@ class Attention(nnx.Module):
         out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
         # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
         wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
-        out = out.reshape(*x.shape[:2], -1) @ wo
+        heads = out.reshape(*x.shape[:2], -1)
+        out = heads @ wo
+        if self.wo_lora is not None:
+            out += self.wo_lora(heads)
         return constrain(out, "batch", "residual", None), cache
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sharding import constrain
-from sphinx_jax.config import DecoderConfig
+from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.language.attention import Attention, LayerCache
 from sphinx_jax.language.cache import Cache
 from sphinx_jax.language.moe import MoE
@@ -17,11 +17,11 @@ from sphinx_jax.layers import Embedding, Linear, RMSNorm, make_layers, run_layer
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then h + moe(norm(h))."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, lora, rngs=rngs)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
-        self.ffn = MoE(config, rngs=rngs)
+        self.ffn = MoE(config, lora, rngs=rngs)
 
     def __call__(
         self,
@@ -40,9 +40,9 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """The language half. `apart` holds the layers as a list, for decoding, instead of stacked."""
 
-    def __init__(self, config: DecoderConfig, *, apart: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, apart: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs):
         self.embedding = Embedding(config.vocab_size, config.dim, rngs=rngs)
-        self.layers = make_layers(lambda r: DecoderLayer(config, rngs=r), config.num_layers, rngs, apart)
+        self.layers = make_layers(lambda r: DecoderLayer(config, lora, rngs=r), config.num_layers, rngs, apart)
         self.norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.head = Linear(config.dim, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs)
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sharding import constrain, local_experts, per_device
-from sphinx_jax.config import DecoderConfig
+from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.experts import experts_sum
-from sphinx_jax.layers import fan_in_normal, param
+from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
 class Routing(NamedTuple):
@@ -43,27 +43,30 @@ def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
     return Routing(logits, experts, weights, share, balance)
 
 
+_WEIGHTS = ("experts", None, None, "mlp"), ("experts", "mlp", None)
+_FACTORS = ("experts", None, None), ("experts", None, None, "mlp"), ("experts", "mlp", None), ("experts", None, None)
+
+
 class MoE(nnx.Module):
     """Router and SwiGLU experts; gate and up projection are one array and one product."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         experts, dim, hidden = config.num_experts, config.dim, config.hidden_dim
         self.router = param(rngs, (dim, experts), ("embed_small", None), fan_in_normal(dim))
         self.w_in = param(rngs, (experts, dim, 2, hidden), ("experts", "embed", None, "mlp"), fan_in_normal(dim))
         self.w_out = param(rngs, (experts, hidden, dim), ("experts", "mlp", "embed"), fan_in_normal(hidden))
+        self.w_in_lora = LowRank(self.w_in, lora, stack=1, rngs=rngs) if lora else None
+        self.w_out_lora = LowRank(self.w_out, lora, stack=1, rngs=rngs) if lora else None
         self.k = config.experts_per_token
 
     def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
         routing = route(jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32), self.k)
+        factors = ()
+        if self.w_in_lora is not None:
+            factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
         compute = per_device(
             _local_experts_sum,
-            in_names=(
-                ("batch", None, None),
-                ("batch", None, None),
-                ("batch", None, None),
-                ("experts", None, None, "mlp"),
-                ("experts", "mlp", None),
-            ),
+            in_names=(*[("batch", None, None)] * 3, *_WEIGHTS, *_FACTORS[: len(factors)]),
             out_names=("batch", None, None),
             sum_over=("experts", "mlp"),
         )
@@ -73,6 +76,7 @@ class MoE(nnx.Module):
             routing.weights.astype(x.dtype),
             self.w_in[...].astype(x.dtype),
             self.w_out[...].astype(x.dtype),
+            *factors,
         )
         return constrain(y, "batch", "residual", None), routing
 
@@ -83,6 +87,7 @@ def _local_experts_sum(
     weights: Float[Array, "batch length k"],
     w_in: Float[Array, "local_experts dim 2 local_hidden"],
     w_out: Float[Array, "local_experts local_hidden dim"],
+    *factors: Float[Array, "local_experts ..."],
 ) -> Float[Array, "batch length dim"]:
     """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.
 
@@ -91,4 +96,4 @@ def _local_experts_sum(
     """
     dim, k = x.shape[-1], experts.shape[-1]
     local = local_experts(experts.reshape(-1, k), w_in.shape[0])
-    return experts_sum(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out).reshape(x.shape)
+    return experts_sum(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out, factors=factors).reshape(x.shape)

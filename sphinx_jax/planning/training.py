@@ -62,7 +62,7 @@ def training_plan(
         key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.place(names(dims), dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
-    job = Job("training step", Program(program.step, (0,)), (program.state, batch))
+    job = Job("training step", Program(program.step, (0,)), (program.state, batch, program.frozen))
     (compiled,) = compile_jobs([job], mesh)
 
     learning = [
@@ -74,17 +74,19 @@ def training_plan(
     made = compiled.memory.temporaries + compiled.memory.results
     flops, length = _training_flops(config, program, mesh, recipe, batch_shapes)
     model = program.params["model"]
+    parts = model | ({"adapters": program.params["adapters"]} if recipe.lora else {})
     seconds = flops.busiest / gpu.bf16_flops
     tokens = recipe.batch_size * length
+    stage = f"{recipe.stage} of rank {recipe.lora.rank}" if recipe.lora else recipe.stage
     return Plan(
         job=(
-            f"{name}, {recipe.stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
+            f"{name}, {stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
             f"remat {recipe.remat}, {recipe.moments} moments"
         ),
         gpu=gpu,
         mesh=dict(mesh.shape),
         compiler=compiler,
-        parameters={part: bytes_per_device(tree) for part, tree in model.items()},
+        parameters={part: bytes_per_device(tree) for part, tree in parts.items()},
         optimizer=bytes_per_device(program.state.optimizer),
         gradients=min(gradients, made),
         kv_cache=0,
@@ -153,7 +155,8 @@ def order(plan: Plan) -> tuple:
 
 def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) -> str:
     options = {
-        "preset": name,
+        # Adapters belong to a checkpoint.
+        **({"init": name.upper(), "lora-rank": recipe.lora.rank} if recipe.lora else {"preset": name}),
         **({} if recipe.attribute_weight else {"data": "DATA.yaml", "max-length": length}),
         "batch-size": recipe.batch_size,
         "accumulate": recipe.accumulate,

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 import sharding
 from sphinx_jax import checkpoints, commandline
+from sphinx_jax.checkpoints import lora, stream
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
@@ -75,14 +76,16 @@ def choose_step(run: Path, step: int | None) -> int:
 
 
 def read_weights(run: Path, step: int, config: SphinxConfig, mesh: Mesh) -> dict[str, Any]:
-    """The model's parameters of a checkpoint on `mesh`; the optimizer's state is not read."""
+    """The model's parameters of a checkpoint on `mesh`, adapters added to their base; no optimizer state is read."""
+    state = (run / "checkpoints" / str(step) / "state").absolute()
+    if lora.is_lora(run):
+        return stream.load(lora.open_directory(run, checkpoints.open, state), mesh, None, apart=False).params
     _, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     described = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
     target = {"params": {"model": jax.tree.map(described, abstract)}}
     request = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
-    state = (run / "checkpoints" / str(step) / "state").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(state, args=request)["params"]["model"]
 

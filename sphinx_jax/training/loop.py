@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sharding
-from sphinx_jax.checkpoints import native
+from sphinx_jax.adapters import join, split
+from sphinx_jax.checkpoints import lora, native
 from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.task import Task, first_score
@@ -28,7 +29,7 @@ from sphinx_jax.training.export import write_description
 from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
 from sphinx_jax.training.profile import StepProfile
-from sphinx_jax.training.program import normalised, train_program
+from sphinx_jax.training.program import TrainProgram, normalised, train_program
 from sphinx_jax.training.recipe import Recipe, schedule
 from sphinx_jax.training.state import StateStore, init_state
 from sphinx_jax.training.step import Batch, Params, TrainState, make_eval_step
@@ -64,8 +65,9 @@ def train(
     """Train, evaluate on the held-out examples, write `out`, and return what is in its `summary.json`.
 
     Returns None where SIGTERM ended the run early; the state is saved then. `initial` are model parameters to
-    start from, already on the mesh; by default they are drawn from the seed. With `resume` the run goes on from
-    its newest checkpoint, if it has one yet. Raises UserError where a loss or gradient is not finite.
+    start from, already on the mesh; by default they are drawn from the seed. Where adapters alone learn, their run
+    does not save them, and needs them to go on. With `resume` the run goes on from its newest checkpoint, if it has
+    one yet. Raises UserError where a loss or gradient is not finite.
     """
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
@@ -75,11 +77,14 @@ def train(
     batches = task.batches(recipe.batch_size, recipe.seed)
     store = StateStore(out / "checkpoints", upkeep.keep_last, upkeep.keep_best)
     saved = store.restore(program.state) if resume else None
+    frozen = {name: starting_params(name, config, program, recipe, mesh, initial) for name in program.frozen}
     if saved:
         state, position = saved
         batches.set_state(position)
     else:
-        state = init_state(starting_params(config, program.params, recipe.seed, mesh, initial), program.optimizer, mesh)
+        names = program.state.params
+        params = {name: starting_params(name, config, program, recipe, mesh, initial) for name in names}
+        state = init_state(params, program.optimizer, mesh)
 
     first = done = int(state.step)
     evaluate = make_evaluate(program.graph, task, recipe, mesh)
@@ -101,7 +106,7 @@ def train(
                 raise
             examples = [task.name(i) for i in batch.pop("examples")]
             with profile.before(done + 1):
-                state, metrics = step(state, put(batch, mesh))
+                state, metrics = step(state, put(batch, mesh), frozen)
             done += 1
             profile.after(done, metrics)
             watch.follow(done, metrics, examples)
@@ -112,7 +117,7 @@ def train(
             judged = None
             if due(done, upkeep.eval_every) and not stop:
                 watch.settle()
-                judged = evaluate(state.params["model"], interruption)
+                judged = evaluate(model_of(frozen | state.params), interruption)
             if due(done, upkeep.log_every) or judged:
                 logged = {name: np.asarray(value).tolist() for name, value in metrics.items()}
                 logged["lr"] = float(schedule(recipe)(done - 1))
@@ -125,7 +130,7 @@ def train(
                 saved_at = time.monotonic()
         store.close()
         trained = time.monotonic() - started
-        judged = judged or (None if stop else evaluate(state.params["model"], interruption))
+        judged = judged or (None if stop else evaluate(model_of(frozen | state.params), interruption))
     if judged is None:
         return None
 
@@ -147,12 +152,24 @@ def train(
     return summary
 
 
-def starting_params(config: SphinxConfig, shapes: Params, seed: int, mesh: Mesh, initial: Any) -> Params:
-    """The parameters of step 0: `initial` or freshly drawn ones, in the dtypes that `shapes` asks for."""
+def starting_params(
+    name: str, config: SphinxConfig, program: TrainProgram, recipe: Recipe, mesh: Mesh, initial: Any
+) -> Params:
+    """The "model", "adapters" or "attributes" of step 0: `initial` or freshly drawn, in the dtypes of the program."""
+    shapes = program.params[name]
+    if name == "attributes":
+        return init_probe(shapes)
+    make = lambda rngs: SphinxMoE(config, lora=recipe.lora, rngs=rngs)
+    if name == "adapters":
+        return sharding.init_params(make, recipe.seed, mesh, part=lambda params: split(params)[1])[1]
     if initial is None:
-        initial = sharding.init_params(lambda rngs: SphinxMoE(config, rngs=rngs), seed, mesh)[1]
-    model = jax.tree.map(lambda p, shape: p.astype(shape.dtype), initial, shapes["model"])
-    return {"model": model, "attributes": init_probe(shapes["attributes"])}
+        initial = sharding.init_params(make, recipe.seed, mesh, part=lambda params: split(params)[0])[1]
+    return jax.tree.map(lambda p, shape: p.astype(shape.dtype), initial, shapes)
+
+
+def model_of(params: Params) -> Params:
+    """The model's parameters, with its adapters if there are any."""
+    return join(params["model"], params.get("adapters", {}))
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -188,7 +205,13 @@ def make_evaluate(graph: Any, task: Task, recipe: Recipe, mesh: Mesh) -> Callabl
 
 
 def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task) -> None:
-    """The model as a native checkpoint in the run directory itself, so that the run is what `--checkpoint` takes."""
+    """The model as a native checkpoint in the run directory itself, so that the run is what `--checkpoint` takes.
+
+    Of a run of adapters these alone are written: beside them lora.json says what they belong to.
+    """
+    if "adapters" in state.params:
+        lora.save(out, state.params["adapters"])
+        return
     partial = out / "weights.partial"
     native.save(partial, config, state.params["model"], task.tokenizer_bytes, overwrite=True)
     if not is_lead():

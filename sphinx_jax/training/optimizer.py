@@ -34,8 +34,9 @@ def decays(path: Path) -> bool:
     return not (leaf == "scale" and module not in ("visual_norm", "qformer_norm"))
 
 
-Stage = Literal["everything", "mm_stage2", "mm_stage1", "language"]
-"""What learns: all; all but the encoders; the projection of the encoders' words and the image markers; the decoder."""
+Stage = Literal["everything", "mm_stage2", "mm_stage1", "language", "lora"]
+"""What learns: all; all but the encoders; the projection of the encoders' words and the image markers; the decoder;
+nothing but adapters beside the model."""
 
 ENCODERS = ("clip", "convnext", "dino", "qformer")
 
@@ -46,6 +47,8 @@ def learns(path: Path, stage: Stage) -> bool:
     In `mm_stage1` the Q-Former's projection stays as it is, as in the original.
     """
     part, member = path[0], path[1]
+    if stage == "lora":
+        return False
     if stage == "language":
         return part == "language"
     if stage == "mm_stage1":

@@ -8,6 +8,7 @@ import tyro
 
 from sharding import MeshShape
 from sphinx_jax.commandline import NO_PLAN, PlanOptions
+from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.loop import Upkeep
@@ -60,7 +61,12 @@ class Options:
     """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
     stage: Stage = "everything"
     """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
-    the image markers; language, the decoder."""
+    the image markers; language, the decoder; lora, adapters on attention and experts of --init, which stays as it is
+    (docs/finetuning.md)."""
+    lora_rank: int | None = None
+    """Rank of the adapters, 8 by default."""
+    lora_alpha: float | None = None
+    """Their product is scaled by alpha / rank; twice the rank by default."""
     dtype: ComputeDtype = "float32"
     """What the model computes in. Master weights are float32 either way."""
     remat: Remat = "none"
@@ -92,18 +98,26 @@ class Options:
 
 
 def make_recipe(options: Options, steps: int) -> Recipe:
+    lora = make_lora(options)
     return Recipe(
         steps=steps,
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         lr=options.lr,
-        attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
+        # Adapters do not reach the encoders.
+        attribute_weight=options.attribute_weight if options.data == "easy-vqa" and not lora else 0.0,
         stage=options.stage,
+        lora=lora,
         remat=options.remat,
         dtype=options.dtype,
         moments=options.moments,
         seed=options.seed,
     )
+
+
+def make_lora(options: Options) -> LoraConfig | None:
+    rank = options.lora_rank or 8
+    return LoraConfig(rank, options.lora_alpha or 2.0 * rank) if options.stage == "lora" else None
 
 
 def check_options(options: Options) -> None:
@@ -118,12 +132,13 @@ def check_options(options: Options) -> None:
         "keep_last",
         "eval_every",
         "workers",
+        "lora_rank",
     )
     for name in counts:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("epochs", "lr", "save_minutes"):
+    for name in ("epochs", "lr", "save_minutes", "lora_alpha"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
@@ -133,6 +148,11 @@ def check_options(options: Options) -> None:
     for name in ("seed", "keep_best"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
+    for name in ("lora_rank", "lora_alpha"):
+        if getattr(options, name) is not None and options.stage != "lora":
+            raise UserError(f"--{name.replace('_', '-')} belongs to --stage lora; add it")
+    if options.stage == "lora" and options.init is None and not options.planning.plan:
+        raise UserError("--stage lora adapts a checkpoint: give it with --init")
     options.planning.check()
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")

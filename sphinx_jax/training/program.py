@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import sharding
+from sphinx_jax.adapters import split
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
 from sphinx_jax.model import SphinxMoE
@@ -24,17 +25,19 @@ from sphinx_jax.training.step import Batch, Metrics, Params, TrainState, make_lo
 
 
 class TrainProgram(NamedTuple):
-    """`step` maps (state, batch) to (state, metrics) and may take the state over."""
+    """`step` maps (state, batch, frozen) to (state, metrics) and may take the state over."""
 
     graph: nnx.GraphDef
     params: Params
-    """Abstract: "model" and "attributes"."""
+    """Abstract: "model", "attributes", and "adapters" where these learn."""
     learns: Params
     """Which of them learn."""
     optimizer: optax.GradientTransformation
     state: TrainState
     """Abstract."""
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    frozen: Params
+    """Those of `params` that are no part of the state: the model, where only adapters learn."""
+    step: Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]
 
 
 def train_program(config: SphinxConfig, recipe: Recipe, mesh: Mesh) -> TrainProgram:
@@ -42,27 +45,32 @@ def train_program(config: SphinxConfig, recipe: Recipe, mesh: Mesh) -> TrainProg
 
     Parameters that learn are float32; the others are kept in the dtype that the model computes in.
     """
-    graph, model = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
+    graph, whole = sharding.abstract_params(lambda rngs: SphinxMoE(config, lora=recipe.lora, rngs=rngs), mesh)
+    model, adapters = split(whole)
     flags = map_with_path(lambda path, _: learns(path, recipe.stage), model)
     narrow = lambda p, learns: p if learns else jax.ShapeDtypeStruct(p.shape, recipe.dtype, sharding=p.sharding)
     probe: Probe = abstract_probe(config.language.dim, mesh) if recipe.attribute_weight else {}
     params = {"model": jax.tree.map(narrow, model, flags), "attributes": probe}
     all_flags = {"model": flags, "attributes": dict.fromkeys(probe, True)}
+    if recipe.lora:
+        params["adapters"], all_flags["adapters"] = adapters, jax.tree.map(lambda _: True, adapters)
+    frozen = {"model": params["model"]} if recipe.lora else {}
+    in_state = {name: tree for name, tree in params.items() if name not in frozen}
     inner = adamw(
         schedule(recipe), weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm, moments=recipe.moments
     )
-    optimizer = only(inner, all_flags)
+    optimizer = only(inner, {name: all_flags[name] for name in in_state})
     loss = make_loss(
         graph,
         config,
-        flags=flags,
+        flags=None if recipe.lora else flags,
         attribute_weight=recipe.attribute_weight,
         remat=recipe.remat,
         dtype=jnp.dtype(recipe.dtype),
     )
     prepared: Any = lambda params, batch: loss(params, normalised(batch))
-    step = make_train_step(prepared, optimizer, sharding.shardings_of(params), recipe.accumulate)
-    return TrainProgram(graph, params, all_flags, optimizer, abstract_state(params, optimizer, mesh), step)
+    step = make_train_step(prepared, optimizer, sharding.shardings_of(in_state), recipe.accumulate)
+    return TrainProgram(graph, params, all_flags, optimizer, abstract_state(in_state, optimizer, mesh), frozen, step)
 
 
 def normalised(batch: Batch) -> Batch:

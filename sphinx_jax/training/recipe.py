@@ -7,6 +7,7 @@ from typing import Literal
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.optimizer import MomentDtype, Stage, cosine_with_warmup
 
@@ -28,6 +29,8 @@ class Recipe:
     clip_norm: float = 1.0
     attribute_weight: float = 0.0
     stage: Stage = "everything"
+    lora: LoraConfig | None = None
+    """The adapters of the stage "lora"."""
     remat: Remat = "none"
     """What is computed again for the gradient: nothing; each layer; each layer but its matrix products."""
     dtype: ComputeDtype = "float32"

@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sphinx_jax import checkpoints
+from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
+from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
 
 
@@ -22,6 +25,17 @@ def check(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out} exists and is not a run; choose another directory")
     if not overwrite:
         raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
+
+
+def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) -> None:
+    """Raises UserError where the run to be resumed has not these adapters (None: none) of the checkpoint `base`."""
+    recorded = lora.read_record(out) if lora.is_lora(out) else None
+    said = lambda it: f"--stage lora --lora-rank {it.rank} --lora-alpha {it.alpha:g}" if it else "no adapters"
+    begun = recorded and recorded.lora
+    if begun != adapters:
+        raise UserError(f"--resume: {out} was begun with {said(begun)}, not with {said(adapters)}; give the same")
+    if recorded and lora.fingerprint(checkpoints.open(base)) != recorded.fingerprint:
+        raise UserError(f"--resume: {out} adapts {recorded.base}, and --init {base} is another checkpoint")
 
 
 def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sphinx_jax.adapters import join
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import NOT_LEARNED
 from sphinx_jax.kernels.argmax import argmax
@@ -19,9 +20,15 @@ Batch = dict[str, Array]
 Params = dict[str, Any]
 Metrics = dict[str, Array]
 
+NOTHING: Params = {}
+
 
 class TrainState(NamedTuple):
-    """All that a step reads and replaces. `params` holds "model" and "attributes" (empty where not used)."""
+    """All that a step reads and replaces.
+
+    `params` holds "model" and "attributes" (empty where not used); or, where adapters alone learn, "adapters" and
+    "attributes", and the model is given to the step besides.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -92,12 +99,13 @@ def make_loss(
 
     The batch holds `tokens` and `labels` int[B, T]; where there are any, `turns` int[B, T] and `images`
     float[B, S, S, 3]; and for the loss on attributes `shape` and `colour` int[B].
-    `flags` says which of the model's parameters learn (None: all); no gradient is computed for the others.
+    `params` holds "model", "attributes", and "adapters" if there are any. `flags` says which of the model's parameters
+    learn (None: all); no gradient is computed for the others.
     `dtype` is what the model computes in; parameters of another dtype are cast once.
     """
 
     def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        weights = params["model"]
+        weights = join(params["model"], params.get("adapters", {}))
         if flags is not None:
             weights = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), weights, flags)
         if dtype is not None:
@@ -128,24 +136,26 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     shardings: Params,
     accumulate: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """state, batch -> next state, metrics. With `accumulate` > 1 the batch is worked through in that many parts.
+) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
+    """state, batch, frozen -> next state, metrics. With `accumulate` > 1 the batch is worked through in so many parts.
 
-    Gradients are held to the parameters' `shardings`, so that with fsdp each device keeps only its part of them.
+    `frozen` are parameters that the loss needs beside those of the state, which alone are differentiated. Gradients
+    are held to the `shardings` of the latter, so that with fsdp each device keeps only its part of them.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def one(params: Params, batch: Batch) -> tuple[Params, Metrics]:
-        (_, metrics), grads = gradient(params, batch)
-        return jax.lax.with_sharding_constraint(grads, shardings), metrics
+    def step(state: TrainState, batch: Batch, frozen: Params = NOTHING) -> tuple[TrainState, Metrics]:
+        gradient = jax.value_and_grad(lambda params, part: loss(params | frozen, part), has_aux=True)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def one(part: Batch) -> tuple[Params, Metrics]:
+            (_, metrics), grads = gradient(state.params, part)
+            return jax.lax.with_sharding_constraint(grads, shardings), metrics
+
         if accumulate == 1:
-            grads, metrics = one(state.params, batch)
+            grads, metrics = one(batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, one(state.params, part)), None)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, state.params, jax.tree.map(lambda x: x[0], parts)))
+            add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, one(part)), None)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)))
             summed, _ = jax.lax.scan(add, zeros, parts)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, summed)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
