@@ -17,6 +17,7 @@ from sphinx_jax.costs import Cost, Work, forward_flops, share_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.planning.jobs import Job, compile_jobs
 from sphinx_jax.planning.meshes import mesh_flags
+from sphinx_jax.training.moments import MOMENTS
 from sphinx_jax.training.program import TrainProgram, train_program
 from sphinx_jax.training.recipe import Recipe, check_batch
 
@@ -98,10 +99,7 @@ def training_plan(
         main_program="training step",
         speed=tokens / seconds,
         command=_training_command(name, recipe, shape, length),
-        notes=(
-            "Weights that learn are float32, with AdamW's two moments "
-            + ("in float32." if recipe.moments == "float32" else "rounded to bfloat16 after every step."),
-        ),
+        notes=(f"Weights that learn are float32. AdamW keeps {MOMENTS[recipe.moments]}.",),
     )
 
 

@@ -28,6 +28,7 @@ from sphinx_jax.training.divergence import DivergenceWatch
 from sphinx_jax.training.export import write_description
 from sphinx_jax.training.interruption import Interruption, in_any_process
 from sphinx_jax.training.metrics import RunLog
+from sphinx_jax.training.moments import MOMENTS
 from sphinx_jax.training.profile import StepProfile
 from sphinx_jax.training.program import TrainProgram, normalised, train_program
 from sphinx_jax.training.recipe import Recipe, schedule
@@ -95,6 +96,8 @@ def train(
     stop, judged = False, None
     with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
         logged = log.last
+        held = sharding.bytes_per_device(program.state.optimizer) / 2**20
+        log.console.print(f"AdamW keeps {MOMENTS[recipe.moments]}: {held:,.1f} MiB on each device", highlight=False)
         while done < recipe.steps and not stop:
             try:
                 batch = next(batches)

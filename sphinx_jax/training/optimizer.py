@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from sphinx_jax.training.moments import Moments, scale_by_moments
+
 Path = tuple[str | int, ...]
 
 
@@ -67,10 +69,6 @@ def only(optimizer: optax.GradientTransformation, flags: object) -> optax.Gradie
     return optax.partition({"learns": optimizer, "stays": optax.set_to_zero()}, labels)
 
 
-MomentDtype = Literal["float32", "bfloat16"]
-"""What Adam's two moments are kept in between steps."""
-
-
 def adamw(
     schedule: Callable[[Array], Array],
     *,
@@ -78,34 +76,14 @@ def adamw(
     clip_norm: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.95,
-    moments: MomentDtype = "float32",
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (https://arxiv.org/abs/1711.05101) with decay on `decays` only."""
-    adam = optax.scale_by_adam(b1=b1, b2=b2)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        adam if moments == "float32" else narrow_state(adam, jnp.dtype(moments)),
+        scale_by_moments(moments, b1, b2),
         optax.add_decayed_weights(
             weight_decay, mask=lambda params: map_with_path(lambda path, _: decays(path), params)
         ),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def narrow_state(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """`inner`, computing as before, its state kept in `dtype` between steps.
-
-    A running mean with decay b moves by (1 - b) of its distance to the new value. Rounded to bfloat16, 8 bits,
-    it stands still once that is less than 1/512 of it: with b = 0.95, within 4 % of where it would settle. With
-    b = 0.999 it would never arrive, so do not raise `b2` with this.
-    """
-
-    def cast(state: object, to: jnp.dtype) -> object:
-        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.tree.map(lambda x: x.astype(to) if is_float(x) else x, state)
-
-    def update(grads, state, params=None):
-        updates, state = inner.update(grads, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

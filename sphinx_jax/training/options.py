@@ -12,7 +12,8 @@ from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.loop import Upkeep
-from sphinx_jax.training.optimizer import MomentDtype, Stage
+from sphinx_jax.training.moments import Moments
+from sphinx_jax.training.optimizer import Stage
 from sphinx_jax.training.recipe import ComputeDtype, Recipe, Remat
 
 
@@ -72,8 +73,9 @@ class Options:
     remat: Remat = "none"
     """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
     its matrix products (dots)."""
-    moments: MomentDtype = "float32"
-    """What AdamW's two moments are kept in; bfloat16 takes half the memory and rounds them to 8 bits every step."""
+    moments: Moments = "float32"
+    """What AdamW keeps of its two moments: float32, 8 bytes a parameter; bfloat16, 4; factored, Adafactor's second
+    moment beside a first in bfloat16, 2; int8, both in blocks of 8 bits, 2.1 (docs/runs.md)."""
     tuning: bool = False
     """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
     log_every: int = 20

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
-from sphinx_jax.training.optimizer import MomentDtype, Stage, cosine_with_warmup
+from sphinx_jax.training.moments import Moments
+from sphinx_jax.training.optimizer import Stage, cosine_with_warmup
 
 ComputeDtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
@@ -34,7 +35,7 @@ class Recipe:
     remat: Remat = "none"
     """What is computed again for the gradient: nothing; each layer; each layer but its matrix products."""
     dtype: ComputeDtype = "float32"
-    moments: MomentDtype = "float32"
+    moments: Moments = "float32"
     seed: int = 0
 
 

@@ -1,5 +1,6 @@
 """The train state: where each part of it lives, making it, saving it and taking it up again."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from sphinx_jax.training.step import Params, TrainState
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the train state of (abstract) parameters: each moment lies where its parameter does."""
+    """Shapes and shardings of the train state of (abstract) parameters: each moment lies where its parameter does.
+
+    So does what is smaller than the parameter: means along one of its dimensions, and scales of blocks.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     by_path = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -24,12 +28,31 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
         # A moment stands under its parameter's path, behind whatever the optimizer puts in front.
         names = keys(path)
         param = next((by_path[names[n:]] for n in range(len(names)) if names[n:] in by_path), None)
-        same = param is not None and param.shape == leaf.shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding if same else everywhere)
+        beside = everywhere if param is None else _beside(param, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=beside)
 
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
     moments = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, abstract))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, moments)
+
+
+def _beside(param: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> NamedSharding:
+    """Where something of `shape` lies that belongs to a parameter.
+
+    It has the parameter's dimensions, fewer along one of them where it is of blocks, or lacks one of them where it is
+    of means. A dimension that its mesh axes do not divide stays whole; what is neither, too.
+    """
+    mesh, dims = param.sharding.mesh, len(param.shape)
+    axes = [*param.sharding.spec, *[None] * (dims - len(param.sharding.spec))]
+    if len(shape) == dims - 1:
+        # Of two equal dimensions either may be the one that is gone: at worst it is laid out otherwise than best.
+        gone = next((d for d in reversed(range(dims)) if param.shape[:d] + param.shape[d + 1 :] == shape), None)
+        axes = [] if gone is None else axes[:gone] + axes[gone + 1 :]
+    elif len(shape) != dims or any(whole % part for whole, part in zip(param.shape, shape, strict=True)):
+        axes = []
+    parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+    fitting = (axis if size % parts(axis) == 0 else None for axis, size in zip(axes, shape, strict=False))
+    return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
