@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int8, UInt8
 
@@ -98,7 +99,26 @@ def blocks_of(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return powers.index(max(powers)), min(max(powers), BLOCK)
 
 
-def encode(x: Float[Array, "..."], dim: int, block: int, signed: bool) -> Blocked:
+def _shares(bits: int) -> np.ndarray:
+    """What codes 0, 1, 2, ... stand for: fractions of `bits` bits at most."""
+    shares = np.zeros(256, np.float32)
+    for power in range(7):
+        steps = 2 ** (bits - power)
+        edges = np.linspace(0.1, 1, steps + 1) * 10.0**-power
+        shares[steps : 2 * steps] = (edges[:-1] + edges[1:]) / 2
+    shares[2 ** (bits + 1) - 1] = 1
+    return shares
+
+
+_SHARES = {"uint8": _shares(7), "int8": _shares(6) - np.roll(_shares(6)[::-1], 1)}
+
+
+def largest_of_blocks(x: Float[Array, "..."], dim: int, block: int) -> Float[Array, "..."]:
+    """The largest magnitude of each block."""
+    return jnp.max(jnp.abs(x.reshape(*x.shape[:dim], -1, block, *x.shape[dim + 1 :])), axis=dim + 1)
+
+
+def encode(x: Float[Array, "..."], largest: Float[Array, "..."], dim: int, block: int, signed: bool) -> Blocked:
     """Eight bits an element, in the dynamic data type of https://arxiv.org/abs/2110.02861 (section 1.3).
 
     Of its share of the block's largest, the magnitude is a power of ten from 1 to 1e-6 and a fraction from 0.1 to 1,
@@ -107,12 +127,10 @@ def encode(x: Float[Array, "..."], dim: int, block: int, signed: bool) -> Blocke
     the table of values is written to memory, with 4 bytes an element.
     """
     blocked = x.reshape(*x.shape[:dim], -1, block, *x.shape[dim + 1 :])
-    largest = jnp.max(jnp.abs(blocked), axis=dim + 1)
-    share = jnp.abs(blocked) / jnp.expand_dims(jnp.where(largest > 0, largest, 1), dim + 1)
+    share = jnp.abs(blocked) * jnp.expand_dims(1 / jnp.where(largest > 0, largest, 1), dim + 1)
     power = jnp.clip(jnp.floor(-jnp.log10(jnp.maximum(share, 1e-7))), 0, 6)
     steps = jnp.exp2((6 if signed else 7) - power)
-    fraction = (share * 10**power - 0.1) / 0.9
-    code = steps + jnp.clip(jnp.floor(fraction * steps), 0, steps - 1)
+    code = steps + jnp.clip(jnp.floor((share * 10**power - 0.1) / 0.9 * steps), 0, steps - 1)
     if signed:
         code = jnp.where(share < 1e-7, 0, jnp.sign(blocked) * code)
     return Blocked(code.astype(jnp.int8 if signed else jnp.uint8).reshape(x.shape), largest)
@@ -120,14 +138,10 @@ def encode(x: Float[Array, "..."], dim: int, block: int, signed: bool) -> Blocke
 
 def decode(x: Blocked, dim: int, block: int) -> Float[Array, "..."]:
     """Inverse of `encode` but for the rounding: the middle of what has a code, and 1 for what has the highest."""
-    signed, shape = x.code.dtype == jnp.int8, x.code.shape
-    code = x.code.reshape(*shape[:dim], -1, block, *shape[dim + 1 :]).astype(jnp.int32)
-    magnitude = jnp.maximum(jnp.abs(code), 1)
-    bits = 31 - jax.lax.clz(magnitude)
-    fraction = (magnitude + 0.5) / jnp.exp2(bits.astype(jnp.float32)) - 1
-    share = (0.1 + 0.9 * fraction) * 10.0 ** (bits - (6 if signed else 7))
-    share = jnp.where(magnitude == (127 if signed else 255), 1, share)
-    return (jnp.sign(code) * share * jnp.expand_dims(x.largest, dim + 1)).reshape(shape)
+    shape = x.code.shape
+    code = x.code.reshape(*shape[:dim], -1, block, *shape[dim + 1 :])
+    share = jnp.asarray(_SHARES[code.dtype.name]).at[code.astype(jnp.int32) & 255].get(mode="promise_in_bounds")
+    return (share * jnp.expand_dims(x.largest, dim + 1)).reshape(shape)
 
 
 def blockwise_moments(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
@@ -140,7 +154,7 @@ def blockwise_moments(b1: float, b2: float, eps: float = 1e-8) -> optax.Gradient
     def empty(param, signed):
         zeros = jnp.zeros_like(param, jnp.float32)
         blocks = blocks_of(param.shape)
-        return encode(zeros, *blocks, signed) if blocks else zeros
+        return encode(zeros, largest_of_blocks(zeros, *blocks), *blocks, signed) if blocks else zeros
 
     def init(params):
         first, second = (jax.tree.map(lambda p, signed=signed: empty(p, signed), params) for signed in (True, False))
@@ -150,15 +164,29 @@ def blockwise_moments(b1: float, b2: float, eps: float = 1e-8) -> optax.Gradient
         count = optax.safe_increment(state.count)
         leaves, structure = jax.tree.flatten(grads)
 
-        def step(gradient, first, second):
-            gradient, blocks = gradient.astype(jnp.float32), blocks_of(gradient.shape)
-            if blocks:
-                first, second = decode(first, *blocks), decode(second, *blocks)
-            first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
-            direction = first / (1 - b1**count) / (jnp.sqrt(second / (1 - b2**count)) + eps)
-            if blocks:
-                first, second = encode(first, *blocks, True), encode(second, *blocks, False)
-            return direction, first, second
+        def moments(gradient, first, second):
+            gradient = gradient.astype(jnp.float32)
+            return b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+
+        def direction(first, second):
+            return first / (1 - b1**count) / (jnp.sqrt(second / (1 - b2**count)) + eps)
+
+        def step(gradient, *old):
+            blocks = blocks_of(gradient.shape)
+            if blocks is None:
+                new = moments(gradient, *old)
+                return direction(*new), *new
+            # Worked out twice, and the barrier hides it: else XLA writes the moments to memory, in float32, between
+            # finding the largest of each block and dividing by it.
+            for_largest, new = (
+                moments(gradient, *(decode(moment, *blocks) for moment in before))
+                for before in (jax.lax.optimization_barrier(old), old)
+            )
+            kept = (
+                encode(moment, largest_of_blocks(same, *blocks), *blocks, signed)
+                for moment, same, signed in zip(new, for_largest, (True, False), strict=True)
+            )
+            return direction(*new), *kept
 
         olds = (structure.flatten_up_to(moment) for moment in (state.first, state.second))
         directions, firsts, seconds = zip(*map(step, leaves, *olds), strict=True)
