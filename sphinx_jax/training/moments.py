@@ -176,8 +176,8 @@ def blockwise_moments(b1: float, b2: float, eps: float = 1e-8) -> optax.Gradient
             if blocks is None:
                 new = moments(gradient, *old)
                 return direction(*new), *new
-            # Worked out twice, and the barrier hides it: else XLA writes the moments to memory, in float32, between
-            # finding the largest of each block and dividing by it.
+            # Worked out twice, and the barrier hides it: else XLA:GPU writes both moments to memory, in float32,
+            # between finding the largest of each block and dividing by it. As it is, it writes one.
             for_largest, new = (
                 moments(gradient, *(decode(moment, *blocks) for moment in before))
                 for before in (jax.lax.optimization_barrier(old), old)
