@@ -174,8 +174,8 @@ def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
     unmerged = jax.jit(lambda p: bind(graph, p)(tokens)[0])(adapters.join(before, tree))
     np.testing.assert_allclose(sphinx_jax.load(run, sharding.make_mesh()).logits(tokens), unmerged, atol=1e-5)
     assert commandline.run(export.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
-    exported = sphinx_jax.load(tmp_path / "out", sharding.make_mesh(tensor=2))
-    np.testing.assert_allclose(exported.logits(tokens), unmerged, atol=1e-5)
+    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(tensor=2), apart=False).params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
     checkpoints.convert(run, tmp_path / "converted", "mixtral")
     converted = checkpoints.load(tmp_path / "converted", sharding.make_mesh(), apart=False).params
     np.testing.assert_array_equal(
