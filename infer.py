@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
     held_out = read_held_out() if nothing_asked else []
 
-    model = sphinx_jax.load(checkpoint, mesh, options.dtype, context=options.context)
+    memory = {"context": options.context, "quantize": options.quantize, "offload": options.offload}
+    model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory)
     say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
     if options.batch:
@@ -74,9 +75,8 @@ def plan(options: Options) -> int:
     name = str(options.checkpoint or options.preset or "sphinx-moe-1k")
     dtype = options.dtype or (opened.dtype if opened else "bfloat16")
     rows = options.rows if options.batch else 1
-    return planning.plan_inference(
-        options.planning, name, config, options.mesh, dtype=dtype, rows=rows, context=options.context
-    )
+    size = {"quantize": options.quantize, "offload": options.offload, "rows": rows, "context": options.context}
+    return planning.plan_inference(options.planning, name, config, options.mesh, dtype=dtype, **size)
 
 
 def default_checkpoint() -> Path:

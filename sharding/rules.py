@@ -183,7 +183,8 @@ def per_device(
     """`body` run on each device's own part of its arguments, results added over the devices that split `sum_over`.
 
     The names say how each argument and the result are split; a parameter that is stored split further (by
-    fsdp) is gathered on entry. Without a mesh it is `body` itself.
+    fsdp) is gathered on entry. An argument may be a tree: its arrays are split alike, but for dimensions of which
+    they have one element only. Without a mesh it is `body` itself.
     """
     active = _active.get()
     if active is None or active[0].size == 1:
@@ -191,17 +192,20 @@ def per_device(
     mesh, rules = active
     axes = tuple(axis for name in sum_over for axis in rules[name].mesh_axes if mesh.shape[axis] > 1)
 
-    def call(*args: jax.Array) -> jax.Array:
-        in_specs = tuple(spec(n, a.shape, mesh, rules) for n, a in zip(in_names, args, strict=True))
+    def split_like(names: tuple[str | None, ...], arg: Any) -> Any:
+        more_than_one = lambda array: tuple(n if size > 1 else None for n, size in zip(names, array.shape, strict=True))
+        return jax.tree.map(lambda array: spec(more_than_one(array), array.shape, mesh, rules), arg)
+
+    def call(*args: Any) -> jax.Array:
+        in_specs = tuple(split_like(n, a) for n, a in zip(in_names, args, strict=True))
         # The result's batch is split like the first argument's.
         out_spec = spec(out_names, args[0].shape, mesh, rules)
-        own = [_mesh_axes(s) for s in in_specs]
-        used = set().union(*own)
+        used = set().union(*(_mesh_axes(s) for s in jax.tree.leaves(in_specs)))
 
-        def on_device(*parts: jax.Array) -> jax.Array:
+        def on_device(*parts: Any) -> jax.Array:
             # Each device's copy counts as its own from here on, so that gradients of what is shared
             # are added up once, where the copies part.
-            parts = [_vary(part, used - split) for part, split in zip(parts, own, strict=True)]
+            parts = jax.tree.map(lambda part, split: _vary(part, used - _mesh_axes(split)), parts, in_specs)
             return jax.lax.psum(body(*parts), axes) if axes else body(*parts)
 
         return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)

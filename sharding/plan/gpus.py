@@ -39,6 +39,11 @@ class Gpu:
         """Operations a second."""
         return self.bf16_tflops * 1e12
 
+    @property
+    def host_bandwidth(self) -> float:
+        """Bytes a second out of host memory: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before."""
+        return (63.0 if self.compute_capability >= (9, 0) else 31.5) * 1e9
+
     def target_description(self) -> str:
         """The card as XLA's GPU compiler wants it described (a GpuTargetConfigProto in text form)."""
         major, minor = self.compute_capability

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sphinx_jax.kernels.project import outer
+from sphinx_jax.kernels.project import chosen_matrix, outer
+from sphinx_jax.kernels.quantized import Weight
 
 Tokens = Float[Array, "tokens dim"]
 Assigned = Int[Array, "tokens k"]
 Weights = Float[Array, "tokens k"]
-WIn = Float[Array, "experts dim 2 hidden"]
-WOut = Float[Array, "experts hidden dim"]
+WIn = Weight
+"""[experts, dim, 2, hidden]; likewise quantized, and then without a gradient."""
+WOut = Weight
+"""[experts, hidden, dim]"""
 
 
 def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
@@ -94,20 +97,24 @@ class Sorted(NamedTuple):
 
 _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
-_matrix = lambda w, expert: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+
+
+def _matrices(w_in: WIn, w_out: WOut, expert: Int[Array, ""], dtype: jnp.dtype) -> tuple[Array, Array]:
+    """An expert's matrices [dim, 2 x hidden] and [hidden, dim]."""
+    into, out_of = (chosen_matrix(w, expert).astype(dtype) for w in (w_in, w_out))
+    return into.reshape(into.shape[0], -1), out_of
 
 
 def _forward(x, experts, weights, w_in, w_out, sizes, keep):
     """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
     num_experts, dim, _, hidden = w_in.shape
-    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
     rows = Sorted.of(experts, num_experts, sizes[0])
     # Constant zeros are nobody's result, and XLA writes those of all layers before the first begins.
     zero = jnp.where(rows.order[0] < 0, x[0, 0], 0)
     empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
-        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+        into, out_of = _matrices(w_in, w_out, e, x.dtype)
 
         def block(start, size, carry):
             gate_up = x[_slice(rows.token, start, size)] @ into
@@ -129,13 +136,12 @@ def _vjp_forward(x, experts, weights, w_in, w_out, sizes):
 
 def _vjp_backward(sizes, residuals, dy):
     x, experts, weights, w_in, w_out, rows, gate_up = residuals
-    num_experts, dim, _, hidden = w_in.shape
-    w_in = w_in.reshape(num_experts, dim, 2 * hidden)
+    num_experts, dim = w_in.shape[:2]
     weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
     zeros = lambda w: jnp.zeros_like(w, jnp.float32)
 
     def expert(e, carry):
-        into, out_of = _matrix(w_in, e), _matrix(w_out, e)
+        into, out_of = _matrices(w_in, w_out, e, x.dtype)
         end = rows.first[e] + rows.count[e]
 
         def block(start, size, carry):
@@ -159,7 +165,7 @@ def _vjp_backward(sizes, residuals, dy):
         dx, dweight, dw_in, dw_out = carry
         carry = dx, dweight, zeros(into), zeros(out_of)
         dx, dweight, d_into, d_out_of = rows.each_block(e, sizes, block, carry)
-        put = lambda dw, new: _update(dw, new[None].astype(dw.dtype), e, 0)
+        put = lambda dw, new: _update(dw, new.reshape(1, *dw.shape[1:]).astype(dw.dtype), e, 0)
         return dx, dweight, put(dw_in, d_into), put(dw_out, d_out_of)
 
     empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
@@ -167,7 +173,7 @@ def _vjp_backward(sizes, residuals, dy):
     dx, dweight, dw_in, dw_out = rows.each_expert(expert, carry)
     dx = jnp.sum(rows.back(dx, experts, num_experts), axis=1)
     dweights = rows.back(dweight, experts, num_experts)[..., 0]
-    return dx, None, dweights, dw_in.reshape(num_experts, dim, 2, hidden), dw_out
+    return dx, None, dweights, dw_in, dw_out
 
 
 expert_blocks.defvjp(_vjp_forward, _vjp_backward)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 import sharding
 from sphinx_jax.kernels.expert_blocks import Assigned, Tokens, Weights, WIn, WOut, block_sizes, expert_blocks
 from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
+from sphinx_jax.kernels.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def experts_sum(
     nothing. Differentiable in all but `experts`. `form` overrules the choice.
     """
     form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    if form == "every" and isinstance(w_in, Quantized):
+        form = "blocks"  # which makes numbers of one expert's weights at a time, not of all
     _say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
     return {"chosen": _chosen, "every": _every, "blocks": _blocks}[form](x, experts, weights, w_in, w_out)
 

@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
         # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
         wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
-        out = out.reshape(*x.shape[:2], -1) @ wo
+        out = project(out.reshape(*x.shape[:2], -1), wo)
         return constrain(out, "batch", "residual", None), cache
 
 

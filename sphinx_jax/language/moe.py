@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain, local_experts, per_device
 from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.expert_blocks import WIn, WOut
 from sphinx_jax.kernels.experts import experts_sum
 from sphinx_jax.layers import fan_in_normal, param
 
@@ -71,8 +72,8 @@ class MoE(nnx.Module):
             x,
             routing.experts,
             routing.weights.astype(x.dtype),
-            self.w_in[...].astype(x.dtype),
-            self.w_out[...].astype(x.dtype),
+            self.w_in[...],
+            self.w_out[...],
         )
         return constrain(y, "batch", "residual", None), routing
 
@@ -81,8 +82,8 @@ def _local_experts_sum(
     x: Float[Array, "batch length dim"],
     experts: Int[Array, "batch length k"],
     weights: Float[Array, "batch length k"],
-    w_in: Float[Array, "local_experts dim 2 local_hidden"],
-    w_out: Float[Array, "local_experts local_hidden dim"],
+    w_in: WIn,
+    w_out: WOut,
 ) -> Float[Array, "batch length dim"]:
     """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.
 
