@@ -63,9 +63,12 @@ def inference_plan(
     decoding = max(
         loaded.busiest / gpu.bandwidth, forward_flops(config, params, mesh, one)["language"].busiest / gpu.bf16_flops
     )
+    reading = flops.busiest / gpu.bf16_flops
     notes = ()
     if offload:
+        passes = -(-(context - config.image_words) // PREFILL_TOKENS)
         decoding = max(decoding, waiting / gpu.host_bandwidth)
+        reading = max(reading, passes * waiting / gpu.host_bandwidth)
         notes = (
             f"In host memory: {waiting / 2**30:.1f} GiB of layers for each device, copied to it for every token; on it "
             "are two layers at a time.",
@@ -89,8 +92,8 @@ def inference_plan(
         roofline={
             "decode_seconds_per_token_at_least": decoding,
             "decode_tokens_per_second_at_most": rows / decoding,
-            "prefill_seconds_at_least": flops.busiest / gpu.bf16_flops,
-            "prefill_tokens_per_second_at_most": rows * context * gpu.bf16_flops / flops.busiest,
+            "prefill_seconds_at_least": reading,
+            "prefill_tokens_per_second_at_most": rows * context / reading,
         },
         programs=programs,
         main_program=jobs[-1].name,
