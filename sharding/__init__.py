@@ -12,6 +12,7 @@ from sharding.processes import NO_PROCESSES, Processes, check_processes, start_p
 from sharding.program import Program
 from sharding.rules import (
     DEFAULT_RULES,
+    SEQUENCE_PARALLEL_RULES,
     LayoutError,
     Rule,
     Rules,
@@ -29,6 +30,7 @@ __all__ = [
     "AXES",
     "DEFAULT_RULES",
     "NO_PROCESSES",
+    "SEQUENCE_PARALLEL_RULES",
     "LayoutError",
     "MeshShape",
     "Processes",

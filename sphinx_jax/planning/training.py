@@ -62,7 +62,7 @@ def training_plan(
         key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.place(names(dims), dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
-    job = Job("training step", Program(program.step, (0,)), (program.state, batch))
+    job = Job("training step", Program(program.step, (0,), rules=program.rules), (program.state, batch))
     (compiled,) = compile_jobs([job], mesh)
 
     learning = [
@@ -81,7 +81,7 @@ def training_plan(
     return Plan(
         job=(
             f"{name}, {recipe.stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
-            f"remat {recipe.remat}, {recipe.moments} moments"
+            f"remat {recipe.remat}, {recipe.moments} moments{', residual sharded' * recipe.shard_residual}"
         ),
         gpu=gpu,
         mesh=dict(mesh.shape),
@@ -148,4 +148,5 @@ def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) 
         "remat": recipe.remat,
         "moments": recipe.moments,
     }
-    return f"python train.py {' '.join(f'--{key} {value}' for key, value in options.items())} {mesh_flags(shape)}"
+    said = [f"--{key} {value}" for key, value in options.items()] + ["--shard-residual"] * recipe.shard_residual
+    return f"python train.py {' '.join(said)} {mesh_flags(shape)}"

@@ -92,7 +92,7 @@ def train(
     stop, judged = False, None
     flops = functools.cache(lambda text, pictures: step_flops(config, program, mesh, recipe, text, pictures).total)
     run_log = RunLog(out, recipe.steps, first_step=first, peak_flops=peak_flops(mesh, recipe))
-    with sharding.use(mesh), Interruption() as interruption, run_log as log:
+    with sharding.use(mesh, program.rules), Interruption() as interruption, run_log as log:
         logged = log.last
         while done < recipe.steps and not stop:
             try:

@@ -67,6 +67,9 @@ class Options:
     remat: Remat = "none"
     """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
     its matrix products (dots)."""
+    shard_residual: bool = False
+    """Split the residual stream along the sequence between blocks, over the devices of tensor and expert: saves memory
+    for the same exchanges. The length of the sequences should be a multiple of their number."""
     moments: MomentDtype = "float32"
     """What AdamW's two moments are kept in; bfloat16 takes half the memory and rounds them to 8 bits every step."""
     tuning: bool = False
@@ -101,6 +104,7 @@ def make_recipe(options: Options, steps: int) -> Recipe:
         attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
         stage=options.stage,
         remat=options.remat,
+        shard_residual=options.shard_residual,
         dtype=options.dtype,
         moments=options.moments,
         seed=options.seed,
