@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,12 +45,14 @@ def main(argv: Sequence[str]) -> int:
 
 def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
-    out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_directory.check(out, options.resume, options.overwrite)
-    commandline.keep_compiled_programs()
+    sharding.start_processes(options.processes)
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
+    out = run_directory.choose(options.out, options.preset)
+    run_directory.check(out, options.resume, options.overwrite)
+    commandline.keep_compiled_programs()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
+    sharding.check_processes(mesh)
 
     start = checkpoints.load(options.init, mesh, "float32", apart=False) if options.init else None
     config = start.config if start else preset(options.preset)

@@ -72,6 +72,12 @@ DEFAULT_RULES: Rules = {
 }
 
 
+SEQUENCE_PARALLEL_RULES: Rules = {**DEFAULT_RULES, "residual": Rule(_MODEL, "copy")}
+"""The residual stream split along the sequence between blocks (https://arxiv.org/abs/2205.05198): each model-parallel
+device keeps, norms and adds its own part, and a sum over them is scattered and later gathered instead of copied. A
+sequence that does not divide is copied as far as it does not."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _say_once(message: str) -> None:
     log.info(message)
@@ -179,12 +185,15 @@ def per_device(
     in_names: tuple[tuple[str | None, ...], ...],
     out_names: tuple[str | None, ...],
     sum_over: tuple[str, ...],
+    gather: tuple[str, ...] = (),
 ) -> Callable[..., jax.Array]:
     """`body` run on each device's own part of its arguments, results added over the devices that split `sum_over`.
 
     The names say how each argument and the result are split; a parameter that is stored split further (by
     fsdp) is gathered on entry. An argument may be a tree: its arrays are split alike, but for dimensions of which
-    they have one element only. Without a mesh it is `body` itself.
+    they have one element only. `body` sees dimensions named in `gather` whole; where the result has one that is
+    split over devices whose results are added, each of them gets its part of the sum. Without a mesh it is `body`
+    itself.
     """
     active = _active.get()
     if active is None or active[0].size == 1:
@@ -206,19 +215,45 @@ def per_device(
             # Each device's copy counts as its own from here on, so that gradients of what is shared
             # are added up once, where the copies part.
             parts = jax.tree.map(lambda part, split: _vary(part, used - _mesh_axes(split)), parts, in_specs)
-            return jax.lax.psum(body(*parts), axes) if axes else body(*parts)
+            whole = [
+                jax.tree.map(lambda part, split, names=names: _gather(part, names, split, gather), *pair)
+                for names, *pair in zip(in_names, parts, in_specs, strict=True)
+            ]
+            return _sum(body(*whole), out_spec, axes)
 
         return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
 
     return call
 
 
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def _mesh_axes(s: P) -> set[str]:
-    return {axis for part in s if part for axis in ((part,) if isinstance(part, str) else part)}
+    return {axis for part in s for axis in _axes(part)}
 
 
 def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _gather(x: jax.Array, names: tuple[str | None, ...], s: P, gather: tuple[str, ...]) -> jax.Array:
+    """`x`, split as `s` says, with its dimensions that `gather` names whole."""
+    for dim, name in enumerate(names):
+        if name in gather and (axes := _axes(s[dim])):
+            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    return x
+
+
+def _sum(x: jax.Array, s: P, axes: tuple[str, ...]) -> jax.Array:
+    """`x` added up over the mesh axes `axes`; of a dimension that `s` splits over some of them, the device's part."""
+    for dim, part in enumerate(s):
+        if shared := tuple(axis for axis in _axes(part) if axis in axes):
+            x = jax.lax.psum_scatter(x, shared, scatter_dimension=dim, tiled=True)
+            axes = tuple(axis for axis in axes if axis not in shared)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def local_experts(experts: jax.Array, count: int) -> jax.Array:

@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""
-        x = constrain(x, "batch", "residual", None)
+        x = constrain(x, "batch", "sequence", None)
         qkv = project(x, self.wqkv[...].astype(x.dtype))
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2

@@ -55,18 +55,22 @@ class MoE(nnx.Module):
         self.k = config.experts_per_token
 
     def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
-        routing = route(jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32), self.k)
+        logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        # Of words that are shared out, the scores are sent round: less than the words, and fewer than what follows.
+        logits = constrain(logits, "batch", "residual", None)
+        routing = route(constrain(logits, "batch", "sequence", None), self.k)
         compute = per_device(
             _local_experts_sum,
             in_names=(
-                ("batch", None, None),
-                ("batch", None, None),
-                ("batch", None, None),
+                ("batch", "residual", None),
+                ("batch", "sequence", None),
+                ("batch", "sequence", None),
                 ("experts", None, None, "mlp"),
                 ("experts", "mlp", None),
             ),
-            out_names=("batch", None, None),
+            out_names=("batch", "residual", None),
             sum_over=("experts", "mlp"),
+            gather=("residual",),
         )
         y = compute(
             x,

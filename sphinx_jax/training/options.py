@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from sharding import MeshShape
+from sharding import NO_PROCESSES, MeshShape, Processes
 from sphinx_jax.commandline import NO_PLAN, PlanOptions
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.errors import UserError
@@ -55,7 +55,8 @@ class Options:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """Devices along each axis; one device by default."""
     simulate_devices: int | None = None
-    """Pretend that this CPU is so many devices."""
+    """Pretend that this CPU is so many devices; with several processes, for each of them."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = NO_PROCESSES
     attribute_weight: float = 1.0
     """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
     stage: Stage = "everything"
@@ -66,6 +67,9 @@ class Options:
     remat: Remat = "none"
     """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
     its matrix products (dots)."""
+    shard_residual: bool = False
+    """Split the residual stream along the sequence between blocks, over the devices of tensor and expert: saves memory
+    for the same exchanges. The length of the sequences should be a multiple of their number."""
     moments: MomentDtype = "float32"
     """What AdamW's two moments are kept in; bfloat16 takes half the memory and rounds them to 8 bits every step."""
     tuning: bool = False
@@ -100,6 +104,7 @@ def make_recipe(options: Options, steps: int) -> Recipe:
         attribute_weight=options.attribute_weight if options.data == "easy-vqa" else 0.0,
         stage=options.stage,
         remat=options.remat,
+        shard_residual=options.shard_residual,
         dtype=options.dtype,
         moments=options.moments,
         seed=options.seed,
@@ -134,6 +139,7 @@ def check_options(options: Options) -> None:
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
     options.planning.check()
+    options.processes.check()
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
 

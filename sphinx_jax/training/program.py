@@ -34,6 +34,8 @@ class TrainProgram(NamedTuple):
     optimizer: optax.GradientTransformation
     state: TrainState
     """Abstract."""
+    rules: sharding.Rules
+    """What `step` must be traced with."""
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -62,7 +64,8 @@ def train_program(config: SphinxConfig, recipe: Recipe, mesh: Mesh) -> TrainProg
     )
     prepared: Any = lambda params, batch: loss(params, normalised(batch))
     step = make_train_step(prepared, optimizer, sharding.shardings_of(params), recipe.accumulate)
-    return TrainProgram(graph, params, all_flags, optimizer, abstract_state(params, optimizer, mesh), step)
+    rules = sharding.SEQUENCE_PARALLEL_RULES if recipe.shard_residual else sharding.DEFAULT_RULES
+    return TrainProgram(graph, params, all_flags, optimizer, abstract_state(params, optimizer, mesh), rules, step)
 
 
 def normalised(batch: Batch) -> Batch:
