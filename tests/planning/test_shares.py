@@ -1,4 +1,4 @@
-"""1/N past the number of key/value heads, and no exchange, no byte and no operation that the layout does not call for."""
+"""1/N past the number of key/value heads, and no exchange and no byte moved that the layout does not call for."""
 
 import functools
 import math
