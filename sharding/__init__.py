@@ -23,6 +23,7 @@ from sharding.rules import (
     spec,
     use,
 )
+from sharding.xla_options import compiler_options
 
 __all__ = [
     "AXES",
@@ -34,6 +35,7 @@ __all__ = [
     "Rules",
     "abstract_params",
     "bytes_per_device",
+    "compiler_options",
     "constrain",
     "default_mesh_shape",
     "device_count",

@@ -1,4 +1,4 @@
-"""Arithmetic of a prompt of 2,048 words: the products of the compiled program times the rounds that a routing yields."""
+"""Arithmetic of a prompt of 2,048 words: products of the compiled program times the rounds that a routing yields."""
 
 import json
 import math
