@@ -25,6 +25,7 @@ from sharding.rules import (
     spec,
     use,
 )
+from sharding.xla_options import compiler_options
 
 __all__ = [
     "AXES",
@@ -40,6 +41,7 @@ __all__ = [
     "abstract_params",
     "bytes_per_device",
     "check_processes",
+    "compiler_options",
     "constrain",
     "default_mesh_shape",
     "device_count",

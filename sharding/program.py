@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from sharding.rules import DEFAULT_RULES, Rules, use
+from sharding.xla_options import compiler_options
 
 
 class Program(NamedTuple):
@@ -25,4 +26,4 @@ class Program(NamedTuple):
 
     def compile(self, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
         """Compiled for the devices of `mesh`."""
-        return self.trace(args, mesh).lower().compile()
+        return self.trace(args, mesh).lower().compile(compiler_options=compiler_options(mesh))

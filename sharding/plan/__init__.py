@@ -4,6 +4,7 @@ from sharding.plan.compile import Compiler, Memory, compile_ahead, has_gpu_compi
 from sharding.plan.gpus import GPUS, Gpu, find_gpu, gpu_of_device
 from sharding.plan.program import Collective, collectives, largest_values
 from sharding.plan.report import Plan, ProgramPlan, mesh_text, print_json, print_plan, print_sweep
+from sharding.plan.traffic import Traffic, traffic
 
 __all__ = [
     "GPUS",
@@ -13,6 +14,7 @@ __all__ = [
     "Memory",
     "Plan",
     "ProgramPlan",
+    "Traffic",
     "collectives",
     "compile_ahead",
     "find_gpu",
@@ -25,4 +27,5 @@ __all__ = [
     "print_json",
     "print_plan",
     "print_sweep",
+    "traffic",
 ]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from sharding import Rules, constrain, place
+from sharding import Rules, constrain, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
@@ -243,6 +243,8 @@ def _choose_next(
     token = choose(logits, state.seen, state.seeds, state.count, sampling)
     row = jnp.arange(token.shape[0])
     logprob = jax.nn.log_softmax(logits, axis=-1)[row, token]
+    # All that devices with different rows tell each other of them: each then knows all that was said, and who is done.
+    token, logprob = constrain(token, None), constrain(logprob, None)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
     return state._replace(
@@ -250,8 +252,14 @@ def _choose_next(
         count=count,
         stop=stop,
         done=state.done | (stop == STOPPED) | (count >= state.limit),
-        seen=state.seen.at[row, token].set(True),
+        seen=_put(state.seen, token, jnp.ones_like(state.done)),
         # A row that is done writes past its end, where nobody looks.
-        output=state.output.at[row, state.count].set(token, mode="drop"),
-        logprob=state.logprob.at[row, state.count].set(logprob, mode="drop"),
+        output=_put(state.output, state.count, token),
+        logprob=_put(state.logprob, state.count, logprob),
     )
+
+
+def _put(whole: Shaped[Array, "rows n"], place: Int[Array, "rows"], value: Shaped[Array, "rows"]) -> Array:
+    """`whole` with one value in each row replaced, by every device for itself."""
+    put = lambda whole, place, value: whole.at[jnp.arange(len(place)), place].set(value, mode="drop")
+    return per_device(put, ((None, None), (None,), (None,)), (None, None), sum_over=())(whole, place, value)

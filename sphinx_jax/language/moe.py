@@ -36,12 +36,25 @@ def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
     """
     num_experts = logits.shape[-1]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, k)
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    experts = _top(probabilities, k)
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
+    weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
     share = chosen.sum(axis=(0, 1, 2)) / experts.size
     balance = num_experts * jnp.dot(share, probabilities.mean(axis=(0, 1)))
     return Routing(logits, experts, weights, share, balance)
+
+
+def _top(scores: Float[Array, "*batch n"], k: int) -> Int[Array, "*batch k"]:
+    """The places of the k largest, of equal ones the first: k times the largest of what is left.
+
+    `lax.top_k` is one kernel that XLA does not split over devices: they would gather the whole batch before it.
+    """
+    chosen = []
+    for _ in range(k):
+        chosen.append(jnp.argmax(scores, axis=-1).astype(jnp.int32))
+        scores = jnp.where(jnp.arange(scores.shape[-1]) == chosen[-1][..., None], -jnp.inf, scores)
+    return jnp.stack(chosen, axis=-1)
 
 
 class MoE(nnx.Module):

@@ -71,7 +71,7 @@ def train(
     """
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
-    step = jax.jit(program.step, donate_argnums=0)
+    step = jax.jit(program.step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
     if is_lead():
         write_description(out, config, task.tokenizer_bytes)
     batches = task.batches(recipe.batch_size, recipe.seed)
