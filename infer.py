@@ -7,6 +7,7 @@ Examples:
   python infer.py --chat                                chat without one
   python infer.py --batch questions.jsonl --out answers.jsonl
   python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
+  python infer.py --checkpoint SPHINX-MoE --quantize int4 --chat        a quarter of the memory, see docs/memory.md
   python infer.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2
   python infer.py --plan --gpu rtx3090 --num-gpus 8     would SPHINX-MoE-1k fit? needs no GPU and no weights
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
     held_out = read_held_out() if nothing_asked else []
 
-    model = sphinx_jax.load(checkpoint, mesh, options.dtype, context=options.context)
+    memory = {"context": options.context, "quantize": options.quantize, "offload": options.offload}
+    model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory)
     say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
     if options.batch:
@@ -74,9 +76,8 @@ def plan(options: Options) -> int:
     name = str(options.checkpoint or options.preset or "sphinx-moe-1k")
     dtype = options.dtype or (opened.dtype if opened else "bfloat16")
     rows = options.rows if options.batch else 1
-    return planning.plan_inference(
-        options.planning, name, config, options.mesh, dtype=dtype, rows=rows, context=options.context
-    )
+    size = {"quantize": options.quantize, "offload": options.offload, "rows": rows, "context": options.context}
+    return planning.plan_inference(options.planning, name, config, options.mesh, dtype=dtype, **size)
 
 
 def default_checkpoint() -> Path:

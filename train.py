@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,14 +45,16 @@ def main(argv: Sequence[str]) -> int:
 
 def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
-    out = options.out or Path("runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    sharding.start_processes(options.processes)
+    if options.simulate_devices:
+        sharding.simulate_devices(options.simulate_devices)
+    out = run_directory.choose(options.out, options.preset)
     run_directory.check(out, options.resume, options.overwrite)
     if options.resume:
         run_directory.check_adapters(out, make_lora(options), options.init)
     commandline.keep_compiled_programs()
-    if options.simulate_devices:
-        sharding.simulate_devices(options.simulate_devices)
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
+    sharding.check_processes(mesh)
 
     # A base that only carries adapters is held as it is computed with; what learns needs float32.
     dtype = options.dtype if options.stage == "lora" else "float32"

@@ -8,9 +8,11 @@ import sharding.start  # noqa: F401  before anything else imports jax
 # isort: split
 from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
 from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
+from sharding.processes import NO_PROCESSES, Processes, check_processes, start_processes
 from sharding.program import Program
 from sharding.rules import (
     DEFAULT_RULES,
+    SEQUENCE_PARALLEL_RULES,
     LayoutError,
     Rule,
     Rules,
@@ -23,17 +25,23 @@ from sharding.rules import (
     spec,
     use,
 )
+from sharding.xla_options import compiler_options
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
+    "NO_PROCESSES",
+    "SEQUENCE_PARALLEL_RULES",
     "LayoutError",
     "MeshShape",
+    "Processes",
     "Program",
     "Rule",
     "Rules",
     "abstract_params",
     "bytes_per_device",
+    "check_processes",
+    "compiler_options",
     "constrain",
     "default_mesh_shape",
     "device_count",
@@ -46,5 +54,6 @@ __all__ = [
     "shardings_of",
     "simulate_devices",
     "spec",
+    "start_processes",
     "use",
 ]

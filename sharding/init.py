@@ -4,6 +4,7 @@ A parameter tree is nested dicts with arrays at the leaves (`nnx.to_pure_dict`),
 reads or writes it depends on Flax.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,6 @@ def shardings_of(tree: Any) -> Any:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes that the busiest device holds of a tree of arrays or of abstract arrays."""
-    import math
-
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    bits = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in leaves)
+    return sum(bits) // 8

@@ -1,4 +1,4 @@
-"""Device meshes of four axes: data, fsdp, expert, tensor."""
+"""Device meshes of four axes: data, fsdp, expert, tensor; and simulated devices."""
 
 import dataclasses
 import math
@@ -44,9 +44,9 @@ def simulate_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         pass  # jax has started; whether that matters is decided by what it sees
-    if jax.device_count() != count:
+    if jax.local_device_count() != count:
         raise LayoutError(
-            f"cannot simulate {count} devices: jax has already started with {jax.device_count()}; "
+            f"cannot simulate {count} devices: jax has already started with {jax.local_device_count()}; "
             "simulate before the first use of jax"
         )
 

@@ -72,6 +72,12 @@ DEFAULT_RULES: Rules = {
 }
 
 
+SEQUENCE_PARALLEL_RULES: Rules = {**DEFAULT_RULES, "residual": Rule(_MODEL, "copy")}
+"""The residual stream split along the sequence between blocks (https://arxiv.org/abs/2205.05198): each model-parallel
+device keeps, norms and adds its own part, and a sum over them is scattered and later gathered instead of copied. A
+sequence that does not divide is copied as far as it does not."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _say_once(message: str) -> None:
     log.info(message)
@@ -179,11 +185,15 @@ def per_device(
     in_names: tuple[tuple[str | None, ...], ...],
     out_names: tuple[str | None, ...],
     sum_over: tuple[str, ...],
+    gather: tuple[str, ...] = (),
 ) -> Callable[..., jax.Array]:
     """`body` run on each device's own part of its arguments, results added over the devices that split `sum_over`.
 
     The names say how each argument and the result are split; a parameter that is stored split further (by
-    fsdp) is gathered on entry. Without a mesh it is `body` itself.
+    fsdp) is gathered on entry. An argument may be a tree: its arrays are split alike, but for dimensions of which
+    they have one element only. `body` sees dimensions named in `gather` whole; where the result has one that is
+    split over devices whose results are added, each of them gets its part of the sum. Without a mesh it is `body`
+    itself.
     """
     active = _active.get()
     if active is None or active[0].size == 1:
@@ -191,30 +201,59 @@ def per_device(
     mesh, rules = active
     axes = tuple(axis for name in sum_over for axis in rules[name].mesh_axes if mesh.shape[axis] > 1)
 
-    def call(*args: jax.Array) -> jax.Array:
-        in_specs = tuple(spec(n, a.shape, mesh, rules) for n, a in zip(in_names, args, strict=True))
+    def split_like(names: tuple[str | None, ...], arg: Any) -> Any:
+        more_than_one = lambda array: tuple(n if size > 1 else None for n, size in zip(names, array.shape, strict=True))
+        return jax.tree.map(lambda array: spec(more_than_one(array), array.shape, mesh, rules), arg)
+
+    def call(*args: Any) -> jax.Array:
+        in_specs = tuple(split_like(n, a) for n, a in zip(in_names, args, strict=True))
         # The result's batch is split like the first argument's.
         out_spec = spec(out_names, args[0].shape, mesh, rules)
-        own = [_mesh_axes(s) for s in in_specs]
-        used = set().union(*own)
+        used = set().union(*(_mesh_axes(s) for s in jax.tree.leaves(in_specs)))
 
-        def on_device(*parts: jax.Array) -> jax.Array:
+        def on_device(*parts: Any) -> jax.Array:
             # Each device's copy counts as its own from here on, so that gradients of what is shared
             # are added up once, where the copies part.
-            parts = [_vary(part, used - split) for part, split in zip(parts, own, strict=True)]
-            return jax.lax.psum(body(*parts), axes) if axes else body(*parts)
+            parts = jax.tree.map(lambda part, split: _vary(part, used - _mesh_axes(split)), parts, in_specs)
+            whole = [
+                jax.tree.map(lambda part, split, names=names: _gather(part, names, split, gather), *pair)
+                for names, *pair in zip(in_names, parts, in_specs, strict=True)
+            ]
+            return _sum(body(*whole), out_spec, axes)
 
         return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
 
     return call
 
 
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def _mesh_axes(s: P) -> set[str]:
-    return {axis for part in s if part for axis in ((part,) if isinstance(part, str) else part)}
+    return {axis for part in s for axis in _axes(part)}
 
 
 def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _gather(x: jax.Array, names: tuple[str | None, ...], s: P, gather: tuple[str, ...]) -> jax.Array:
+    """`x`, split as `s` says, with its dimensions that `gather` names whole."""
+    for dim, name in enumerate(names):
+        if name in gather and (axes := _axes(s[dim])):
+            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    return x
+
+
+def _sum(x: jax.Array, s: P, axes: tuple[str, ...]) -> jax.Array:
+    """`x` added up over the mesh axes `axes`; of a dimension that `s` splits over some of them, the device's part."""
+    for dim, part in enumerate(s):
+        if shared := tuple(axis for axis in _axes(part) if axis in axes):
+            x = jax.lax.psum_scatter(x, shared, scatter_dimension=dim, tiled=True)
+            axes = tuple(axis for axis in axes if axis not in shared)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def local_experts(experts: jax.Array, count: int) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sharding import DEFAULT_RULES, Rules, spec
 from sphinx_jax.config import SphinxConfig, VisionConfig
+from sphinx_jax.kernels.quantized import Quantized
 
 Path = tuple[str | int, ...]
 
@@ -78,7 +79,7 @@ def decode_bytes(
         if path[0] == "embedding":
             continue
         is_expert = path[-1] in ("w_in", "w_out")
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        size = sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(leaf)) / 8
         total += size * (chosen(rows) if is_expert else 1)
         busiest += size / _model_split(leaf, mesh) * (chosen(own_rows) if is_expert else 1)
     itemsize = params["language"]["embedding"]["table"].dtype.itemsize
@@ -89,7 +90,7 @@ def decode_bytes(
 
 def share_of_parameters(params: Any) -> float:
     """The part of all parameters that the busiest device holds."""
-    leaves = jax.tree.leaves(params)
+    leaves = [leaf for _, leaf in _with_paths(params)]
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     return held / sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -186,6 +187,6 @@ def _split(flops: float, parts: int) -> Cost:
     return Cost(flops, flops / parts)
 
 
-def _with_paths(tree: Any) -> list[tuple[Path, jax.ShapeDtypeStruct]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def _with_paths(tree: Any) -> list[tuple[Path, jax.ShapeDtypeStruct | Quantized]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Quantized))
     return [(tuple(key.key for key in path), leaf) for path, leaf in leaves]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -21,9 +22,12 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.inference.batch import Progress, answer_file
 from sphinx_jax.inference.chat import Chat
 from sphinx_jax.inference.engine import CONTEXT, Engine
+from sphinx_jax.inference.offload import OffloadEngine, in_host_memory
 from sphinx_jax.inference.requests import Completion, Picture, Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import ROWS, Session, answer_all
+from sphinx_jax.kernels.quantized import GROUP, Kind, Quantized
+from sphinx_jax.quantization import quantized
 
 ImageLike = Image.Image | str | Path | np.ndarray | Picture
 """A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
@@ -31,27 +35,46 @@ or what `Sphinx.picture` made of one, which saves the scaling when it is used ag
 
 
 def load(
-    path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, *, context: int = CONTEXT
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    context: int = CONTEXT,
+    quantize: Kind | None = None,
+    offload: bool = False,
 ) -> "Sphinx":
     """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
 
     `mesh` is what it is laid out on, by default all devices; `dtype` "bfloat16" or "float32", by default as
-    stored; `context` how many positions, the picture included, a prompt and its answer may take.
+    stored; `context` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
+    "int4" keeps the decoder's matrices in few bits, each rounded as soon as it is read; `offload` keeps its layers in
+    host memory, and on the devices two of them at a time (see `inference.offload`).
     Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
     """
-    return Sphinx(checkpoints.load(path, mesh, dtype, apart=True), context)
+    if quantize not in (None, *GROUP):
+        raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP)}")
+
+    def keep(path: tuple[str | int, ...], array: jax.Array) -> Any:
+        kept = quantized(path, array, quantize) if quantize else array
+        return in_host_memory(path, kept) if offload else kept
+
+    return Sphinx(checkpoints.load(path, mesh, dtype, apart=True, keep=keep), context, offload)
 
 
 class Sphinx:
     """`config`, `tokenizer` and `mesh` of a loaded model, and what it can do."""
 
-    def __init__(self, loaded: Loaded, context: int = CONTEXT):
+    def __init__(self, loaded: Loaded, context: int = CONTEXT, offload: bool = False):
         if loaded.tokenizer_bytes is None:
             raise UserError("the checkpoint has no tokenizer.model; copy the model's own beside the weights")
         self.config: SphinxConfig = loaded.config
         self.mesh: Mesh = loaded.mesh
         self.tokenizer = Tokenizer(loaded.tokenizer_bytes)
-        self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, context)
+        self._params = loaded.params
+        if offload:
+            self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, context)
+        else:
+            self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, context)
 
     def picture(self, image: ImageLike) -> Picture:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
@@ -211,8 +234,14 @@ class Sphinx:
         format: Literal["native", "accessory", "mixtral"] = "native",
         shards: int | None = None,
     ) -> None:
-        """Write the model to the directory `path`, which must not exist yet; `shards` files if the format has them."""
-        checkpoints.save(path, self.config, self.engine.params, self.tokenizer.model_bytes, format, shards)
+        """Write the model to the directory `path`, which must not exist yet; `shards` files if the format has them.
+
+        Raises UserError if it does, or the format cannot hold the model, or the model is quantized.
+        """
+        is_quantized = lambda x: isinstance(x, Quantized)
+        if any(map(is_quantized, jax.tree.leaves(self._params, is_leaf=is_quantized))):
+            raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")
+        checkpoints.save(path, self.config, self._params, self.tokenizer.model_bytes, format, shards)
 
     def request(
         self,

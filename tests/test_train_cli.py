@@ -84,6 +84,7 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--init", "nowhere"], "nowhere is not a directory"),
         (["--seed", "-1"], "--seed"),
+        (["--coordinator", "node1:29500"], "--num-processes and --process-id is missing"),
         (["--workers", "0"], "--workers must be 1 or more"),
         (["--max-skipped", "1.5"], "--max-skipped must be a share"),
         (["--save-minutes", "0"], "--save-minutes must be above 0"),

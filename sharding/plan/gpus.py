@@ -39,6 +39,11 @@ class Gpu:
         """Operations a second."""
         return self.bf16_tflops * 1e12
 
+    @property
+    def host_bandwidth(self) -> float:
+        """Bytes a second out of host memory: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before."""
+        return (63.0 if self.compute_capability >= (9, 0) else 31.5) * 1e9
+
     def target_description(self) -> str:
         """The card as XLA's GPU compiler wants it described (a GpuTargetConfigProto in text form)."""
         major, minor = self.compute_capability
@@ -107,6 +112,24 @@ GPUS = {
     )
 }
 
+_DEVICE_KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA RTX A6000": "a6000",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 4080": "rtx4080",
+}
+"""What the driver, and jax after it, calls them. Slower variants (H100 PCIe, H100 NVL) have other names."""
+
 _WITHOUT_BF16 = {"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "rtx2080ti": (7, 5)}
 
 
@@ -126,6 +149,11 @@ def find_gpu(name: str) -> Gpu:
             f"mine.json: {json.dumps(dataclasses.asdict(GPUS['rtx3090']))}"
         )
     return GPUS[key]
+
+
+def gpu_of_device(kind: str) -> Gpu | None:
+    """The card that jax calls `kind` (`jax.Device.device_kind`); None where it is not one of the table's."""
+    return GPUS.get(_DEVICE_KINDS.get(kind, ""))
 
 
 def _read(file: Path) -> Gpu:

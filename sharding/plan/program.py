@@ -37,17 +37,25 @@ class Instruction:
     type: str
     operands: str
     attributes: str
+    root: bool = False
+    """Whether it gives its computation's result."""
 
     @property
     def bytes(self) -> int:
         return type_bytes(self.type)
 
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """Names of the instructions that it takes; none for a parameter or a constant."""
+        return () if self.opcode in ("parameter", "constant") else tuple(_OPERAND.findall(self.operands))
+
 
 Computations = dict[str, list[Instruction]]
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^([\w\-]+)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -59,10 +67,10 @@ def parse(text: str) -> tuple[Computations, str]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            kind, rest = _split_type(found[2])
+            kind, rest = _split_type(found[3])
             if opcode := _OPCODE.match(rest):
                 operands, attributes = _split_parentheses(rest[opcode.end() - 1 :])
-                current.append(Instruction(found[1], opcode[1], kind, operands, attributes))
+                current.append(Instruction(found[2], opcode[1], kind, operands, attributes, bool(found[1])))
     return computations, entry
 
 
@@ -97,8 +105,21 @@ def _array_bytes(item: str, dims: str) -> int:
     return math.prod(map(int, filter(None, dims.split(",")))) * _ITEM_BITS.get(item, 0) // 8
 
 
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def called(instruction: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs: a kernel's inside, a loop's condition and body, branches."""
+    return [name for names in _CALLED.findall(instruction.attributes) for name in re.findall(r"[\w.\-]+", names)]
+
+
+def rounds(instruction: Instruction) -> int:
+    """How often what it calls runs: a loop's number of rounds if the program says it, else 1."""
+    trips = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
+    return int(trips[1]) if trips else 1
 
 
 def executed(computations: Computations, entry: str) -> Iterator[tuple[Instruction, int]]:
@@ -111,11 +132,9 @@ def executed(computations: Computations, entry: str) -> Iterator[tuple[Instructi
         yield instruction, 1
         if instruction.opcode in ("fusion", "reduce", "sort", "scatter", "reduce-window", "all-reduce-start"):
             continue
-        trips = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
-        for names in _CALLED.findall(instruction.attributes):
-            for name in re.findall(r"[\w.\-]+", names):
-                for inner, count in executed(computations, name):
-                    yield inner, count * (int(trips[1]) if trips else 1)
+        for name in called(instruction):
+            for inner, count in executed(computations, name):
+                yield inner, count * rounds(instruction)
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:

@@ -48,14 +48,21 @@ def open(path: str | os.PathLike) -> Opened:
     )
 
 
-def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, apart: bool = True) -> Loaded:
+def load(
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    apart: bool = True,
+    keep: stream.Keep | None = None,
+) -> Loaded:
     """The model of a checkpoint of any format on `mesh` (None: all devices).
 
     `dtype` is "bfloat16", "float32", or None for as stored. `apart` holds the decoder's layers as a list, for
-    decoding, instead of stacked, for training. Raises UserError that names everything missing, unexpected,
+    decoding, instead of stacked, for training. `keep` makes of each parameter, as soon as it is read, what is kept
+    of it. Raises UserError that names everything missing, unexpected,
     mis-shaped or damaged; nothing is loaded then.
     """
-    return stream.load(open(path), mesh, dtype, apart)
+    return stream.load(open(path), mesh, dtype, apart, keep)
 
 
 def save(

@@ -7,7 +7,9 @@ next parameter is read ahead into the page cache.
 import functools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,10 +31,14 @@ _AHEAD_BYTES = 1 << 30
 Box = tuple[slice, ...]
 Path = tuple[str | int, ...]
 Parts = list[tuple[Entry, list[Piece]]]
+Keep = Callable[[Path, jax.Array], Any]
 
 
-def load(opened: Opened, mesh: Mesh | None, dtype: str | None, apart: bool) -> Loaded:
+def load(opened: Opened, mesh: Mesh | None, dtype: str | None, apart: bool, keep: Keep | None = None) -> Loaded:
     """The checkpoint's model on `mesh` (None: all devices), in `dtype` (None: as stored).
+
+    `keep` is called with the path and the array of each parameter as soon as it is read, and what it returns stands
+    in the parameter's place.
 
     Everything that can be known without reading the weights is checked before any device memory is used.
     Raises UserError, and then nothing is loaded.
@@ -42,7 +48,7 @@ def load(opened: Opened, mesh: Mesh | None, dtype: str | None, apart: bool) -> L
     graph, abstract = abstract_model(opened.config, mesh, dtype, apart)
     tokenizer_bytes = opened.tokenizer_bytes
     with Reader(opened, parts, abstract, dtype) as reader:
-        arrays = reader.read_all()
+        arrays = reader.read_all(keep or (lambda path, array: array))
     params = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], abstract)
     return Loaded(opened.config, graph, params, tokenizer_bytes, mesh)
 
@@ -101,16 +107,16 @@ class Reader:
         self._pool.shutdown()
         self._progress.stop()
 
-    def read_all(self) -> dict[Path, jax.Array]:
-        """Every parameter, read in the order in which the files hold them."""
-        arrays: dict[Path, jax.Array] = {}
+    def read_all(self, keep: Keep) -> dict[Path, Any]:
+        """What is kept of every parameter, read in the order in which the files hold them."""
+        arrays: dict[Path, Any] = {}
         upcoming = list(self._parts)
         ahead = 0
         for path in self._parts:
             while upcoming and ahead < _AHEAD_BYTES:
                 ahead += self._stored_bytes(upcoming[0])
                 self._ahead.submit(self._prefetch, upcoming.pop(0))
-            arrays[path] = self.read(path)
+            arrays[path] = keep(path, self.read(path))
             ahead -= self._stored_bytes(path)
         return arrays
 

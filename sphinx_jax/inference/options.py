@@ -50,6 +50,11 @@ class Options:
     """Positions that the picture, the conversation and the answer may take together."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Number format of the weights. Default: as they are stored."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep the decoder's matrices, the experts included, in so few bits: half or a quarter of bfloat16's memory."""
+    offload: bool = False
+    """Keep the decoder's layers in host memory and copy each to the devices when it is its turn: slow, for a card on
+    which nothing else fits."""
     mesh: sharding.MeshShape = dataclasses.field(default_factory=sharding.MeshShape)
     """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
     simulate_devices: int | None = None

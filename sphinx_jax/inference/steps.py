@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from sharding import Rules, constrain, place
+from sharding import Rules, constrain, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
@@ -113,25 +113,58 @@ def prefill(
     slots past the end of the prompt: no query looks there before they are overwritten.
     """
     model = bind(graph, params)
+    embedded, positions = begin_chunk(model, chunk, words)
+    slots = slots_seen(state, positions, fresh)
+    cache = [own_slots(layer, chunk, slots, fresh) for layer in state.cache]
+    hidden, cache, _ = model.language(embedded, positions, causal_mask(positions, slots), cache)
+    cache = [put_slots(whole, part, chunk) for whole, part in zip(state.cache, cache, strict=True)]
+    rest = end_chunk(model, vocab_size, state._replace(cache=[]), chunk, hidden, sampling, stops)
+    return rest._replace(cache=cache)
+
+
+def begin_chunk(
+    model: SphinxMoE, chunk: Chunk, words: tuple[Float[Array, "views words dim"], ...] | None
+) -> tuple[Float[Array, "batch length dim"], Int[Array, "batch length"]]:
+    """What the layers read of a chunk, and at which positions."""
     embedded = model.embed(chunk.tokens, None if words is None else jnp.stack(words))
-    batch, length, _ = embedded.shape
-    picture = length - chunk.tokens.shape[1]
-    positions = chunk.start[:, None] + jnp.arange(length)
-    # Most prompts are far shorter than the cache; it is neither read nor written past the prompt.
-    slots = length if fresh else state.slots
+    return embedded, chunk.start[:, None] + jnp.arange(embedded.shape[1])
+
+
+def slots_seen(state: State, positions: Int[Array, "batch length"], fresh: bool) -> int:
+    """Slots that a chunk looks at: most prompts are far shorter than the cache, which is not read past them."""
+    return positions.shape[1] if fresh else state.slots
+
+
+def own_slots(layer: LayerCache, chunk: Chunk, slots: int, fresh: bool) -> LayerCache:
+    """The part of a layer's cache that a chunk reads and writes: one row for each of its prompts."""
 
     def own(whole: Float[Array, "rows slots kv_heads head_dim"]) -> Float[Array, "batch seen kv_heads head_dim"]:
+        batch = chunk.tokens.shape[0]
         part = jnp.zeros((batch, slots, *whole.shape[2:]), whole.dtype) if fresh else _take(whole, chunk.row)
         return constrain(part, "batch", None, "kv_heads", None)
 
-    mask = causal_mask(positions, slots)
-    hidden, cache, _ = model.language(embedded, positions, mask, jax.tree.map(own, state.cache))
+    return jax.tree.map(own, layer)
+
+
+def put_slots(layer: LayerCache, part: LayerCache, chunk: Chunk) -> LayerCache:
+    """The layer's cache with that part put back."""
+    put = lambda whole, part: whole.at[chunk.row, : part.shape[1]].set(part, mode="drop")
+    return jax.tree.map(put, layer, part)
+
+
+def end_chunk(
+    model: SphinxMoE,
+    vocab_size: int,
+    rest: State,
+    chunk: Chunk,
+    hidden: Float[Array, "batch length dim"],
+    sampling: SamplingValues,
+    stops: Int[Array, "states vocab"],
+) -> State:
+    """The rows that a chunk was read into, each with the token after it; `rest` is the state without its cache."""
+    picture = hidden.shape[1] - chunk.tokens.shape[1]
     end = picture + chunk.length - 1
     logits = model.language.logits(jnp.take_along_axis(hidden, end[:, None, None], axis=1))[:, 0]
-    put = lambda whole, part: whole.at[chunk.row, :slots].set(part, mode="drop")
-    cache = jax.tree.map(put, state.cache, cache)
-
-    rest = state._replace(cache=[])
     rows = jax.tree.map(lambda x: _take(x, chunk.row), rest)
     rows = rows._replace(
         length=chunk.start + picture + chunk.length,
@@ -144,8 +177,7 @@ def prefill(
     )
     # In vain where the prompt goes on: the next chunk begins the answer anew.
     rows = _choose_next(rows, logits, vocab_size, sampling, stops)
-    rest = jax.tree.map(lambda whole, new: whole.at[chunk.row].set(new, mode="drop"), rest, rows)
-    return rest._replace(cache=cache)
+    return jax.tree.map(lambda whole, new: whole.at[chunk.row].set(new, mode="drop"), rest, rows)
 
 
 def _take(whole: Array, row: Int[Array, "batch"]) -> Array:
@@ -172,20 +204,31 @@ def decode(
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
         step, state = carry
-        hidden, cache = _one_token(model, state)
-        logits = model.language.logits(hidden)[:, 0]
-        state = state._replace(cache=cache, length=jnp.where(state.done, state.length, state.length + 1))
-        return step + 1, _choose_next(state, logits, vocab_size, sampling, stops)
+        embedded, positions = begin_token(model, state)
+        hidden, cache, _ = model.language(embedded, positions, causal_mask(positions, state.slots), state.cache)
+        rest = end_token(model, vocab_size, state._replace(cache=[]), hidden, sampling, stops)
+        return step + 1, rest._replace(cache=cache)
 
     return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 
 
-def _one_token(model: SphinxMoE, state: State) -> tuple[Float[Array, "rows 1 dim"], list[LayerCache]]:
-    """Each row's last token through the decoder. A row that is done computes too, and writes past its end."""
-    positions = state.length[:, None]
-    mask = causal_mask(positions, state.slots)
-    hidden, cache, _ = model.language(model.embed(state.token[:, None]), positions, mask, state.cache)
-    return hidden, cache
+def begin_token(model: SphinxMoE, state: State) -> tuple[Float[Array, "rows 1 dim"], Int[Array, "rows 1"]]:
+    """Each row's last token, and its position. A row that is done computes too, and writes past its end."""
+    return model.embed(state.token[:, None]), state.length[:, None]
+
+
+def end_token(
+    model: SphinxMoE,
+    vocab_size: int,
+    rest: State,
+    hidden: Float[Array, "rows 1 dim"],
+    sampling: SamplingValues,
+    stops: Int[Array, "states vocab"],
+) -> State:
+    """Each row with its next token; `rest` is the state without its cache."""
+    logits = model.language.logits(hidden)[:, 0]
+    rest = rest._replace(length=jnp.where(rest.done, rest.length, rest.length + 1))
+    return _choose_next(rest, logits, vocab_size, sampling, stops)
 
 
 def _choose_next(
@@ -200,6 +243,8 @@ def _choose_next(
     token = choose(logits, state.seen, state.seeds, state.count, sampling)
     row = jnp.arange(token.shape[0])
     logprob = jax.nn.log_softmax(logits, axis=-1)[row, token]
+    # All that devices with different rows tell each other of them: each then knows all that was said, and who is done.
+    token, logprob = constrain(token, None), constrain(logprob, None)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
     return state._replace(
@@ -207,8 +252,14 @@ def _choose_next(
         count=count,
         stop=stop,
         done=state.done | (stop == STOPPED) | (count >= state.limit),
-        seen=state.seen.at[row, token].set(True),
+        seen=_put(state.seen, token, jnp.ones_like(state.done)),
         # A row that is done writes past its end, where nobody looks.
-        output=state.output.at[row, state.count].set(token, mode="drop"),
-        logprob=state.logprob.at[row, state.count].set(logprob, mode="drop"),
+        output=_put(state.output, state.count, token),
+        logprob=_put(state.logprob, state.count, logprob),
     )
+
+
+def _put(whole: Shaped[Array, "rows n"], place: Int[Array, "rows"], value: Shaped[Array, "rows"]) -> Array:
+    """`whole` with one value in each row replaced, by every device for itself."""
+    put = lambda whole, place, value: whole.at[jnp.arange(len(place)), place].set(value, mode="drop")
+    return per_device(put, ((None, None), (None,), (None,)), (None, None), sum_over=())(whole, place, value)

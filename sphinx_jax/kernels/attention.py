@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-import sharding
+from sharding import per_device
 
 
 def attention(
@@ -18,8 +18,12 @@ def attention(
     `mask` is True where a query may look; None means all keys. Scores and softmax are float32. Keys
     and values are never repeated: the group is a dimension of the query alone.
     """
-    if q.shape[1] == 1 and sharding.platform() == "cpu" and sharding.device_count() == 1:
-        return _one_query(q, k, v, mask)
+    if q.shape[1] == 1:
+        heads = ("batch", None, "kv_heads", "queries", "head_dim")
+        keys = ("batch", None, "kv_heads", None)
+        mask = jnp.ones((q.shape[0], 1, k.shape[1]), bool) if mask is None else mask
+        own = per_device(_one_query, (heads, keys, keys, ("batch", None, None)), heads, sum_over=())
+        return own(q, k, v, mask)
     scores_BKGQS = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
     scores_BKGQS = scores_BKGQS * (q.shape[-1] ** -0.5)
     if mask is not None:
@@ -29,19 +33,18 @@ def attention(
 
 
 def _one_query(q, k, v, mask):
-    """The same for one query a row, with no transposed copy of keys and values, which XLA:CPU makes of the cache.
+    """The same for one query a row, on one device's heads, reading keys and values where they lie.
 
-    Each query head is written out over the channels of all key heads, zero but in its own, and of its output over
-    the channels of all value heads its own are kept: more arithmetic, but less than half the time.
+    With the heads as a dimension of the products, XLA transposes both for it, which of a cache means all of it for
+    every word. So each query head is written out over the channels of all key heads, zero but in its own, and of its
+    output over the channels of all value heads its own are kept: more arithmetic, in a time that reading takes anyway.
     """
     batch, _, kv_heads, group, head_dim = q.shape
     own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]
     flat = lambda x: x.reshape(batch, -1, kv_heads * head_dim)
     wide_BHC = flat(q[:, 0, :, :, None] * own)
     scores_BHS = jnp.einsum("bhc,bsc->bhs", wide_BHC, flat(k), preferred_element_type=jnp.float32)
-    scores_BHS = scores_BHS * (head_dim**-0.5)
-    if mask is not None:
-        scores_BHS = jnp.where(mask, scores_BHS, -jnp.inf)
+    scores_BHS = jnp.where(mask, scores_BHS * (head_dim**-0.5), -jnp.inf)
     weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(v.dtype)
     out_BHC = jnp.einsum("bhs,bsc->bhc", weights_BHS, flat(v))
     return jnp.sum(out_BHC.reshape(batch, kv_heads, group, kv_heads, head_dim) * own, axis=3)[:, None]

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sphinx_jax.kernels.project import outer
+from sphinx_jax.kernels.project import chosen_matrix, outer
+from sphinx_jax.kernels.quantized import Weight
 
 Tokens = Float[Array, "tokens dim"]
 Assigned = Int[Array, "tokens k"]
 Weights = Float[Array, "tokens k"]
-WIn = Float[Array, "experts dim 2 hidden"]
-WOut = Float[Array, "experts hidden dim"]
+WIn = Weight
+"""[experts, dim, 2, hidden]; likewise quantized, and then without a gradient."""
+WOut = Weight
+"""[experts, hidden, dim]"""
 Factors = (
     tuple[()]
     | tuple[
@@ -113,14 +116,10 @@ _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
 
 
-def _matrices(w_in: WIn, w_out: WOut, factors: Factors) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """What multiplies before and behind the nonlinearity, for each expert: w, or w, a and b. Gate and up are one."""
-    flat = lambda w: w.reshape(*w.shape[:2], -1)
-    return (flat(w_in), *map(flat, factors[:2])), (w_out, *factors[2:])
-
-
-def _of_expert(matrices: tuple[Array, ...], expert: Int[Array, ""]) -> tuple[Array, ...]:
-    return tuple(jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in matrices)
+def _of_expert(matrices: tuple[Weight, ...], expert: Int[Array, ""], dtype: jnp.dtype) -> tuple[Array, ...]:
+    """One expert's w, or w, a and b, before or behind the nonlinearity. Gate and up are one."""
+    one = (chosen_matrix(w, expert).astype(dtype) for w in matrices)
+    return tuple(w.reshape(w.shape[0], -1) for w in one)
 
 
 def _times(x, w, a=None, b=None):
@@ -148,14 +147,14 @@ def _gradients(x, dy, w, a=None, b=None):
 def _forward(x, experts, weights, w_in, w_out, sizes, factors, keep):
     """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
     num_experts, dim, _, hidden = w_in.shape
-    before, behind = _matrices(w_in, w_out, factors)
+    before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])
     rows = Sorted.of(experts, num_experts, sizes[0])
     # Constant zeros are nobody's result, and XLA writes those of all layers before the first begins.
     zero = jnp.where(rows.order[0] < 0, x[0, 0], 0)
     empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
-        into, out_of = _of_expert(before, e), _of_expert(behind, e)
+        into, out_of = _of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype)
 
         def block(start, size, carry):
             gate_up = _times(x[_slice(rows.token, start, size)], *into)
@@ -178,11 +177,11 @@ def _vjp_forward(x, experts, weights, w_in, w_out, sizes, factors):
 def _vjp_backward(sizes, residuals, dy):
     x, experts, weights, w_in, w_out, factors, rows, gate_up = residuals
     num_experts, dim = w_in.shape[:2]
-    before, behind = _matrices(w_in, w_out, factors)
+    before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])
     weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
 
     def expert(e, carry):
-        into, out_of = _of_expert(before, e), _of_expert(behind, e)
+        into, out_of = _of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype)
         end = rows.first[e] + rows.count[e]
 
         def block(start, size, carry):
@@ -206,7 +205,7 @@ def _vjp_backward(sizes, residuals, dy):
         dx, dweight, *gradients = carry
         zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_learned(*into), *_learned(*out_of)))
         dx, dweight, *own = rows.each_block(e, sizes, block, (dx, dweight, *zeros))
-        put = lambda whole, part: _update(whole, part[None].astype(whole.dtype), e, 0)
+        put = lambda whole, part: _update(whole, part.reshape(1, *whole.shape[1:]).astype(whole.dtype), e, 0)
         return dx, dweight, *map(put, gradients, own)
 
     empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
@@ -214,8 +213,7 @@ def _vjp_backward(sizes, residuals, dy):
     dx, dweight, *gradients = rows.each_expert(expert, (empty(dim), empty(1), *zeros))
     dx = jnp.sum(rows.back(dx, experts, num_experts), axis=1)
     dweights = rows.back(dweight, experts, num_experts)[..., 0]
-    shaped = tuple(g.reshape(w.shape) for g, w in zip(gradients, factors or (w_in, w_out), strict=True))
-    return dx, None, dweights, *((None, None, shaped) if factors else (*shaped, ()))
+    return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ()))
 
 
 expert_blocks.defvjp(_vjp_forward, _vjp_backward)

@@ -30,6 +30,7 @@ from sphinx_jax.kernels.expert_blocks import (
     expert_blocks,
 )
 from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
+from sphinx_jax.kernels.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,10 @@ def experts_sum(
 
     `factors` are low-rank products beside the matrices (see `expert_blocks`), for training: always in blocks.
     """
-    form = "blocks" if factors else form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    if factors or (form == "every" and isinstance(w_in, Quantized)):
+        # Which makes numbers of one expert's quantized weights at a time, not of all.
+        form = "blocks"
     _say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
     if form == "blocks":
         largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import sharding
+from sphinx_jax.kernels.quantized import Quantized, Weight
 
 
 def project(x: Float[Array, "*rows in"], w: Float[Array, "in *out"]) -> Float[Array, "..."]:
@@ -32,12 +33,15 @@ def vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Ar
     return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
 
 
-def vector_chosen_matrix(
-    x: Float[Array, "in"], w: Float[Array, "n in *out"], index: Int[Array, ""]
-) -> Float[Array, "*out"]:
-    """x @ w[index], summed in float32, the matrix read in place."""
-    if sharding.platform() != "cpu":
-        return vector_matrix(x, jax.lax.dynamic_index_in_dim(w, index, keepdims=False))
+def chosen_matrix(w: Weight, index: Int[Array, ""]) -> Weight:
+    """w[index]; if quantized, it stays so."""
+    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), w)
+
+
+def vector_chosen_matrix(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]) -> Float[Array, "*out"]:
+    """x @ w[index] with w[n, in, *out], summed in float32, the matrix read in place."""
+    if sharding.platform() != "cpu" or isinstance(w, Quantized):
+        return vector_matrix(x, chosen_matrix(w, index).astype(x.dtype))
     # XLA:CPU copies what a product is given of a larger array, but not what sums of a few lines are.
     length = x.shape[0]
     lines, at_once = w.reshape(w.shape[0] * length, -1), math.gcd(length, 8)

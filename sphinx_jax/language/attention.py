@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""
-        x = constrain(x, "batch", "residual", None)
+        x = constrain(x, "batch", "sequence", None)
         qkv = project(x, self.wqkv[...].astype(x.dtype))
         if self.wqkv_lora is not None:
             qkv += self.wqkv_lora(x)
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
         wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
         heads = out.reshape(*x.shape[:2], -1)
-        out = heads @ wo
+        out = project(heads, wo)
         if self.wo_lora is not None:
             out += self.wo_lora(heads)
         return constrain(out, "batch", "residual", None), cache

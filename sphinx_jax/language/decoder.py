@@ -30,9 +30,10 @@ class DecoderLayer(nnx.Module):
         mask: Bool[Array, "batch length keys"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None, dict[str, Any]]:
-        attended, cache = self.attention(self.attention_norm(x), positions, mask, cache)
+        normed = constrain(self.attention_norm(x), "batch", "residual", None)
+        attended, cache = self.attention(normed, positions, mask, cache)
         h = x + attended
-        fed, routing = self.ffn(self.ffn_norm(h))
+        fed, routing = self.ffn(constrain(self.ffn_norm(h), "batch", "residual", None))
         out = constrain(h + fed, "batch", "residual", None)
         return out, cache, {"attention": attended, "ffn": fed, "out": out, "routing": routing}
 
@@ -72,7 +73,9 @@ class Decoder(nnx.Module):
             cache = None if cache[0] is None else cache
         else:
             cache, records = outputs
-        return self.norm(x), cache, records
+        hidden = constrain(self.norm(x), "batch", "residual", None)
+        # Whole again: what is made of it is cut along the sequence.
+        return constrain(hidden, "batch", "sequence", None), cache, records
 
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
         """Next-word scores, float32."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain, local_experts, per_device
 from sphinx_jax.config import DecoderConfig, LoraConfig
+from sphinx_jax.kernels.expert_blocks import WIn, WOut
 from sphinx_jax.kernels.experts import experts_sum
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
@@ -35,12 +36,25 @@ def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
     """
     num_experts = logits.shape[-1]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, k)
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    experts = _top(probabilities, k)
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
+    weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
     share = chosen.sum(axis=(0, 1, 2)) / experts.size
     balance = num_experts * jnp.dot(share, probabilities.mean(axis=(0, 1)))
     return Routing(logits, experts, weights, share, balance)
+
+
+def _top(scores: Float[Array, "*batch n"], k: int) -> Int[Array, "*batch k"]:
+    """The places of the k largest, of equal ones the first: k times the largest of what is left.
+
+    `lax.top_k` is one kernel that XLA does not split over devices: they would gather the whole batch before it.
+    """
+    chosen = []
+    for _ in range(k):
+        chosen.append(jnp.argmax(scores, axis=-1).astype(jnp.int32))
+        scores = jnp.where(jnp.arange(scores.shape[-1]) == chosen[-1][..., None], -jnp.inf, scores)
+    return jnp.stack(chosen, axis=-1)
 
 
 _WEIGHTS = ("experts", None, None, "mlp"), ("experts", "mlp", None)
@@ -60,22 +74,31 @@ class MoE(nnx.Module):
         self.k = config.experts_per_token
 
     def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
-        routing = route(jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32), self.k)
+        logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        # Of words that are shared out, the scores are sent round: less than the words, and fewer than what follows.
+        logits = constrain(logits, "batch", "residual", None)
+        routing = route(constrain(logits, "batch", "sequence", None), self.k)
         factors = ()
         if self.w_in_lora is not None:
             factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
         compute = per_device(
             _local_experts_sum,
-            in_names=(*[("batch", None, None)] * 3, *_WEIGHTS, *_FACTORS[: len(factors)]),
-            out_names=("batch", None, None),
+            in_names=(
+                ("batch", "residual", None),
+                *[("batch", "sequence", None)] * 2,
+                *_WEIGHTS,
+                *_FACTORS[: len(factors)],
+            ),
+            out_names=("batch", "residual", None),
             sum_over=("experts", "mlp"),
+            gather=("residual",),
         )
         y = compute(
             x,
             routing.experts,
             routing.weights.astype(x.dtype),
-            self.w_in[...].astype(x.dtype),
-            self.w_out[...].astype(x.dtype),
+            self.w_in[...],
+            self.w_out[...],
             *factors,
         )
         return constrain(y, "batch", "residual", None), routing
@@ -85,8 +108,8 @@ def _local_experts_sum(
     x: Float[Array, "batch length dim"],
     experts: Int[Array, "batch length k"],
     weights: Float[Array, "batch length k"],
-    w_in: Float[Array, "local_experts dim 2 local_hidden"],
-    w_out: Float[Array, "local_experts local_hidden dim"],
+    w_in: WIn,
+    w_out: WOut,
     *factors: Float[Array, "local_experts ..."],
 ) -> Float[Array, "batch length dim"]:
     """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.

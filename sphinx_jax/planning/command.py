@@ -10,6 +10,7 @@ from sharding.plan import Plan, find_gpu, mesh_text, print_json, print_plan, pri
 from sphinx_jax.commandline import PlanOptions
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import Kind
 from sphinx_jax.planning.inference import inference_plan
 from sphinx_jax.planning.meshes import inference_meshes, training_meshes
 from sphinx_jax.planning.training import BatchShapes, order, training_plan, training_sweep
@@ -23,6 +24,8 @@ def plan_inference(
     mesh: MeshShape,
     *,
     dtype: str,
+    quantize: Kind | None,
+    offload: bool,
     rows: int,
     context: int,
 ) -> int:
@@ -32,7 +35,7 @@ def plan_inference(
     """
     gpu = find_gpu(options.gpu)
     shapes = _meshes(options, mesh, lambda count: inference_meshes(config, count))
-    size = {"dtype": dtype, "rows": rows, "context": context}
+    size = {"dtype": dtype, "quantize": quantize, "offload": offload, "rows": rows, "context": context}
     return _show((inference_plan(name, config, gpu, shape, **size) for shape in shapes), options)
 
 

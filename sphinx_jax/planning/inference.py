@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 import sharding
@@ -14,20 +12,27 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import ENCODE_PIXELS, PREFILL_TOKENS, bucket, power_of_two, slots_for
-from sphinx_jax.inference.programs import Programs
-from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.serving import PREFILL_ROWS
+from sphinx_jax.inference.engine import PREFILL_TOKENS
+from sphinx_jax.kernels.quantized import Kind
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.planning.asked import Asked
 from sphinx_jax.planning.jobs import Job, compile_jobs
 from sphinx_jax.planning.meshes import mesh_flags
-
-STOP_STATES = 32
-"""Rows of the table of stop strings (`inference.stopping`), unless there are many of them."""
+from sphinx_jax.planning.offload import offload_jobs
+from sphinx_jax.quantization import abstract_quantized_params
 
 
 def inference_plan(
-    name: str, config: SphinxConfig, gpu: Gpu, shape: MeshShape, *, dtype: str, rows: int, context: int
+    name: str,
+    config: SphinxConfig,
+    gpu: Gpu,
+    shape: MeshShape,
+    *,
+    dtype: str,
+    quantize: Kind | None = None,
+    offload: bool = False,
+    rows: int,
+    context: int,
 ) -> Plan:
     """What `infer.py` takes: `rows` answers at a time, each with a picture if the model sees any, up to `context`
     positions. Raises UserError or LayoutError where that cannot be.
@@ -37,14 +42,19 @@ def inference_plan(
     mesh, compiler = planning_mesh(gpu, shape)
     make = lambda rngs: SphinxMoE(config, apart=True, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.dtype(dtype))
-    jobs, state = inference_jobs(config, graph, params, mesh, rows, context)
+    if quantize:
+        params = abstract_quantized_params(params, quantize)
+    weights = params
+    if offload:
+        jobs, state, weights, waiting = offload_jobs(config, params, mesh, rows, context)
+    else:
+        jobs, state = inference_jobs(config, graph, params, mesh, rows, context)
     programs = compile_jobs(jobs, mesh)
 
     cache = bytes_per_device(state.cache)
     resident = bytes_per_device(state._replace(cache=[]))
-    others = {job.name: sum(bytes_per_device(arg) for arg in job.args[2:]) for job in jobs}
-    others["encode pictures"] = bytes_per_device(jobs[0].args[1]) if config.vision else 0
-    within = {p.name: p.memory.temporaries + p.memory.results + others[p.name] for p in programs}
+    passing = {job.name: job.passing_bytes() for job in jobs}
+    within = {p.name: p.memory.temporaries + p.memory.results + passing[p.name] for p in programs}
     largest = max(within, key=within.get)
     read = Work(rows, context, context, 1, rows if config.vision else 0)
     flops = sum(forward_flops(config, params, mesh, read).values(), Cost(0.0, 0.0))
@@ -53,28 +63,43 @@ def inference_plan(
     decoding = max(
         loaded.busiest / gpu.bandwidth, forward_flops(config, params, mesh, one)["language"].busiest / gpu.bf16_flops
     )
+    reading = flops.busiest / gpu.bf16_flops
+    notes = ()
+    if offload:
+        passes = -(-(context - config.image_words) // PREFILL_TOKENS)
+        decoding = max(decoding, waiting / gpu.host_bandwidth)
+        reading = max(reading, passes * waiting / gpu.host_bandwidth)
+        notes = (
+            f"In host memory: {waiting / 2**30:.1f} GiB of layers for each device, copied to it for every token; on it "
+            "are two layers at a time.",
+        )
+    flags = (
+        [f"--quantize {quantize}"] * bool(quantize) + ["--offload"] * offload + [mesh_flags(shape)] * (shape.size > 1)
+    )
+    numbers = f"{dtype}, matrices {quantize}" if quantize else dtype
     return Plan(
-        job=f"{name}, {dtype}, {rows} answer{'s' * (rows > 1)} of {context:,} positions at a time",
+        job=f"{name}, {numbers}, {rows} answer{'s' * (rows > 1)} of {context:,} positions at a time",
         gpu=gpu,
         mesh=dict(mesh.shape),
         compiler=compiler,
-        parameters={part: bytes_per_device(tree) for part, tree in params.items()},
+        parameters={part: bytes_per_device(tree) for part, tree in weights.items()},
         optimizer=0,
         gradients=0,
         kv_cache=cache,
-        inputs=resident + others[largest],
-        temporaries=within[largest] - others[largest],
+        inputs=resident + passing[largest],
+        temporaries=within[largest] - passing[largest],
         share={"parameters": share_of_parameters(params), "flops": flops.busiest / flops.total},
         roofline={
             "decode_seconds_per_token_at_least": decoding,
             "decode_tokens_per_second_at_most": rows / decoding,
-            "prefill_seconds_at_least": flops.busiest / gpu.bf16_flops,
-            "prefill_tokens_per_second_at_most": rows * context * gpu.bf16_flops / flops.busiest,
+            "prefill_seconds_at_least": reading,
+            "prefill_tokens_per_second_at_most": rows * context / reading,
         },
         programs=programs,
-        main_program="decode one token",
+        main_program=jobs[-1].name,
         speed=rows / decoding,
-        command=f"python infer.py --checkpoint {name.upper()} --context {context} {mesh_flags(shape)}".rstrip(),
+        command=" ".join(("python infer.py", f"--checkpoint {name.upper()} --context {context}", *flags)),
+        notes=notes,
     )
 
 
@@ -82,41 +107,14 @@ def inference_jobs(
     config: SphinxConfig, graph: Any, params: Any, mesh: Mesh, rows: int, context: int
 ) -> tuple[list[Job], steps.State]:
     """(name, program, abstract arguments) of all that the engine runs for such requests, and its state."""
-    vocab = config.language.vocab_size
-    dtype = params["language"]["embedding"]["table"].dtype
-    programs = Programs(config, graph, vocab, mesh, dtype)
-    # The longest prompt there can be; its last chunk is padded, so that the cache may be longer than the context.
-    slots = slots_for(context - config.image_words - 1, config.image_words, 1, context)
-    state = programs.abstract_state(rows, slots)
-    whole = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=programs.everywhere)
-    sampling = jax.tree.map(lambda x: whole((), np.asarray(x).dtype), Sampling().values())
-    stops = whole((STOP_STATES, vocab), jnp.int16)
-    batch = power_of_two(min(rows, PREFILL_ROWS))
-
-    def chunk(text: int) -> steps.Chunk:
-        return steps.Chunk(
-            row=whole((batch,)),
-            tokens=whole((batch, text)),
-            length=whole((batch,)),
-            start=whole((batch,)),
-            limit=whole((batch,)),
-            seeds=whole((batch, 2), jnp.uint32),
-            seen=whole((batch, vocab), jnp.bool_),
-        )
-
-    jobs: list[Job] = []
-    words = None
-    if vision := config.vision:
-        at_once = power_of_two(min(batch, max(1, ENCODE_PIXELS // vision.image_size**2)))
-        images = whole((at_once, vision.image_size, vision.image_size, 3), jnp.float32)
-        jobs.append(Job("encode pictures", programs.encode(), (params, images)))
-        words = (whole((vision.views, vision.view_words, config.language.dim), dtype),) * batch
-    text = bucket(min(PREFILL_TOKENS, context - config.image_words))
-    first = (params, state, chunk(text), words, sampling, stops)
-    jobs.append(Job("read a prompt's beginning", programs.prefill(state, fresh=True), first))
-    if context - config.image_words > PREFILL_TOKENS:
-        further = (params, state, chunk(PREFILL_TOKENS), None, sampling, stops)
-        jobs.append(Job("read on", programs.prefill(state, fresh=False), further))
-    decode = (params, state, sampling, stops, whole(()), whole(()))
-    jobs.append(Job("decode one token", programs.decode(state), decode))
+    asked = Asked(config, graph, params, mesh, rows, context)
+    programs, state = asked.programs, asked.state
+    jobs = asked.encode_jobs(params)
+    first = (params, state, asked.chunk(asked.text), asked.words, asked.sampling, asked.stops)
+    jobs.append(Job("read a prompt's beginning", programs.prefill(state, fresh=True), first, (0, 1)))
+    if asked.reads_on:
+        further = (params, state, asked.chunk(PREFILL_TOKENS), None, asked.sampling, asked.stops)
+        jobs.append(Job("read on", programs.prefill(state, fresh=False), further, (0, 1)))
+    decode = (params, state, asked.sampling, asked.stops, asked.whole(()), asked.whole(()))
+    jobs.append(Job("decode one token", programs.decode(state), decode, (0, 1)))
     return jobs, state

@@ -7,16 +7,21 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from sharding import Program
+from sharding import Program, bytes_per_device
 from sharding.plan import ProgramPlan, collectives, compile_ahead, memory_of
 
 
 class Job(NamedTuple):
-    """A program and the abstract arguments that it is compiled for."""
+    """A program and the abstract arguments that it is compiled for, those numbered `resident` there all the time."""
 
     name: str
     program: Program
     args: tuple
+    resident: tuple[int, ...] = ()
+
+    def passing_bytes(self) -> int:
+        """Bytes on each device of the arguments that come and go with a call."""
+        return sum(bytes_per_device(arg) for i, arg in enumerate(self.args) if i not in self.resident)
 
 
 def compile_jobs(jobs: Sequence[Job], mesh: Mesh) -> tuple[ProgramPlan, ...]:

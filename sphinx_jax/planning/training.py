@@ -7,19 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 import sharding
 from sharding import MeshShape, Program, bytes_per_device
 from sharding.plan import Gpu, Plan, planning_mesh
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.costs import Cost, Work, forward_flops, share_of_parameters
+from sphinx_jax.costs import share_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.planning.jobs import Job, compile_jobs
 from sphinx_jax.planning.meshes import mesh_flags
 from sphinx_jax.training.moments import MOMENTS
-from sphinx_jax.training.program import TrainProgram, train_program
+from sphinx_jax.training.program import train_program
 from sphinx_jax.training.recipe import Recipe, check_batch
+from sphinx_jax.training.utilisation import step_flops
 
 BatchShapes = dict[str, tuple[tuple[int, ...], Any]]
 """Shape and dtype of each array of a batch."""
@@ -63,7 +63,8 @@ def training_plan(
         key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.place(names(dims), dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
-    job = Job("training step", Program(program.step, (0,)), (program.state, batch, program.frozen))
+    step = Program(program.step, (0,), rules=program.rules)
+    job = Job("training step", step, (program.state, batch, program.frozen))
     (compiled,) = compile_jobs([job], mesh)
 
     learning = [
@@ -73,7 +74,9 @@ def training_plan(
     width = jnp.dtype(recipe.dtype if recipe.accumulate == 1 else "float32")
     gradients = bytes_per_device([jax.ShapeDtypeStruct(p.shape, width, sharding=p.sharding) for p in learning])
     made = compiled.memory.temporaries + compiled.memory.results
-    flops, length = _training_flops(config, program, mesh, recipe, batch_shapes)
+    text, pictures = batch_shapes["tokens"][0][1], "images" in batch_shapes
+    flops = step_flops(config, program, mesh, recipe, text, pictures, recomputed=True)
+    length = text + config.image_words * pictures
     model = program.params["model"]
     parts = model | ({"adapters": program.params["adapters"]} if recipe.lora else {})
     seconds = flops.busiest / gpu.bf16_flops
@@ -82,7 +85,7 @@ def training_plan(
     return Plan(
         job=(
             f"{name}, {stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
-            f"remat {recipe.remat}, {recipe.moments} moments"
+            f"remat {recipe.remat}, {recipe.moments} moments{', residual sharded' * recipe.shard_residual}"
         ),
         gpu=gpu,
         mesh=dict(mesh.shape),
@@ -101,22 +104,6 @@ def training_plan(
         command=_training_command(name, recipe, shape, length),
         notes=(f"Weights that learn are float32. AdamW keeps {MOMENTS[recipe.moments]}.",),
     )
-
-
-def _training_flops(
-    config: SphinxConfig, program: TrainProgram, mesh: Mesh, recipe: Recipe, batch: BatchShapes
-) -> tuple[Cost, int]:
-    """Operations of one optimizer step, recomputed ones included; and positions of one sequence."""
-    rows, text = batch["tokens"][0]
-    with_pictures = "images" in batch
-    length = text + (config.image_words if with_pictures else 0)
-    work = Work(rows, length, length, text, rows if with_pictures else 0)
-    forward = forward_flops(config, program.params["model"], mesh, work)
-    # Backwards costs twice a forward pass: once for what came in, once for the weights.
-    learns = {part: any(jax.tree.leaves(tree)) for part, tree in program.learns["model"].items()}
-    passes = {"language": (3 if learns["language"] else 2) + (recipe.remat == "block")}
-    passes["vision"] = 3 if recipe.stage == "everything" else 1
-    return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0)), length
 
 
 def training_sweep(
@@ -163,4 +150,5 @@ def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) 
         "remat": recipe.remat,
         "moments": recipe.moments,
     }
-    return f"python train.py {' '.join(f'--{key} {value}' for key, value in options.items())} {mesh_flags(shape)}"
+    said = [f"--{key} {value}" for key, value in options.items()] + ["--shard-residual"] * recipe.shard_residual
+    return f"python train.py {' '.join(said)} {mesh_flags(shape)}"

@@ -1,6 +1,7 @@
 """The training loop: flat, one function, from a task and a mesh to a finished run directory."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
@@ -34,6 +35,7 @@ from sphinx_jax.training.program import TrainProgram, normalised, train_program
 from sphinx_jax.training.recipe import Recipe, schedule
 from sphinx_jax.training.state import StateStore, init_state
 from sphinx_jax.training.step import Batch, Params, TrainState, make_eval_step
+from sphinx_jax.training.utilisation import peak_flops, step_flops
 
 Judgement = tuple[dict[str, Any], np.ndarray] | None
 
@@ -72,7 +74,7 @@ def train(
     """
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
-    step = jax.jit(program.step, donate_argnums=0)
+    step = jax.jit(program.step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
     if is_lead():
         write_description(out, config, task.tokenizer_bytes)
     batches = task.batches(recipe.batch_size, recipe.seed)
@@ -94,7 +96,9 @@ def train(
     saved_at = time.monotonic()
     due = lambda step, every: every is not None and (step % every == 0 or step == recipe.steps)
     stop, judged = False, None
-    with sharding.use(mesh), Interruption() as interruption, RunLog(out, recipe.steps, first_step=first) as log:
+    flops = functools.cache(lambda text, pictures: step_flops(config, program, mesh, recipe, text, pictures).total)
+    run_log = RunLog(out, recipe.steps, first_step=first, peak_flops=peak_flops(mesh, recipe))
+    with sharding.use(mesh, program.rules), Interruption() as interruption, run_log as log:
         logged = log.last
         held = sharding.bytes_per_device(program.state.optimizer) / 2**20
         log.console.print(f"AdamW keeps {MOMENTS[recipe.moments]}: {held:,.1f} MiB on each device", highlight=False)
@@ -113,8 +117,9 @@ def train(
             done += 1
             profile.after(done, metrics)
             watch.follow(done, metrics, examples)
-            words = batch["tokens"].shape[1] + (config.image_words if "images" in batch else 0)
-            log.count(done, recipe.batch_size * words, recipe.batch_size if "images" in batch else 0)
+            text, pictures = batch["tokens"].shape[1], "images" in batch
+            tokens = recipe.batch_size * (text + config.image_words * pictures)
+            log.count(done, tokens, recipe.batch_size * pictures, flops(text, pictures))
             minutes = (time.monotonic() - saved_at) / 60
             stop, late = in_any_process(interruption.asked, minutes >= upkeep.save_minutes)
             judged = None
@@ -178,7 +183,11 @@ def model_of(params: Params) -> Params:
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """A host batch on the mesh, its rows split over data and fsdp."""
     names = lambda x: ("batch", *[None] * (x.ndim - 1))
-    return {key: jax.device_put(x, sharding.place(names(x), x.shape, mesh)) for key, x in batch.items()}
+    # Each process puts its own devices' rows; device_put would compare the whole batch among them first.
+    on_mesh = lambda x: jax.make_array_from_callback(
+        x.shape, sharding.place(names(x), x.shape, mesh), lambda index: x[index]
+    )
+    return {key: on_mesh(x) for key, x in batch.items()}
 
 
 def make_evaluate(graph: Any, task: Task, recipe: Recipe, mesh: Mesh) -> Callable[[Params, Interruption], Judgement]:

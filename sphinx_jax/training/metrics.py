@@ -20,7 +20,16 @@ class RunLog:
     Of several processes only the first says and writes anything.
     """
 
-    def __init__(self, directory: Path, steps: int, *, first_step: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        steps: int,
+        *,
+        first_step: int = 0,
+        peak_flops: float | None = None,
+        console: Console | None = None,
+    ):
+        """`peak_flops` is what the devices could do in a second, if that is known."""
         self.console = console or Console(stderr=True, quiet=not is_lead())
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
@@ -51,7 +60,12 @@ class RunLog:
             expand=True,
         )
         self._task = self._progress.add_task("train", total=steps, completed=first_step, said="compiling")
-        self._last_time, self._tokens, self._images = time.monotonic(), 0, 0
+        self._peak_flops = peak_flops
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._last_time = time.monotonic()
+        self._tokens, self._images, self._flops = 0, 0, 0.0
 
     def __enter__(self) -> "RunLog":
         self._progress.start()
@@ -64,19 +78,22 @@ class RunLog:
         if self._board:
             self._board.close()
 
-    def count(self, step: int, tokens: int, images: int) -> None:
-        """One more step done, of so many sequence positions and pictures."""
+    def count(self, step: int, tokens: int, images: int, flops: float) -> None:
+        """One more step done, of so many sequence positions, pictures and operations."""
         self._tokens += tokens
         self._images += images
+        self._flops += flops
         self._progress.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Log the metrics of a step, with what was done a second since the last time, and the memory in use."""
-        now = time.monotonic()
-        seconds = max(now - self._last_time, 1e-9)
+        seconds = max(time.monotonic() - self._last_time, 1e-9)
         tokens, images = self._tokens / seconds, self._images / seconds
-        self._last_time, self._tokens, self._images = now, 0, 0
+        mfu = self._flops / seconds / self._peak_flops if self._peak_flops else None
+        self._start_counting()
         record = {"step": step, **metrics, "tokens_per_second": round(tokens, 1), "images_per_second": round(images, 1)}
+        if mfu is not None:
+            record["mfu"] = round(mfu, 4)
         # A CPU does not say.
         memory = jax.local_devices()[0].memory_stats()
         if memory:
@@ -91,6 +108,7 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
         said = f"loss {metrics['loss']:.4f}  {tokens:,.0f} tokens/s"
         said += f"  {images:,.0f} images/s" if images else ""
+        said += "" if mfu is None else f"  MFU {mfu:.1%}"
         said += f"  accuracy {metrics['accuracy']:.3f}  balance {metrics['balance_loss']:.3f}"
         said += f"  grad {metrics['grad_norm']:.2g}  lr {metrics['lr']:.2g}"
         said += f"  memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB" if memory else ""

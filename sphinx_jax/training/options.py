@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from sharding import MeshShape
+from sharding import NO_PROCESSES, MeshShape, Processes
 from sphinx_jax.commandline import NO_PLAN, PlanOptions
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.images import ImageTransform
@@ -57,7 +57,8 @@ class Options:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """Devices along each axis; one device by default."""
     simulate_devices: int | None = None
-    """Pretend that this CPU is so many devices."""
+    """Pretend that this CPU is so many devices; with several processes, for each of them."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = NO_PROCESSES
     attribute_weight: float = 1.0
     """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
     stage: Stage = "everything"
@@ -73,6 +74,9 @@ class Options:
     remat: Remat = "none"
     """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
     its matrix products (dots)."""
+    shard_residual: bool = False
+    """Split the residual stream along the sequence between blocks, over the devices of tensor and expert: saves memory
+    for the same exchanges. The length of the sequences should be a multiple of their number."""
     moments: Moments = "float32"
     """What AdamW keeps of its two moments: float32, 8 bytes a parameter; bfloat16, 4; factored, Adafactor's second
     moment beside a first in bfloat16, 2; int8, both in blocks of 8 bits, 2.1 (docs/runs.md)."""
@@ -111,6 +115,7 @@ def make_recipe(options: Options, steps: int) -> Recipe:
         stage=options.stage,
         lora=lora,
         remat=options.remat,
+        shard_residual=options.shard_residual,
         dtype=options.dtype,
         moments=options.moments,
         seed=options.seed,
@@ -156,6 +161,7 @@ def check_options(options: Options) -> None:
     if options.stage == "lora" and options.init is None and not options.planning.plan:
         raise UserError("--stage lora adapts a checkpoint: give it with --init")
     options.planning.check()
+    options.processes.check()
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
 

@@ -37,6 +37,8 @@ class TrainProgram(NamedTuple):
     """Abstract."""
     frozen: Params
     """Those of `params` that are no part of the state: the model, where only adapters learn."""
+    rules: sharding.Rules
+    """What `step` must be traced with."""
     step: Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]
 
 
@@ -70,7 +72,9 @@ def train_program(config: SphinxConfig, recipe: Recipe, mesh: Mesh) -> TrainProg
     )
     prepared: Any = lambda params, batch: loss(params, normalised(batch))
     step = make_train_step(prepared, optimizer, sharding.shardings_of(in_state), recipe.accumulate)
-    return TrainProgram(graph, params, all_flags, optimizer, abstract_state(in_state, optimizer, mesh), frozen, step)
+    rules = sharding.SEQUENCE_PARALLEL_RULES if recipe.shard_residual else sharding.DEFAULT_RULES
+    state = abstract_state(in_state, optimizer, mesh)
+    return TrainProgram(graph, params, all_flags, optimizer, state, frozen, rules, step)
 
 
 def normalised(batch: Batch) -> Batch:

@@ -34,6 +34,8 @@ class Recipe:
     """The adapters of the stage "lora"."""
     remat: Remat = "none"
     """What is computed again for the gradient: nothing; each layer; each layer but its matrix products."""
+    shard_residual: bool = False
+    """The residual stream is split along the sequence between blocks (`sharding.SEQUENCE_PARALLEL_RULES`)."""
     dtype: ComputeDtype = "float32"
     moments: Moments = "float32"
     seed: int = 0

@@ -2,14 +2,24 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
+
+
+def choose(out: Path | None, preset: str) -> Path:
+    """`out`, or else runs/PRESET-DATE. Raises UserError where several processes would each choose their own."""
+    if out is None and jax.process_count() > 1:
+        raise UserError("several processes need --out, one directory that all of them see")
+    return out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check(out: Path, resume: bool, overwrite: bool) -> None:

@@ -3,7 +3,9 @@
 import pytest
 
 from sharding import MeshShape
+from sharding.plan import find_gpu
 from sphinx_jax.config import preset
+from sphinx_jax.planning import inference_plan
 from sphinx_jax.planning.meshes import inference_meshes
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,20 @@ def test_decoding_on_eight_cards(inference):
     # The chosen token's embedding and its scores, which are split by channel and by word.
     gathered = [c for c in decode.collectives if c.kind != "all-reduce"]
     assert sum(c.bytes for c in gathered) <= 2 * (4096 + 32000)
+
+
+def test_one_small_card(needs_gpu_compiler):
+    """The original told its users that this could not be: layers in host memory, two of them on the card."""
+    card, config = find_gpu("rtx4080"), preset("sphinx-moe-1k")
+    plan = inference_plan(
+        "sphinx-moe-1k", config, card, MeshShape(), dtype="bfloat16", offload=True, rows=1, context=4096
+    )
+    assert plan.compiler == "gpu"
+    assert plan.fits
+    layer = (46_702_792_704 - 2 * 32_000 * 4096 - 4096) // 32
+    assert plan.parameters["language"] == 2 * (2 * layer + 2 * 32_000 * 4096 + 4096)
+    # All of the layers cross a bus of 31.5e9 bytes a second for each token.
+    assert plan.roofline["decode_seconds_per_token_at_least"] == pytest.approx(2 * 32 * layer / 31.5e9)
 
 
 @pytest.mark.parametrize(

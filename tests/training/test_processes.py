@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process of eight does, and stop together."""
+"""Two processes of four devices each, started as a user would, train as one of eight does, and stop together."""
 
 import json
 import os
@@ -9,28 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-PROGRAM = """
-import sys
-import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-address, process, *argv = sys.argv[1:]
-jax.distributed.initialize(coordinator_address=address, num_processes=2, process_id=int(process))
-
-import train
-from sphinx_jax import commandline
-from tests.training import tiny
-
-code = commandline.run(train.main, argv)
-jax.experimental.multihost_utils.sync_global_devices("done")
-jax.distributed.shutdown()
-sys.exit(code)
-"""
+from sphinx_jax.errors import UserError
+from sphinx_jax.training import run_directory
 
 MESH = ["--mesh.fsdp", "4", "--mesh.tensor", "2"]
 
@@ -38,6 +21,13 @@ MESH = ["--mesh.fsdp", "4", "--mesh.tensor", "2"]
 def losses(out):
     file = out / "metrics.jsonl"
     return [json.loads(line)["loss"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_several_processes_need_one_directory(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="several processes need --out"):
+        run_directory.choose(None, "nano")
+    assert run_directory.choose(Path("one"), "nano") == Path("one")
 
 
 @pytest.mark.slow
@@ -49,16 +39,18 @@ def test_two_processes(tmp_path):
     argv = ["--preset", "tiny", "--data", str(tmp_path / "data.yaml"), "--max-length", "64", "--batch-size", "8"]
     argv += [*MESH, "--log-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    alone = [sys.executable, str(Path(__file__).with_name("tiny.py")), *argv, "--simulate-devices", "8"]
-    subprocess.run([*alone, "--steps", "8", "--out", str(one)], env=environment, check=True, capture_output=True)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, str(Path(__file__).with_name("tiny.py")), *argv]
+    alone = [*program, "--simulate-devices", "8", "--steps", "8", "--out", str(one)]
+    subprocess.run(alone, env=environment, check=True, capture_output=True)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = []
     for i in range(2):
-        run = [sys.executable, "-c", PROGRAM, address, str(i), *argv, "--steps", "5000", "--out", str(two)]
+        run = [*program, "--simulate-devices", "4", "--steps", "5000", "--out", str(two)]
+        run += ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
         output = (tmp_path / f"said{i}").open("w")
         processes.append(subprocess.Popen(run, env=environment, stdout=output, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + 300

@@ -1,0 +1,233 @@
+"""Decoding a model that is larger than the devices: its layers stay in host memory and pass through, one by one.
+
+While a layer computes, the one after it is copied to the devices. They never hold more than two layers, and the
+numbers are those of the model that lies there whole: the same functions run, one program a layer instead of one
+for all. A token takes as long as it takes to copy every layer, so this is for a card on which nothing else fits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import sharding
+from sharding import Program, place
+from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.inference import steps
+from sphinx_jax.inference.engine import CONTEXT, Engine
+from sphinx_jax.inference.requests import Picture
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.language.attention import LayerCache
+from sphinx_jax.language.cache import causal_mask
+from sphinx_jax.language.decoder import DecoderLayer
+from sphinx_jax.model import SphinxMoE, bind
+
+Path = tuple[str | int, ...]
+Hidden = Float[Array, "batch length dim"]
+Positions = Int[Array, "batch length"]
+
+
+def in_host_memory(path: Path, param: Any) -> Any:
+    """A parameter of the model, moved to host memory if it is a layer's; arrays or abstract ones."""
+    if path[:2] != ("language", "layers"):
+        return param
+
+    def moved(leaf: Any) -> Any:
+        host = leaf.sharding.with_memory_kind("pinned_host")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+        return jax.device_put(leaf, host)
+
+    return jax.tree.map(moved, param)
+
+
+def split_layers(params: dict) -> tuple[dict, list[dict]]:
+    """The parameters around the layers, and those of each layer."""
+    language = params["language"]
+    layers = [language["layers"][i] for i in range(len(language["layers"]))]
+    return params | {"language": language | {"layers": {}}}, layers
+
+
+class LayerPrograms:
+    """The device programs, a layer at a time. `around` is the graph of the model without its layers."""
+
+    def __init__(self, config: SphinxConfig, vocab_size: int, mesh: Mesh):
+        self._dim, self._vocab_size, self._mesh = config.language.dim, vocab_size, mesh
+        no_layers = dataclasses.replace(config, language=dataclasses.replace(config.language, num_layers=0))
+        graph = lambda make: nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+        self.around = graph(lambda rngs: SphinxMoE(no_layers, apart=True, rngs=rngs))
+        self._layer = graph(lambda rngs: DecoderLayer(config.language, rngs=rngs))
+
+    def hidden_sharding(self, batch: int, length: int) -> NamedSharding:
+        """Where what a layer reads and writes lies."""
+        return place(("batch", "residual", None), (batch, length, self._dim), self._mesh)
+
+    def begin_chunk(self, batch: int, length: int) -> Program:
+        """params, chunk, words -> what the layers read, and positions."""
+        function = lambda params, chunk, words: steps.begin_chunk(bind(self.around, params), chunk, words)
+        return Program(function, (), (self.hidden_sharding(batch, length), self._everywhere))
+
+    def chunk_layer(self, cache: LayerCache, batch: int, length: int, fresh: bool) -> Program:
+        """layer, x, positions, the layer's cache, chunk -> x, the layer's cache."""
+
+        def function(layer: dict, x: Hidden, positions: Positions, cache: LayerCache, chunk: steps.Chunk):
+            slots = length if fresh else cache.k.shape[1]
+            own = steps.own_slots(cache, chunk, slots, fresh)
+            x, own, _ = nnx.merge(self._layer, nnx.State(layer))(x, positions, causal_mask(positions, slots), own)
+            return x, steps.put_slots(cache, own, chunk)
+
+        return Program(function, (1, 3), (self.hidden_sharding(batch, length), sharding.shardings_of(cache)))
+
+    def end_chunk(self, rest: steps.State) -> Program:
+        """params, state without its cache, chunk, x, sampling, stops -> state."""
+
+        def function(params: dict, rest: steps.State, chunk: steps.Chunk, x: Hidden, *choice: Any) -> steps.State:
+            model = bind(self.around, params)
+            return steps.end_chunk(model, self._vocab_size, rest, chunk, model.language.norm(x), *choice)
+
+        return Program(function, (1,), sharding.shardings_of(rest))
+
+    def begin_token(self, rows: int) -> Program:
+        """params, state without its cache -> what the layers read, and positions."""
+        function = lambda params, rest: steps.begin_token(bind(self.around, params), rest)
+        return Program(function, (), (self.hidden_sharding(rows, 1), self._everywhere))
+
+    def token_layer(self, cache: LayerCache) -> Program:
+        """layer, x, positions, the layer's cache -> x, the layer's cache."""
+
+        def function(layer: dict, x: Hidden, positions: Positions, cache: LayerCache):
+            mask = causal_mask(positions, cache.k.shape[1])
+            return nnx.merge(self._layer, nnx.State(layer))(x, positions, mask, cache)[:2]
+
+        return Program(function, (1, 3), (self.hidden_sharding(len(cache.k), 1), sharding.shardings_of(cache)))
+
+    def end_token(self, rest: steps.State) -> Program:
+        """params, state without its cache, x, sampling, stops -> state."""
+
+        def function(params: dict, rest: steps.State, x: Hidden, *choice: Any) -> steps.State:
+            model = bind(self.around, params)
+            return steps.end_token(model, self._vocab_size, rest, model.language.norm(x), *choice)
+
+        return Program(function, (1,), sharding.shardings_of(rest))
+
+    def begin_text(self, batch: int, length: int) -> Program:
+        """params, tokens, words or None -> what the layers read."""
+        function = lambda params, tokens, words: bind(self.around, params).embed(tokens, words)
+        return Program(function, (), self.hidden_sharding(batch, length))
+
+    def text_layer(self, batch: int, length: int) -> Program:
+        """layer, x -> x, without a cache."""
+
+        def function(layer: dict, x: Hidden) -> Hidden:
+            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+            return nnx.merge(self._layer, nnx.State(layer))(x, positions, causal_mask(positions, length))[0]
+
+        return Program(function, (1,), self.hidden_sharding(batch, length))
+
+    def end_text(self, text: int) -> Program:
+        """params, x -> scores of the word after each of the `text` last positions."""
+
+        def function(params: dict, x: Hidden) -> Float[Array, "batch text vocab"]:
+            language = bind(self.around, params).language
+            return language.logits(language.norm(x)[:, -text:])
+
+        return Program(function, (), self._everywhere)
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec())
+
+
+class OffloadEngine(Engine):
+    """An engine whose `params` are those around the layers; the layers come from host memory as they are needed."""
+
+    def __init__(self, config: SphinxConfig, params: dict, tokenizer: Tokenizer, mesh: Mesh, context: int = CONTEXT):
+        around, self._layers = split_layers(params)
+        self._by_layer = LayerPrograms(config, tokenizer.vocab_size, mesh)
+        super().__init__(config, self._by_layer.around, around, tokenizer, mesh, context)
+        self._coming: tuple[int, dict] | None = None
+
+    def _fetch(self, i: int) -> None:
+        """Begin to copy layer i to the devices."""
+        on_device = lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+        self._coming = i, jax.tree.map(on_device, self._layers[i])
+
+    def _through_layers(self, x: Hidden, run: Callable[[int, dict, Hidden], Hidden]) -> Hidden:
+        """x = run(i, layer i, x) for each layer, the next one on its way meanwhile."""
+        for i in range(len(self._layers)):
+            # The layer before is done with: only now is there room for one more.
+            jax.block_until_ready(x)
+            if self._coming is None or self._coming[0] != i:
+                self._fetch(i)
+            layer, self._coming = self._coming[1], None
+            x = run(i, layer, x)
+            # After the last comes the first, for the next token.
+            self._fetch((i + 1) % len(self._layers))
+        return x
+
+    def _run(self, key: tuple, program: Program, *args: Any) -> Any:
+        return self._program(key, program, args)(*args)
+
+    def _prefill(
+        self, state: steps.State, chunk: steps.Chunk, words: tuple[Array, ...] | None, sampling: Sampling, stops: Array
+    ) -> steps.State:
+        programs, fresh, cache, rest = self._by_layer, not chunk.start.any(), list(state.cache), _without_cache(state)
+        (batch, text), picture = chunk.tokens.shape, self.config.image_words if words else 0
+        shape, size = (batch, text + picture), (state.rows, state.slots)
+        x, positions = self._run(
+            ("begin chunk", *shape, picture), programs.begin_chunk(*shape), self.params, chunk, words
+        )
+
+        def layer(i: int, params: dict, x: Hidden) -> Hidden:
+            program = programs.chunk_layer(cache[i], *shape, fresh)
+            x, cache[i] = self._run(
+                ("chunk layer", *size, *shape, fresh), program, params, x, positions, cache[i], chunk
+            )
+            return x
+
+        x = self._through_layers(x, layer)
+        ending = (self.params, rest, chunk, x, sampling.values(), stops)
+        rest = self._run(("end chunk", *size, *shape, stops.shape), programs.end_chunk(rest), *ending)
+        return rest._replace(cache=cache)
+
+    def decode(self, state: steps.State, sampling: Sampling, stops: Array, number: int, until: int) -> steps.State:
+        """As `Engine.decode`, token by token."""
+        programs, cache, rest = self._by_layer, list(state.cache), _without_cache(state)
+        size = state.rows, state.slots
+
+        def layer(i: int, params: dict, x: Hidden) -> Hidden:
+            args = (params, x, positions, cache[i])
+            x, cache[i] = self._run(("token layer", *size), programs.token_layer(cache[i]), *args)
+            return x
+
+        for _ in range(number):
+            if np.sum(~np.array(rest.done)) <= until:
+                break
+            x, positions = self._run(("begin token", *size), programs.begin_token(state.rows), self.params, rest)
+            x = self._through_layers(x, layer)
+            ending = (self.params, rest, x, sampling.values(), stops)
+            rest = self._run(("end token", *size, stops.shape), programs.end_token(rest), *ending)
+        return rest._replace(cache=cache)
+
+    def logits(
+        self, tokens: Int[np.ndarray, "batch text"], pictures: Sequence[Picture] | None
+    ) -> Float[Array, "batch text vocab"]:
+        """As `Engine.logits`."""
+        programs, (batch, text) = self._by_layer, tokens.shape
+        words = jnp.stack(self.encode(pictures)) if pictures else None
+        shape = (batch, text + (self.config.image_words if pictures else 0))
+        x = self._run(("begin text", *shape, text), programs.begin_text(*shape), self.params, tokens, words)
+        layer = lambda i, params, x: self._run(("text layer", *shape), programs.text_layer(*shape), params, x)
+        x = self._through_layers(x, layer)
+        return self._run(("end text", *shape, text), programs.end_text(text), self.params, x)
+
+
+def _without_cache(state: steps.State) -> steps.State:
+    return state._replace(cache=[])

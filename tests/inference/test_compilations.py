@@ -1,0 +1,48 @@
+"""Nothing is compiled for a request's own length: 200 of all kinds, against the shapes that the buckets leave."""
+
+import jax
+import numpy as np
+
+import sharding
+import sphinx_jax
+from sphinx_jax.inference.engine import bucket, power_of_two, slots_for
+from sphinx_jax.inference.requests import Request
+from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.serving import Session, serve
+
+ROWS, LONGEST, ANSWER, CONTEXT = 2, 70, 12, 128
+"""So short that few shapes are possible: each takes a second to compile."""
+
+
+def test_two_hundred_mixed_requests():
+    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", context=CONTEXT)
+    engine, words = model.engine, model.config.image_words
+    random = np.random.default_rng(0)
+    pictures = [model.picture(pixels) for pixels in random.integers(0, 256, (6, 64, 64, 3), np.uint8)]
+
+    def draw() -> Request:
+        tokens = random.integers(3, model.tokenizer.vocab_size, random.integers(2, LONGEST + 1)).tolist()
+        picture = pictures[random.integers(len(pictures))] if random.random() < 0.5 else None
+        return Request(tokens, picture, int(random.integers(1, ANSWER)), int(random.integers(100)))
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    requests = [draw() for _ in range(160)]
+    assert len(list(serve(engine, requests, Sampling(temperature=0.7), rows=ROWS))) == len(requests)
+    for _ in range(20):
+        first, more = draw(), random.integers(3, 99, random.integers(1, 20)).tolist()
+        session = Session(engine, CONTEXT)
+        for request in (first, Request([*first.tokens, *more], first.picture, 3)):
+            list(session.stream(request, Sampling(), ()))
+
+    lengths = range(2, LONGEST + 1)
+    texts = {bucket(n) for n in lengths}
+    slots = {slots_for(n, picture, a, CONTEXT) for n in lengths for picture in (0, words) for a in range(1, ANSWER)}
+    batches = {power_of_two(n) for n in range(1, ROWS + 1)}
+    # For each size of the cache an empty one, the decoding loop, and what reads prompts with and without a picture;
+    # a chat's cache has one size, and its second turn is read behind the first; and the encoders.
+    served = len(slots) * (2 + 2 * len(texts) * len(batches))
+    chatted = 2 + 2 * len(texts) + len({bucket(n) for n in range(1, LONGEST + 20)})
+    assert engine.compilations <= len(compiled) <= served + chatted + len(batches)

@@ -1,0 +1,97 @@
+"""Arithmetic of a prompt of 2,048 words: products of the compiled program times the rounds that a routing yields."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sharding.plan import compile_ahead, largest_values
+from sharding.plan.program import called, parse
+from sphinx_jax.config import DecoderConfig
+from sphinx_jax.kernels.expert_blocks import block_sizes, expert_blocks
+from sphinx_jax.kernels.experts import GPU_BLOCK
+from sphinx_jax.language.moe import MoE
+from sphinx_jax.model import bind
+
+FULL, ROWS, LENGTH = DecoderConfig(), 4, 512
+TOKENS, K, E = ROWS * LENGTH, FULL.experts_per_token, FULL.num_experts
+
+
+@pytest.fixture(scope="module")
+def text(gpu_mesh):
+    """One full-size mixture of experts on 2,048 words, compiled for one H100 as `sharding.plan` compiles."""
+    mesh = gpu_mesh(tensor=1)
+    graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
+    placed = sharding.place((None,) * 3, (ROWS, LENGTH, FULL.dim), mesh)
+    x = jax.ShapeDtypeStruct((ROWS, LENGTH, FULL.dim), jnp.bfloat16, sharding=placed)
+    program = sharding.Program(lambda params, x: bind(graph, params)(x)[0])
+    return compile_ahead(program, (params, x), mesh).as_text()
+
+
+def products_by_rows(text: str) -> dict[int, int]:
+    """Operations of one round of each innermost loop with products in it, by the rows that it takes."""
+    computations, _ = parse(text)
+    bodies = {name for body in computations.values() for i in body if i.opcode == "while" for name in called(i)}
+    found = {}
+    for name in bodies:
+        values = {i.name: i for i in computations[name]}
+        for product in (i for i in values.values() if '"gemm_backend_config"' in i.attributes):
+            shape = lambda kind: [int(n) for n in re.search(r"\[([\d,]+)\]", kind)[1].split(",")]
+            config = json.loads(re.search(r"backend_config=(\{.*\})", product.attributes)[1])["gemm_backend_config"]
+            summed = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+            left = shape(values[product.operand_names[0]].type)
+            rows, columns = shape(product.type)
+            assert FULL.dim <= columns
+            flops = 2 * rows * columns * math.prod(left[int(dim)] for dim in summed)
+            found[rows] = found.get(rows, 0) + flops
+    return found
+
+
+def routed(kind: str) -> np.ndarray:
+    """Two different experts for each word."""
+    random = np.random.default_rng(0)
+    if kind == "in turn":
+        first = np.arange(TOKENS) % E
+        return np.stack([first, (first + 1) % E], axis=1)
+    share = np.ones(E) if kind == "by chance" else 2.0 ** -np.arange(E)
+    return (np.log(share) + random.gumbel(size=(TOKENS, E))).argsort(axis=1)[:, -K:]
+
+
+@pytest.mark.parametrize("kind", ["in turn", "by chance", "skewed"])
+def test_hardly_more_than_two_experts_a_word(text, kind):
+    """At most 1.15 times two experts' products for each word, however the words spread over them."""
+    count = np.bincount(routed(kind).ravel(), minlength=E)
+    assert count.sum() == K * TOKENS and (kind != "skewed" or count.max() > 8 * count.min())
+    by_rows = products_by_rows(text)
+    large, small = sorted(by_rows, reverse=True)
+    flops = (count // large).sum() * by_rows[large] + -(-(count % large) // small).sum() * by_rows[small]
+    ideal = K * TOKENS * 2 * 3 * FULL.dim * FULL.hidden_dim
+    assert ideal <= flops <= 1.15 * ideal
+
+
+@pytest.mark.parametrize("kind", ["by chance", "skewed"])
+def test_the_loops_go_round_as_often_as_counted_above(monkeypatch, kind):
+    """The same routing through the loops themselves, run by Python: how many rows each block had."""
+    experts, rows = routed(kind), []
+    silu = jax.nn.silu
+    monkeypatch.setattr(jax.nn, "silu", lambda gate: rows.append(gate.shape[0]) or silu(gate))
+    draw = lambda *shape: jnp.ones(shape)
+    sizes = block_sizes(experts.size, E, GPU_BLOCK)
+    with jax.disable_jit():
+        expert_blocks(draw(TOKENS, 2), jnp.asarray(experts), draw(TOKENS, K), draw(E, 2, 2, 2), draw(E, 2, 2), sizes)
+    count = np.bincount(experts.ravel(), minlength=E)
+    large, small = sizes
+    assert rows.count(large) == (count // large).sum()
+    assert rows.count(small) == (-(-(count % large) // small)).sum()
+    assert len(rows) == rows.count(large) + rows.count(small)
+
+
+def test_no_array_of_words_by_experts_by_hidden(text):
+    """In bfloat16 it would be 448 MiB. The largest there is are one expert's matrices, taken out of the stack."""
+    into = FULL.dim * 2 * FULL.hidden_dim * 2
+    assert max(size for size, _ in largest_values(text, 2**20)) <= into < TOKENS * E * FULL.hidden_dim * 2

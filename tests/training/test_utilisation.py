@@ -1,0 +1,70 @@
+"""Operations of a step against plain sums, and how much of a card's that is in the log."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.config import preset
+from sphinx_jax.training import metrics
+from sphinx_jax.training.program import train_program
+from sphinx_jax.training.recipe import Recipe
+from sphinx_jax.training.utilisation import peak_flops, step_flops
+
+METRICS = {"loss": 1.0, "accuracy": 0.5, "balance_loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
+
+
+@pytest.mark.parametrize(("stage", "passes"), [("everything", 3), ("mm_stage1", 2)])
+def test_operations_of_a_step(stage, passes):
+    """Mixtral-8x7B: twice the weights at work on a word, and attention, forward and twice that backward.
+
+    Recomputing is no work done, but work that a plan has to count.
+    """
+    config, mesh = preset("mixtral-8x7b"), sharding.make_mesh(fsdp=2, tensor=4)
+    recipe = Recipe(steps=1, batch_size=4, remat="block", stage=stage)
+    program = train_program(config, recipe, mesh)
+    attention = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096
+    weights = 32 * (attention + 2 * 3 * 4096 * 14336 + 4096 * 8) + 4096 * 32000
+    forward = 4 * 2048 * (2 * weights + 32 * 4 * 2048 * 4096)
+    assert step_flops(config, program, mesh, recipe, 2048, False).total == pytest.approx(passes * forward, rel=1e-12)
+    planned = step_flops(config, program, mesh, recipe, 2048, False, recomputed=True).total
+    assert planned == pytest.approx((passes + 1) * forward, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "each"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("NVIDIA H100 PCIe", "bfloat16", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_a_peak_that_is_not_known_is_not_invented(kind, dtype, each):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4), size=4)
+    assert peak_flops(mesh, Recipe(steps=1, dtype=dtype)) == (each and 4 * each)
+
+
+@pytest.mark.parametrize("peak", [1000.0, None])
+def test_what_is_logged(tmp_path, monkeypatch, capsys, peak):
+    """Two steps of 300 operations in two seconds; and memory where the device tells it."""
+    clock = iter([10.0, 12.0, 12.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30} if peak else None)
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [device])
+    with metrics.RunLog(tmp_path, 2, peak_flops=peak) as log:
+        log.count(1, 100, 0, 300.0)
+        log.count(2, 100, 0, 300.0)
+        log.write(2, METRICS)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    said = capsys.readouterr().err
+    assert record["tokens_per_second"] == 100
+    if peak:
+        assert record["mfu"] == 0.3 and record["memory_bytes"] == 3 * 2**30
+        assert "MFU 30.0%" in said and "memory 3.0 GiB" in said
+    else:
+        assert not {"mfu", "memory_bytes"} & set(record)
+        assert "MFU" not in said and "memory" not in said
