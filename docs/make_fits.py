@@ -21,8 +21,13 @@ ANSWERING = {
     "mixtral-8x7b": (2, 4, 8, 16),
     "sphinx-mini": (1,),
     "sphinx-tiny": (1,),
+    "mixtral-140m": (1,),
+    "nano": (1,),
 }
 """Numbers of cards for each preset."""
+
+SMALLER = ({"quantize": "int8"}, {"quantize": "int4"}, {"offload": True}, {"offload": True, "quantize": "int4"})
+"""Ways of answering with sphinx-moe-1k on one card."""
 
 TRAINING = [
     ("sphinx-moe", MeshShape(tensor=8), 4, "bfloat16", "mm_stage2"),
@@ -43,6 +48,16 @@ def answering() -> list[Plan]:
             size = {"dtype": "bfloat16", "rows": 1, "context": 4096}
             plans.append(inference_plan(name, preset(name), find_gpu("h200"), shape, **size))
             print(plans[-1].job, count, file=sys.stderr)
+    return plans
+
+
+def smaller() -> list[Plan]:
+    plans = []
+    for way in SMALLER:
+        size = {"dtype": "bfloat16", "rows": 1, "context": 4096}
+        config, card = preset("sphinx-moe-1k"), find_gpu("h200")
+        plans.append(inference_plan("sphinx-moe-1k", config, card, MeshShape(), **size, **way))
+        print(plans[-1].job, way, file=sys.stderr)
     return plans
 
 
@@ -74,9 +89,13 @@ def rows(plans: list[Plan], what: dict[int, str]) -> list[str]:
 def main() -> None:
     if not has_gpu_compiler():
         sys.exit("error: needs jax's CUDA plugin to compile for cards that are not there: pip install -e '.[plan]'")
-    asked, trained = answering(), training()
+    asked, shrunk, trained = answering(), smaller(), training()
     head = f"| cards | held, GiB | made, GiB | total with reserve, GiB | fits on |\n|{' --- |' * 6}"
     names = {i: plan.job.partition(",")[0] for i, plan in enumerate(asked)}
+    ways = {
+        i: ", ".join(f"--{flag} {value}".removesuffix(" True") for flag, value in way.items())
+        for i, way in enumerate(SMALLER)
+    }
     steps = {i: plan.job for i, plan in enumerate(trained)}
     lines = [
         "# What fits where",
@@ -90,6 +109,11 @@ def main() -> None:
         "",
         f"| model {head}",
         *rows(asked, names),
+        "",
+        "## Answering with sphinx-moe-1k on one card ([memory.md](memory.md))",
+        "",
+        f"| how {head}",
+        *rows(shrunk, ways),
         "",
         "## Training: one optimizer step, computing in bfloat16, float32 master weights, every layer recomputed",
         "",

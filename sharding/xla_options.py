@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 Options = dict[str, bool | int | str]
 
 SEVERAL_GPUS: Options = {
-    # Exchanges run beside the computation that does not need them. The compilers of jax 0.10.2 and 0.12.0 do it unasked
-    # (the program is the same); asked for here, so that it does not hang on the version.
+    # Exchanges run beside the computation that does not need them. The compiler of jax 0.10.2 does it unasked (as many
+    # exchanges, as many kernels beside them); asked for here, so that it does not hang on the version.
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
 """For programs over more than one GPU.
