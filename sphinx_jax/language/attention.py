@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
         wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
         heads = out.reshape(*x.shape[:2], -1)
-        out = project(heads, wo)
+        out = heads @ wo
         if self.wo_lora is not None:
             out += self.wo_lora(heads)
         return constrain(out, "batch", "residual", None), cache
