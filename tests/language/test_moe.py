@@ -79,6 +79,12 @@ def test_weights_sum_to_one_and_experts_are_the_likeliest():
     np.testing.assert_array_equal(np.sort(routing.experts), np.sort(np.argsort(-np.asarray(logits))[..., :2]))
 
 
+def test_of_equal_scores_the_first_are_chosen():
+    """As `lax.top_k` does, and numpy's stable sort."""
+    logits = np.random.default_rng(0).integers(0, 3, (4, 50, 8)).astype(np.float32)
+    np.testing.assert_array_equal(route(logits, 2).experts, np.argsort(-logits, axis=-1, kind="stable")[..., :2])
+
+
 def test_golden_dense_reference(golden):
     """The original's dense and sparse forms, run in PyTorch on one input, and its balance loss."""
     data = golden("moe_dense.npz")
