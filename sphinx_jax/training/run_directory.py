@@ -37,6 +37,16 @@ def check(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
 
 
+def check_same(out: Path, options: dict[str, Any]) -> None:
+    """Raises UserError where the run to be resumed was begun with options that give its state another shape."""
+    begun = json.loads((out / "options.json").read_text())
+    for name in ("preset", "stage", "moments"):
+        if begun[name] != options[name]:
+            raise UserError(
+                f"--resume: {out} was begun with --{name} {begun[name]}, not {options[name]}; give the same"
+            )
+
+
 def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) -> None:
     """Raises UserError where the run to be resumed has not these adapters (None: none) of the checkpoint `base`."""
     recorded = lora.read_record(out) if lora.is_lora(out) else None
