@@ -71,7 +71,7 @@ for recipe, plan in zip(recipes, plans):
     program = train_program(CONFIG, recipe, mesh)
     step = jax.jit(program.step, donate_argnums=0)
 
-    params = starting_params(CONFIG, program.params, 0, mesh, None)
+    params = {n: starting_params(n, CONFIG, program, recipe, mesh, None) for n in program.state.params}
     kept = init_state(params, program.optimizer, mesh), put(batch, mesh)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     with sharding.use(mesh):
