@@ -152,7 +152,8 @@ def made_up(abstract: Any) -> Any:
 
     drawn = jax.jit(fill, static_argnums=1)
     leaves, structure = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(structure, [drawn(i * 40503, leaf) for i, leaf in enumerate(leaves)])
+    made = [jax.device_put(drawn(i * 40503, leaf), leaf.sharding) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, made)
 
 
 def clock(run: Callable[[], None]) -> float:
