@@ -51,8 +51,8 @@ def run(options: Options) -> None:
     out = run_directory.choose(options.out, options.preset)
     run_directory.check(out, options.resume, options.overwrite)
     if options.resume:
-        run_directory.check_same(out, dataclasses.asdict(options))
         run_directory.check_adapters(out, make_lora(options), options.init)
+        run_directory.check_same(out, dataclasses.asdict(options))
     commandline.keep_compiled_programs()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
     sharding.check_processes(mesh)
