@@ -29,7 +29,6 @@ import numpy as np
 from jobs import Job, Ours, clock, made_up, training
 
 from sphinx_jax.config import DecoderConfig, SphinxConfig
-from sphinx_jax.inference.engine import PREFILL_TOKENS
 from sphinx_jax.kernels.experts import choose_form, experts_sum
 
 PARTS = ("transformers", "inference", "experts", "training", "transformers training")
@@ -44,12 +43,13 @@ TRAINED_BYTES = 20
 
 
 class Sizes(NamedTuple):
-    """What is measured. `experts` are numbers of tokens, `training` is (sequences, length)."""
+    """What is measured. `experts` are numbers of tokens, `training` is (sequences, length); `piece` is how many tokens
+    of a prompt are read at a time, None as the engine does."""
 
     full: DecoderConfig
     dtype: str
     prompts: tuple[int, ...]
-    piece: int
+    piece: int | None
     answers: tuple[int, ...]
     training: tuple[int, int]
     experts: tuple[int, ...]
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    DecoderConfig(), "bfloat16", (512, 2048, 8192), PREFILL_TOKENS, (1, 8, 64), (2, 2048),
+    DecoderConfig(), "bfloat16", (512, 2048, 8192), None, (1, 8, 64), (2, 2048),
     (1, 8, 64, 128, 512, 2048, 4096), 8192, 1 << 31,
 )  # fmt: skip
 TINY = Sizes(

@@ -18,7 +18,7 @@ from sharding.plan import memory_of
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import PREFILL_TOKENS, bucket
+from sphinx_jax.inference.engine import bucket, prefill_tokens
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.model import SphinxMoE
@@ -57,8 +57,12 @@ class Ours:
         args = (self.params, tokens, None)
         return np.asarray(self._programs.logits().compile(args, self.mesh)(*args))
 
-    def prefill(self, tokens: np.ndarray, piece: int = PREFILL_TOKENS) -> Job:
-        """Prompts of one length, a multiple of `piece` or less than it, read as the engine reads them."""
+    def prefill(self, tokens: np.ndarray, piece: int | None = None) -> Job:
+        """Prompts of one length, a multiple of `piece` or less than it, read as the engine reads them.
+
+        `piece` is the engine's own unless given.
+        """
+        piece = piece or prefill_tokens(self.mesh)
         rows, length = tokens.shape
         empty = self._programs.abstract_state(rows, bucket(length))
         make = self._programs.new_state(rows, bucket(length)).compile((), self.mesh)

@@ -165,6 +165,13 @@ def platform() -> str:
     return active[0].devices.flat[0].platform if active else jax.default_backend()
 
 
+def compute_capability() -> str | None:
+    """Of the GPU that is compiled for, such as "9.0"; None where it is none."""
+    active = _active.get()
+    device = active[0].devices.flat[0] if active else jax.devices()[0]
+    return getattr(device, "compute_capability", None)
+
+
 def device_count() -> int:
     """How many devices the mesh in use has; 1 outside of a mesh."""
     active = _active.get()

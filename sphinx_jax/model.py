@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.config import LoraConfig, SphinxConfig
-from sphinx_jax.language.cache import causal_mask, turn_mask, turn_positions
+from sphinx_jax.language.cache import turn_mask, turn_positions
 from sphinx_jax.language.decoder import Decoder
 from sphinx_jax.vision.ensemble import Ensemble
 
@@ -58,7 +58,7 @@ class SphinxMoE(nnx.Module):
         picture = length - tokens.shape[1]
         if turns is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-            mask = causal_mask(positions, length)
+            mask = "causal"
         else:
             # The picture stands after the first token, in the shared beginning.
             turns = jnp.concatenate([turns[:, :1], jnp.zeros((batch, picture), turns.dtype), turns[:, 1:]], axis=1)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.engine import PREFILL_TOKENS, Engine
+from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Picture, Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import Session
@@ -43,7 +43,7 @@ class Chat:
         self._engine = engine
         self._max_new_tokens, self._sampling, self._seed, self._stop = max_new_tokens, sampling, seed, stop
         # Padding of the last piece of a prompt may reach past the context.
-        self._session = Session(engine, engine.context + PREFILL_TOKENS)
+        self._session = Session(engine, engine.context + engine.prefill_tokens)
 
     def reset(self, picture: Picture | None) -> None:
         """Forget the turns and look at another picture, or at none."""

@@ -28,9 +28,6 @@ from sphinx_jax.inference.stopping import stop_table
 CONTEXT = 4096
 """Positions that a conversation may take, the picture included, unless the user says otherwise."""
 
-PREFILL_TOKENS = 512
-"""Longer prompts are read in pieces of this many tokens, so that memory does not grow with the prompt."""
-
 ENCODE_PIXELS = 1 << 21
 """Pixels of pictures encoded at once at most: 8 of 512 x 512."""
 
@@ -51,9 +48,20 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def slots_for(text: int, picture: int, answer: int, context: int) -> int:
-    """Positions of the cache for a prompt of so many text and picture tokens, padded as it is read, and its answer."""
-    whole = text // PREFILL_TOKENS * PREFILL_TOKENS
+def prefill_tokens(mesh: Mesh) -> int:
+    """Longer prompts are read in pieces of this many tokens, so that memory does not grow with the prompt.
+
+    A GPU reads a layer's weights for every piece: it takes some thousand tokens until computing takes longer.
+    """
+    return 512 if mesh.devices.flat[0].platform == "cpu" else 2048
+
+
+def slots_for(text: int, picture: int, answer: int, context: int, piece: int) -> int:
+    """Positions of the cache for a prompt of so many text and picture tokens, padded as it is read, and its answer.
+
+    It is read in pieces of `piece` tokens.
+    """
+    whole = text // piece * piece
     padded = picture + (whole + bucket(text - whole) if text > whole else whole)
     return bucket(max(padded, min(picture + text + answer, context)))
 
@@ -78,7 +86,7 @@ class Engine:
         if context < 2:
             raise UserError(f"the context must be 2 positions or more, got {context}")
         self.config, self.tokenizer, self.mesh, self.context = config, tokenizer, mesh, context
-        self.params = params
+        self.params, self.prefill_tokens = params, prefill_tokens(mesh)
         dtype = params["language"]["embedding"]["table"].dtype
         self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
         self._compiled: dict[tuple, Callable] = {}
@@ -199,7 +207,7 @@ class Engine:
     def slots_needed(self, request: Request) -> int:
         """Positions of the cache that the prompt, padded as it will be read, and its answer need."""
         picture = self.prompt_length(request) - len(request.tokens)
-        return slots_for(len(request.tokens), picture, request.max_new_tokens, self.context)
+        return slots_for(len(request.tokens), picture, request.max_new_tokens, self.context, self.prefill_tokens)
 
     def read_prompts(
         self,
@@ -216,7 +224,7 @@ class Engine:
         """
         image_words = self.config.image_words if requests[0].picture else 0
         words = self.encode([r.picture for r in requests]) if image_words and not reuse else None
-        for first in range(reuse, max(len(r.tokens) for r in requests), PREFILL_TOKENS):
+        for first in range(reuse, max(len(r.tokens) for r in requests), self.prefill_tokens):
             at = [i for i, r in enumerate(requests) if len(r.tokens) > first]
             chunk = self._chunk([rows[i] for i in at], [requests[i] for i in at], first, image_words, state, sampling)
             group_words = None
@@ -234,8 +242,8 @@ class Engine:
         state: steps.State,
         sampling: Sampling,
     ) -> steps.Chunk:
-        """Tokens `first` to `first` + PREFILL_TOKENS of each request, padded to a bucket both ways."""
-        parts = [list(r.tokens[first : first + PREFILL_TOKENS]) for r in requests]
+        """Tokens `first` to `first` + `prefill_tokens` of each request, padded to a bucket both ways."""
+        parts = [list(r.tokens[first : first + self.prefill_tokens]) for r in requests]
         batch, text = power_of_two(len(parts)), bucket(max(map(len, parts)))
         chunk = steps.Chunk(
             row=np.full(batch, state.rows, np.int32),

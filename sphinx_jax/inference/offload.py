@@ -79,8 +79,8 @@ class LayerPrograms:
 
         def function(layer: dict, x: Hidden, positions: Positions, cache: LayerCache, chunk: steps.Chunk):
             slots = length if fresh else cache.k.shape[1]
-            own = steps.own_slots(cache, chunk, slots, fresh)
-            x, own, _ = nnx.merge(self._layer, nnx.State(layer))(x, positions, causal_mask(positions, slots), own)
+            own, mask = steps.own_slots(cache, chunk, slots, fresh), steps.chunk_mask(positions, slots, fresh)
+            x, own, _ = nnx.merge(self._layer, nnx.State(layer))(x, positions, mask, own)
             return x, steps.put_slots(cache, own, chunk)
 
         return Program(function, (1, 3), (self.hidden_sharding(batch, length), sharding.shardings_of(cache)))
@@ -127,7 +127,7 @@ class LayerPrograms:
 
         def function(layer: dict, x: Hidden) -> Hidden:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-            return nnx.merge(self._layer, nnx.State(layer))(x, positions, causal_mask(positions, length))[0]
+            return nnx.merge(self._layer, nnx.State(layer))(x, positions, "causal")[0]
 
         return Program(function, (1,), self.hidden_sharding(batch, length))
 

@@ -16,6 +16,7 @@ from sharding import Rules, constrain, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
+from sphinx_jax.kernels.attention import Mask
 from sphinx_jax.language.attention import LayerCache
 from sphinx_jax.language.cache import Cache, causal_mask, make_cache
 from sphinx_jax.model import SphinxMoE, bind
@@ -116,7 +117,7 @@ def prefill(
     embedded, positions = begin_chunk(model, chunk, words)
     slots = slots_seen(state, positions, fresh)
     cache = [own_slots(layer, chunk, slots, fresh) for layer in state.cache]
-    hidden, cache, _ = model.language(embedded, positions, causal_mask(positions, slots), cache)
+    hidden, cache, _ = model.language(embedded, positions, chunk_mask(positions, slots, fresh), cache)
     cache = [put_slots(whole, part, chunk) for whole, part in zip(state.cache, cache, strict=True)]
     rest = end_chunk(model, vocab_size, state._replace(cache=[]), chunk, hidden, sampling, stops)
     return rest._replace(cache=cache)
@@ -133,6 +134,11 @@ def begin_chunk(
 def slots_seen(state: State, positions: Int[Array, "batch length"], fresh: bool) -> int:
     """Slots that a chunk looks at: most prompts are far shorter than the cache, which is not read past them."""
     return positions.shape[1] if fresh else state.slots
+
+
+def chunk_mask(positions: Int[Array, "batch length"], slots: int, fresh: bool) -> Mask:
+    """What a chunk's tokens may look at of those slots."""
+    return "causal" if fresh else causal_mask(positions, slots)
 
 
 def own_slots(layer: LayerCache, chunk: Chunk, slots: int, fresh: bool) -> LayerCache:

@@ -1,28 +1,49 @@
-"""Attention over grouped queries: one function, the backend chosen by platform."""
+"""Attention over grouped queries: one function, its form chosen by platform, mask and sizes.
+
+- `flash` keeps no scores (see `flash`): on Hopper GPUs, where each query sees the keys up to its own.
+- `one query` reads keys and values where they lie: for decoding.
+- `scores` multiplies all queries by all keys, and is for everything else.
+"""
+
+import importlib.metadata
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+import sharding
 from sharding import per_device
+from sphinx_jax.kernels import flash
+from sphinx_jax.kernels.said import say_once
+
+Mask = Bool[Array, "batch q_len kv_len"] | Literal["causal"] | None
+"""True where a query may look; "causal": query i sees keys 0 to i; None: all see all."""
+
+Form = Literal["flash", "one query", "scores"]
+
+_HEADS, _KEYS = ("batch", None, "kv_heads", "queries", "head_dim"), ("batch", None, "kv_heads", None)
 
 
 def attention(
     q: Float[Array, "batch q_len kv_heads group head_dim"],
     k: Float[Array, "batch kv_len kv_heads head_dim"],
     v: Float[Array, "batch kv_len kv_heads head_dim"],
-    mask: Bool[Array, "batch q_len kv_len"] | None = None,
+    mask: Mask = None,
 ) -> Float[Array, "batch q_len kv_heads group head_dim"]:
     """softmax(q k' / sqrt(head_dim)) v, each key and value head serving `group` query heads.
 
-    `mask` is True where a query may look; None means all keys. Scores and softmax are float32. Keys
-    and values are never repeated: the group is a dimension of the query alone.
+    Scores and softmax are float32. Keys and values are never repeated: the group is a dimension of the query alone.
     """
-    if q.shape[1] == 1:
-        heads = ("batch", None, "kv_heads", "queries", "head_dim")
-        keys = ("batch", None, "kv_heads", None)
+    form = _form(q, k, mask)
+    say_once(f"attention of {q.shape[1]} queries on {sharding.platform()}: {form}")
+    if form == "flash":
+        return per_device(_flash, (_HEADS, _KEYS, _KEYS), _HEADS, sum_over=())(q, k, v)
+    if isinstance(mask, str):
+        mask = (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[None]
+    if form == "one query":
         mask = jnp.ones((q.shape[0], 1, k.shape[1]), bool) if mask is None else mask
-        own = per_device(_one_query, (heads, keys, keys, ("batch", None, None)), heads, sum_over=())
+        own = per_device(_one_query, (_HEADS, _KEYS, _KEYS, ("batch", None, None)), _HEADS, sum_over=())
         return own(q, k, v, mask)
     scores_BKGQS = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
     scores_BKGQS = scores_BKGQS * (q.shape[-1] ** -0.5)
@@ -30,6 +51,38 @@ def attention(
         scores_BKGQS = jnp.where(mask[:, None, None], scores_BKGQS, -jnp.inf)
     weights_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights_BKGQS, v)
+
+
+def _form(q: Array, k: Array, mask: Mask) -> Form:
+    if q.shape[1] == 1:
+        return "one query"
+    hopper = isinstance(mask, str) and sharding.compute_capability() == "9.0" and not _miscompiles_masks()
+    fits = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in flash.HEAD_DIMS
+    # The scores of fewer are small.
+    return "flash" if hopper and fits and q.shape[1] == k.shape[1] >= flash.TILE else "scores"
+
+
+def _miscompiles_masks() -> bool:
+    """Whether the assembler for GPUs is one of which jax says that it gets causal attention wrong.
+
+    From CUDA 12.8 up to before 12.9.1: `jax.experimental.pallas.ops.gpu.attention_mgpu` refuses to run there.
+    """
+    try:
+        version = importlib.metadata.version("nvidia-cuda-nvcc-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    wrong = (12, 8) <= tuple(map(int, version.split("."))) < (12, 9, 86)
+    if wrong:
+        say_once(f"nvidia-cuda-nvcc-cu12 {version} gets masks wrong: 12.9.86 or newer makes attention faster")
+    return wrong
+
+
+def _flash(q, k, v):
+    """One device's heads, the length filled up to whole tiles: what is past the end, no real query sees."""
+    batch, length = q.shape[:2]
+    filled = lambda x: jnp.pad(x, ((0, 0), (0, -length % flash.TILE), (0, 0), (0, 0)))
+    out = flash.flash_attention(*map(filled, (q.reshape(batch, length, -1, q.shape[-1]), k, v)))
+    return out[:, :length].reshape(q.shape)
 
 
 def _one_query(q, k, v, mask):

@@ -10,8 +10,6 @@ k experts a token:
 - `blocks` sorts the assignments by expert and multiplies block by block: the arithmetic of the chosen experts alone.
 """
 
-import functools
-import logging
 from typing import Literal
 
 import jax
@@ -31,8 +29,7 @@ from sphinx_jax.kernels.expert_blocks import (
 )
 from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
 from sphinx_jax.kernels.quantized import Quantized
-
-log = logging.getLogger(__name__)
+from sphinx_jax.kernels.said import say_once
 
 Form = Literal["chosen", "every", "blocks"]
 
@@ -66,7 +63,7 @@ def experts_sum(
     if factors or (form == "every" and isinstance(w_in, Quantized)):
         # Which makes numbers of one expert's quantized weights at a time, not of all.
         form = "blocks"
-    _say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
+    say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
     if form == "blocks":
         largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK
         sizes = block_sizes(experts.size, w_in.shape[0], largest)
@@ -80,11 +77,6 @@ def choose_form(platform: str, tokens: int, k: int, num_experts: int) -> Form:
         return "chosen"
     # A CPU's arithmetic is too slow for more than needs be.
     return "every" if tokens <= EVERY_TOKENS and platform != "cpu" else "blocks"
-
-
-@functools.lru_cache(maxsize=1024)
-def _say_once(message: str) -> None:
-    log.info(message)
 
 
 def _swiglu(gate_up: Float[Array, "*rows 2 hidden"]) -> Float[Array, "*rows hidden"]:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 import sharding
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.attention import Mask, attention
 from sphinx_jax.kernels.project import project
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch length dim"],
         positions: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length keys"],
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
+from sphinx_jax.kernels.attention import Mask
 from sphinx_jax.language.attention import Attention, LayerCache
 from sphinx_jax.language.cache import Cache
 from sphinx_jax.language.moe import MoE
@@ -27,7 +28,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "batch length dim"],
         positions: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length keys"],
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None, dict[str, Any]]:
         normed = constrain(self.attention_norm(x), "batch", "residual", None)
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "batch length dim"],
         positions: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length keys"],
+        mask: Mask,
         cache: Cache | None = None,
         *,
         remat: str = "none",

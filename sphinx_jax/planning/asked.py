@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import ENCODE_PIXELS, PREFILL_TOKENS, bucket, power_of_two, slots_for
+from sphinx_jax.inference.engine import ENCODE_PIXELS, bucket, power_of_two, prefill_tokens, slots_for
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import PREFILL_ROWS
@@ -26,14 +26,15 @@ class Asked:
         self._config, vision, vocab = config, config.vision, config.language.vocab_size
         self._dtype = params["language"]["embedding"]["table"].dtype
         self.programs = Programs(config, graph, vocab, mesh, self._dtype)
+        self.piece = prefill_tokens(mesh)
         # The last chunk is padded, so that the cache may be longer than the context.
-        slots = slots_for(context - config.image_words - 1, config.image_words, 1, context)
+        slots = slots_for(context - config.image_words - 1, config.image_words, 1, context, self.piece)
         self.state = self.programs.abstract_state(rows, slots)
         self.sampling = jax.tree.map(lambda x: self.whole((), np.asarray(x).dtype), Sampling().values())
         self.stops = self.whole((STOP_STATES, vocab), jnp.int16)
         self.batch = power_of_two(min(rows, PREFILL_ROWS))
-        self.text = bucket(min(PREFILL_TOKENS, context - config.image_words))
-        self.reads_on = context - config.image_words > PREFILL_TOKENS
+        self.text = bucket(min(self.piece, context - config.image_words))
+        self.reads_on = context - config.image_words > self.piece
         words = self.whole((vision.views, vision.view_words, config.language.dim), self._dtype) if vision else None
         self.words = (words,) * self.batch if vision else None
 

@@ -12,7 +12,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import PREFILL_TOKENS
+from sphinx_jax.inference.engine import prefill_tokens
 from sphinx_jax.kernels.quantized import Kind
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.planning.asked import Asked
@@ -66,7 +66,7 @@ def inference_plan(
     reading = flops.busiest / gpu.bf16_flops
     notes = ()
     if offload:
-        passes = -(-(context - config.image_words) // PREFILL_TOKENS)
+        passes = -(-(context - config.image_words) // prefill_tokens(mesh))
         decoding = max(decoding, waiting / gpu.host_bandwidth)
         reading = max(reading, passes * waiting / gpu.host_bandwidth)
         notes = (
@@ -113,7 +113,7 @@ def inference_jobs(
     first = (params, state, asked.chunk(asked.text), asked.words, asked.sampling, asked.stops)
     jobs.append(Job("read a prompt's beginning", programs.prefill(state, fresh=True), first, (0, 1)))
     if asked.reads_on:
-        further = (params, state, asked.chunk(PREFILL_TOKENS), None, asked.sampling, asked.stops)
+        further = (params, state, asked.chunk(asked.piece), None, asked.sampling, asked.stops)
         jobs.append(Job("read on", programs.prefill(state, fresh=False), further, (0, 1)))
     decode = (params, state, asked.sampling, asked.stops, asked.whole(()), asked.whole(()))
     jobs.append(Job("decode one token", programs.decode(state), decode, (0, 1)))

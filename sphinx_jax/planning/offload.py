@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from sharding import bytes_per_device
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import PREFILL_TOKENS
 from sphinx_jax.inference.offload import LayerPrograms, split_layers
 from sphinx_jax.planning.asked import Asked
 from sphinx_jax.planning.jobs import Job
@@ -41,7 +40,7 @@ def offload_jobs(
 
     reading("a prompt's beginning", asked.text, asked.words, fresh=True)
     if asked.reads_on:
-        reading("reading on", PREFILL_TOKENS, None, fresh=False)
+        reading("reading on", asked.piece, None, fresh=False)
     x, positions = hidden(rows, 1)
     jobs.append(Job("begin one token", programs.begin_token(rows), (around, rest), (0, 1)))
     jobs.append(Job("end one token", programs.end_token(rest), (around, rest, x, *ending), (0, 1)))

@@ -39,7 +39,9 @@ def test_two_hundred_mixed_requests():
 
     lengths = range(2, LONGEST + 1)
     texts = {bucket(n) for n in lengths}
-    slots = {slots_for(n, picture, a, CONTEXT) for n in lengths for picture in (0, words) for a in range(1, ANSWER)}
+    slots = {
+        slots_for(n, picture, a, CONTEXT, 512) for n in lengths for picture in (0, words) for a in range(1, ANSWER)
+    }
     assert texts == {64, 96} and slots == {64, 96, 128}
     batches = {power_of_two(n) for n in range(1, ROWS + 1)}
     # For each size of the cache an empty one, the decoding loop, and what reads prompts with and without a picture;

@@ -131,7 +131,7 @@ def test_a_prompt_read_in_pieces_is_the_same_prompt(model, images, answers, monk
     monkeypatch.setattr(
         Engine, "_prefill", lambda self, state, chunk, *rest: read.append(chunk) or original(self, state, chunk, *rest)
     )
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(model.engine, "prefill_tokens", 20)
     (again,) = model.complete(PROMPTS[:1], images[:1], max_new_tokens=NEW)
     assert again.tokens == answers[0].tokens
     assert [chunk.length.tolist() for chunk in read[:2]] == [[20], [20]] and len(read) == 3
