@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices and exact float32 products for every test."""
+"""Eight simulated CPU devices and exact float32 products for every test but those that need a GPU."""
 
 import json
 import tarfile
@@ -11,7 +11,12 @@ import pytest
 
 import sharding
 
-sharding.simulate_devices(8)
+
+def pytest_configure(config):
+    if config.getoption("markexpr") != "gpu":
+        sharding.simulate_devices(8)
+
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Compiling takes most of the time of these tests, and several compile the same program.
@@ -52,6 +57,29 @@ def golden():
             return dict(arrays)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def causal_attention():
+    """q [B, S, K, G, D], k and v [B, S, K, D], gradient of the output -> the output, gradients of q, k and v.
+
+    float64, from the definition.
+    """
+
+    def reference(*args):
+        # [B, K, G, L, D]
+        q, k, v, d_out = (np.moveaxis(np.asarray(x, np.float64), 1, -2) for x in args)
+        k, v, scale = k[:, :, None], v[:, :, None], q.shape[-1] ** -0.5
+        scores = q @ k.swapaxes(-1, -2) * scale
+        scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        d_weights = d_out @ v.swapaxes(-1, -2)
+        d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True)) * scale
+        d_k, d_v = ((d.swapaxes(-1, -2) @ x).sum(axis=2) for d, x in ((d_scores, q), (weights, d_out)))
+        return tuple(np.moveaxis(x, -2, 1) for x in (weights @ v, d_scores @ k, d_k, d_v))
+
+    return reference
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,17 @@ ROWS = 64
 PREFILL_ROWS = 16
 """Prompts read at once at most."""
 
+READ_TOKENS = 8192
+"""Tokens of all prompts that are read at once, pictures aside, at most: memory grows with them."""
+
 STEPS = 64
 """Tokens chosen between two looks of the host at who is done, which is also how soon Ctrl-C is heard."""
+
+
+def prompts_at_once(tokens: int, piece: int) -> int:
+    """How many prompts of up to so many tokens, read in pieces of `piece`, are read at once: a power of two."""
+    most = READ_TOKENS // min(bucket(tokens), piece)
+    return min(PREFILL_ROWS, 1 << (most.bit_length() - 1))
 
 
 def serve(
@@ -38,7 +47,7 @@ def serve(
             size, state = min(rows, power_of_two(len(queue))), None
             state = engine.new_state(size, queue.slots_needed())
         free = [row for row in range(state.rows) if row not in active]
-        while free and (group := queue.take(min(len(free), PREFILL_ROWS), state.slots)):
+        while free and (group := queue.take(len(free), state.slots)):
             taken, free = free[: len(group)], free[len(group) :]
             state = engine.read_prompts(state, taken, [request for _, request in group], sampling, table)
             active |= {row: index for row, (index, _) in zip(taken, group, strict=True)}
@@ -95,10 +104,11 @@ class _Queue:
     def take(self, count: int, slots: int) -> list[tuple[int, Request]]:
         """Up to `count` that are like the one that has waited longest: a picture or none, and the same length bucket.
 
-        Empty if that one needs more than `slots`: it waits for a longer cache.
+        No more than are read at once. Empty if that one needs more than `slots`: it waits for a longer cache.
         """
         if not self._waiting or self._waiting[0][2] > slots:
             return []
+        count = min(count, prompts_at_once(len(self._waiting[0][1].tokens), self._engine.prefill_tokens))
         like = lambda entry: (entry[1].picture is None, bucket(len(entry[1].tokens)), entry[2] <= slots)
         chosen = [entry for entry in self._waiting if like(entry) == like(self._waiting[0])][:count]
         gone = {index for index, *_ in chosen}

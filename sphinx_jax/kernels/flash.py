@@ -6,7 +6,6 @@ forward pass a running maximum, sum and output of the softmax, the gradient the 
 """
 
 import functools
-import inspect
 import math
 
 import jax
@@ -114,7 +113,7 @@ def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, 
 
     def step(index, k, v, k_done, v_done, carry):
         out, maximum, total = carry
-        scores = _product(q, plgpu.transpose_ref(k, (1, 0)))
+        scores = _product(q, k.transpose((1, 0)))
         plgpu.barrier_arrive(k_done)
         scores = jnp.where(_sees(mine.start, index[0] * TILE, scores.shape), scores * scale, -jnp.inf)
         # Every query sees key 0, which is in the first block: from there on the maximum is finite.
@@ -153,10 +152,10 @@ def _d_query_tile(
 
     def step(index, k, v, k_done, v_done, carry):
         d_q, lse, delta = carry
-        scores = _product(q, plgpu.transpose_ref(k, (1, 0)))
+        scores = _product(q, k.transpose((1, 0)))
         weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - _along_rows(lse, scores.shape))
         weights = jnp.where(_sees(mine.start, index[0] * TILE, scores.shape), weights, 0.0)
-        d_weights = _product(d_out, plgpu.transpose_ref(v, (1, 0)))
+        d_weights = _product(d_out, v.transpose((1, 0)))
         plgpu.barrier_arrive(v_done)
         d_scores = weights * (d_weights - _along_rows(delta, scores.shape))
         d_q = _product(d_scores.astype(k.dtype), k, d_q)
@@ -195,14 +194,14 @@ def _d_key_tile(
     def step(index, q, d_out, lse, delta, q_done, d_out_done, lse_done, delta_done, carry):
         d_k, d_v = carry
         # Keys by queries, so that no product needs its left side turned.
-        scores = _product(k, plgpu.transpose_ref(q, (1, 0)))
+        scores = _product(k, q.transpose((1, 0)))
         lse = lax.broadcast_in_dim(_load(lse, _COLUMN), scores.shape, [1])
         plgpu.barrier_arrive(lse_done)
         weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - lse)
         sees = _sees(block_of(index[0]) * _HALF, mine.start, scores.shape, query_dim=1)
         weights = jnp.where(sees, weights, 0.0)
         d_v = _product(weights.astype(d_out.dtype), d_out, d_v)
-        d_weights = _product(v, plgpu.transpose_ref(d_out, (1, 0)))
+        d_weights = _product(v, d_out.transpose((1, 0)))
         plgpu.barrier_arrive(d_out_done)
         delta = lax.broadcast_in_dim(_load(delta, _COLUMN), scores.shape, [1])
         plgpu.barrier_arrive(delta_done)
@@ -267,8 +266,8 @@ def _product(a, b, onto=None):
 
 
 def _load(ref, layout):
-    # jax 0.10.2 asks for an index, jax 0.12 takes none.
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    # jax 0.10 asks for an index, jax 0.12 takes none.
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
     return plgpu.load(ref, *index, layout=layout)
 
 

@@ -12,7 +12,7 @@ from sphinx_jax.inference import steps
 from sphinx_jax.inference.engine import ENCODE_PIXELS, bucket, power_of_two, prefill_tokens, slots_for
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.serving import PREFILL_ROWS
+from sphinx_jax.inference.serving import prompts_at_once
 from sphinx_jax.planning.jobs import Job
 
 STOP_STATES = 32
@@ -32,7 +32,7 @@ class Asked:
         self.state = self.programs.abstract_state(rows, slots)
         self.sampling = jax.tree.map(lambda x: self.whole((), np.asarray(x).dtype), Sampling().values())
         self.stops = self.whole((STOP_STATES, vocab), jnp.int16)
-        self.batch = power_of_two(min(rows, PREFILL_ROWS))
+        self.batch = power_of_two(min(rows, prompts_at_once(context - config.image_words, self.piece)))
         self.text = bucket(min(self.piece, context - config.image_words))
         self.reads_on = context - config.image_words > self.piece
         words = self.whole((vision.views, vision.view_words, config.language.dim), self._dtype) if vision else None

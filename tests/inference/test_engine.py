@@ -8,10 +8,10 @@ import pytest
 
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
-from sphinx_jax.inference.engine import Engine, bucket
+from sphinx_jax.inference.engine import Engine, bucket, power_of_two
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.serving import Session, answer_all, serve
+from sphinx_jax.inference.serving import Session, answer_all, prompts_at_once, serve
 
 # All prompts are of one length bucket, and prompt and answer of one bucket of cache slots, so that the tests share
 # compiled programs: those take seconds, the answers milliseconds.
@@ -257,3 +257,12 @@ def test_buckets_waste_at_most_half():
         size = bucket(n)
         assert n <= size <= max(64, 1.5 * n)
     assert len({bucket(n) for n in range(1, 4097)}) == 13
+
+
+@pytest.mark.parametrize("piece", [512, 2048])
+def test_prompts_read_at_once_take_bounded_memory(piece):
+    for n in range(1, 3000):
+        prompts = prompts_at_once(n, piece)
+        assert power_of_two(prompts) == prompts <= 16
+        # Twice as many would be too many.
+        assert prompts * min(bucket(n), piece) <= 8192 and (prompts == 16 or 2 * prompts * min(bucket(n), piece) > 8192)

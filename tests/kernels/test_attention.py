@@ -1,9 +1,20 @@
-"""Attention against plain numpy, one query at a time."""
+"""Attention against plain numpy; on Hopper GPUs interpreted here, and compiled."""
 
+import logging
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import sharding
+from sharding.plan import compile_ahead
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.kernels import flash
 from sphinx_jax.kernels.attention import attention
+from sphinx_jax.model import SphinxMoE, bind
+from sphinx_jax.planning.inference import inference_jobs
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -20,3 +31,117 @@ def test_values(queries, masked):
         scores = k[b, seen, h].astype(np.float64) @ q[b, t, h, g] / np.sqrt(8)
         weights = np.exp(scores - scores.max())
         np.testing.assert_allclose(ours[b, t, h, g], weights @ v[b, seen, h] / weights.sum(), rtol=1e-5, atol=1e-6)
+
+
+def drawn(dtype, length, kv_heads=2, group=2, head_dim=64, batch=2):
+    """q, k, v and a gradient of the output."""
+    rng = np.random.default_rng(length)
+    heads, keys = (batch, length, kv_heads, group, head_dim), (batch, length, kv_heads, head_dim)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in (heads, keys, keys, heads)]
+
+
+@jax.jit
+def with_gradients(q, k, v, d_out):
+    out, gradients = jax.vjp(lambda *args: attention(*args, "causal"), q, k, v)
+    return out, *gradients(d_out)
+
+
+def far(ours, reference):
+    """Distance between two arrays, as a part of the second's size."""
+    return np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
+
+
+def test_causal_without_a_mask(causal_attention):
+    args = drawn(jnp.float32, 9)
+    assert all(far(*pair) < 1e-6 for pair in zip(with_gradients(*args), causal_attention(*args), strict=True))
+
+
+def product(a, b, onto=0.0):
+    """Of the tensor cores: the interpreter knows it with both sides in shared memory only."""
+    a, b = (side if isinstance(side, jax.Array) else side[...] for side in (a, b))
+    return jnp.dot(a, b, preferred_element_type=jnp.float32) + onto
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("needs jax 0.11 or newer, which can interpret kernels for Hopper")
+    monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(flash, "_product", product)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+@pytest.mark.parametrize("length", [128, 200])
+def test_on_hopper(interpreted, causal_attention, caplog, length):
+    """Also of a length that is no multiple of the tile: nothing of the filling up is seen."""
+    args = drawn(jnp.bfloat16, length, batch=1)
+    with caplog.at_level(logging.INFO):
+        ours = with_gradients(*args)
+    assert f"attention of {length} queries on cpu: flash" in caplog.text
+    # Two products of numbers of 8 bits, each rounded once more.
+    assert all(far(*pair) < 5e-3 for pair in zip(ours, causal_attention(*args), strict=True))
+
+
+def plain(q, k, v):
+    """What the kernel computes, of `group` heads side by side for each key head."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]).astype(jnp.float32)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    out = jnp.einsum("bkgqs,bskd->bqkgd", jax.nn.softmax(scores), v.astype(jnp.float32))
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(k.dtype)
+
+
+def test_on_several_hoppers(causal_attention, monkeypatch):
+    """Two devices share a key head: each has one of its queries' heads, and the gradients of keys are added up.
+
+    The interpreter mixes up the devices' memory, so the kernel itself is left out.
+    """
+    parts = []
+    monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(flash, "flash_attention", lambda q, *kv: parts.append(q.shape) or plain(q, *kv))
+    args = drawn(jnp.bfloat16, 136)
+    with sharding.use(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
+        ours = jax.jit(with_gradients.__wrapped__)(*args)
+    assert set(parts) == {(1, 256, 1, 64)}
+    assert all(far(*pair) < 1e-2 for pair in zip(ours, causal_attention(*args), strict=True))
+
+
+LENGTH = 2048
+CONFIG = SphinxConfig(DecoderConfig(256, 512, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
+
+
+def kernels_and_scores(compiled):
+    """How often a Mosaic kernel is called, and whether something as large as all scores is made."""
+    text = compiled.as_text()
+    return text.count('custom_call_target="mosaic_gpu'), f"{LENGTH},{LENGTH}]" in text
+
+
+def test_a_prompt_read_on_hopper(gpu_mesh):
+    """Its beginning is read without scores; what is read on looks back, at scores of everything."""
+    mesh = gpu_mesh(tensor=2)
+    make = lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs)
+    graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
+    jobs, _ = inference_jobs(CONFIG, graph, params, mesh, rows=1, context=LENGTH + 64)
+    found = {job.name: kernels_and_scores(compile_ahead(job.program, job.args, mesh)) for job in jobs}
+    layers = CONFIG.language.num_layers
+    assert found == {
+        "read a prompt's beginning": (layers, False), "read on": (0, False), "decode one token": (0, False)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_training_on_hopper(gpu_mesh, turns):
+    """Whole sequences keep no scores in the gradient either; turns need a mask, and have them."""
+    mesh = gpu_mesh(fsdp=2, expert=2, tensor=2)
+    make = lambda rngs: SphinxMoE(CONFIG, rngs=rngs)
+    graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
+    place = sharding.place(("batch", None), (2, LENGTH), mesh)
+    tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32, sharding=place)
+
+    def loss(params, tokens):
+        return jnp.sum(bind(graph, params)(tokens, turns=tokens if turns else None, remat="block")[0])
+
+    compiled = compile_ahead(sharding.Program(jax.grad(loss)), (params, tokens), mesh)
+    # In the loop over layers: forwards, once more in the gradient, and the two parts of that.
+    assert kernels_and_scores(compiled) == ((0, True) if turns else (4, False))

@@ -1,0 +1,10 @@
+"""Tests on a real GPU: `pytest -m gpu -n 0`. Nothing here needs more than jax, flax and numpy."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def needs_a_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU, and -m gpu -n 0: otherwise tests run on simulated CPU devices")

@@ -1,0 +1,51 @@
+"""Causal attention as a Hopper GPU computes it, against float64 on the CPU."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.kernels.attention import attention
+
+pytestmark = pytest.mark.gpu
+
+
+@jax.jit
+def with_gradients(q, k, v, d_out):
+    out, gradients = jax.vjp(lambda *args: attention(*args, "causal"), q, k, v)
+    return out, *gradients(d_out)
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype"),
+    [
+        (128, 128, "bfloat16"),
+        (200, 128, "bfloat16"),
+        (1000, 128, "bfloat16"),
+        (2048, 128, "bfloat16"),
+        (384, 64, "bfloat16"),
+        (512, 128, "float16"),
+    ],
+)
+def test_causal(causal_attention, caplog, length, head_dim, dtype):
+    """Two key heads with two heads of queries each, and scores far from even."""
+    if sharding.compute_capability() != "9.0":
+        pytest.skip("needs a Hopper GPU")
+    rng = np.random.default_rng(length)
+    batch = 1 if length > 1000 else 2
+    heads, keys = (batch, length, 2, 2, head_dim), (batch, length, 2, head_dim)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (heads, keys, keys, heads))
+    q = 3 * q
+    with caplog.at_level(logging.INFO):
+        ours = with_gradients(q, k, v, d_out)
+    assert f"attention of {length} queries on gpu: flash" in caplog.text
+    for found, reference in zip(ours, causal_attention(q, k, v, d_out), strict=True):
+        assert found.dtype == dtype
+        wrong = np.asarray(found, np.float64) - reference
+        assert np.linalg.norm(wrong) < 1e-2 * np.linalg.norm(reference)
+        # Nor does a single position hide among the others.
+        size = lambda x: np.linalg.norm(np.moveaxis(x, 1, 0).reshape(length, -1), axis=1)
+        assert np.all(size(wrong) < 2e-2 * (size(reference) + np.median(size(reference))))
