@@ -51,9 +51,12 @@ def power_of_two(n: int) -> int:
 def prefill_tokens(mesh: Mesh) -> int:
     """Longer prompts are read in pieces of this many tokens, so that memory does not grow with the prompt.
 
-    A GPU reads a layer's weights for every piece: it takes some thousand tokens until computing takes longer.
+    All weights are read for each piece. Of T tokens that choose 2 of 8 experts, each byte of the experts (bfloat16)
+    is used for T / 4 operations: an H100 does 295 in the time that reading it takes, a B200 281, an A100 153. The
+    other cards, smaller ones among them, are spared the memory: a second GiB for pieces of 2,048.
     """
-    return 512 if mesh.devices.flat[0].platform == "cpu" else 2048
+    with sharding.use(mesh):
+        return 2048 if sharding.compute_capability() in ("9.0", "10.0") else 512
 
 
 def slots_for(text: int, picture: int, answer: int, context: int, piece: int) -> int:
