@@ -20,11 +20,13 @@ from sharding.rules import (
     constrain,
     device_count,
     local_experts,
+    multiprocessors,
     per_device,
     place,
     platform,
     spec,
     use,
+    vary_like,
 )
 from sharding.xla_options import compiler_options
 
@@ -50,6 +52,7 @@ __all__ = [
     "init_params",
     "local_experts",
     "make_mesh",
+    "multiprocessors",
     "per_device",
     "place",
     "platform",
@@ -58,4 +61,5 @@ __all__ = [
     "spec",
     "start_processes",
     "use",
+    "vary_like",
 ]

@@ -167,9 +167,17 @@ def platform() -> str:
 
 def compute_capability() -> str | None:
     """Of the GPU that is compiled for, such as "9.0"; None where it is none."""
+    return getattr(_device(), "compute_capability", None)
+
+
+def multiprocessors() -> int:
+    """Of the GPU that is compiled for; 1 where it is none."""
+    return getattr(_device(), "core_count", 1)
+
+
+def _device() -> jax.Device:
     active = _active.get()
-    device = active[0].devices.flat[0] if active else jax.devices()[0]
-    return getattr(device, "compute_capability", None)
+    return active[0].devices.flat[0] if active else jax.devices()[0]
 
 
 def device_count() -> int:
@@ -244,6 +252,12 @@ def _mesh_axes(s: P) -> set[str]:
 
 def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def vary_like(made: jax.Array, *args: jax.Array) -> jax.Array:
+    """`made` of `args` by a kernel, inside `per_device`: each device's own where an argument is, as jax cannot know."""
+    axes = set().union(*(jax.typeof(arg).manual_axis_type.varying for arg in args))
+    return _vary(made, axes)
 
 
 def _gather(x: jax.Array, names: tuple[str | None, ...], s: P, gather: tuple[str, ...]) -> jax.Array:

@@ -83,6 +83,39 @@ def causal_attention():
 
 
 @pytest.fixture(scope="session")
+def experts_reference():
+    """x, experts, weights, w_in, w_out, and dy or not -> y, and the gradients of sum(y dy) for all but the experts.
+
+    float64, expert by expert from the definition.
+    """
+
+    def reference(x, experts, weights, w_in, w_out, dy=None):
+        number, experts = len(w_in), np.asarray(experts)
+        x, weights = (np.asarray(a, np.float64) for a in (x, weights))
+        y, dx, dweights = (np.zeros_like(a) for a in (x, x, weights))
+        dw_in, dw_out = [], []
+        for e in range(number):
+            into, out = (np.asarray(w[e], np.float64) for w in (w_in, w_out))
+            t, j = np.nonzero(experts == e)
+            gate, up = x[t] @ into[:, 0], x[t] @ into[:, 1]
+            sigmoid = 1 / (1 + np.exp(-gate))
+            hidden, weight = gate * sigmoid * up, weights[t, j, None]
+            np.add.at(y, t, weight * (hidden @ out))
+            if dy is None:
+                continue
+            d_out = np.asarray(dy, np.float64)[t]
+            dweights[t, j] = np.sum(hidden @ out * d_out, axis=1)
+            d_hidden = weight * (d_out @ out.T)
+            d_gate, d_up = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid)), d_hidden * gate * sigmoid
+            np.add.at(dx, t, d_gate @ into[:, 0].T + d_up @ into[:, 1].T)
+            dw_in.append(np.stack([x[t].T @ d_gate, x[t].T @ d_up], axis=1))
+            dw_out.append(hidden.T @ (weight * d_out))
+        return y if dy is None else (y, (dx, dweights, np.stack(dw_in), np.stack(dw_out)))
+
+    return reference
+
+
+@pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory):
     """The path of a checkpoint directory that the original program wrote, `ens` or `ens5`, of 1 or 2 shards.
 

@@ -30,12 +30,9 @@ _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def has_gpu_compiler() -> bool:
-    """Whether jax's CUDA plugin is installed."""
-    return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None if _has("jax_plugins") else False
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    """Whether jax's CUDA plugin is installed, for whichever CUDA."""
+    has = lambda name: importlib.util.find_spec(name) is not None
+    return has("jax_plugins") and any(has(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
 def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:

@@ -33,7 +33,8 @@ def traffic(text: str) -> Traffic:
     """What a program in HLO's text form moves.
 
     A kernel that slices an operand reads the slice; one that updates a part of an operand in place writes the part;
-    any other reads its operands and writes its result whole, once. All branches of a conditional count.
+    a kernel of `sphinx_jax.kernels.grouped_matmul` reads at most one matrix for each tile; any other reads its
+    operands and writes its result whole, once. All branches of a conditional count.
     """
     computations, entry = parse(text)
     count = sum(instruction.opcode == "parameter" for instruction in computations[entry])
@@ -90,8 +91,8 @@ class _Walk:
                 return operands[0] if opcode in _SAME else None
         inner = self._computations[called(instruction)[0]] if instruction.opcode == "fusion" else None
         self.total += times * _written(instruction, body, inner)
-        for number, (name, origin) in enumerate(zip(instruction.operand_names, operands, strict=True)):
-            size = times * _read(instruction, number, body[name], inner)
+        for number, origin in enumerate(operands):
+            size = times * _read(instruction, number, body, inner)
             self.total += size
             if isinstance(origin, int):
                 self.arguments[origin] = self.arguments.get(origin, 0) + size
@@ -132,12 +133,17 @@ def _array_bytes(kind: str) -> int:
     return type_bytes(re.search(r"\w+\[[\d,]*\]", kind)[0])
 
 
-def _read(instruction: Instruction, number: int, operand: Instruction, inner: list[Instruction] | None) -> int:
+def _read(instruction: Instruction, number: int, body: dict[str, Instruction], inner: list[Instruction] | None) -> int:
     """Bytes that a kernel reads of its operand of that number."""
+    operand = body[instruction.operand_names[number]]
     whole = _elements(operand.type) if "[" in operand.type else 0
     if not whole:
         return 0
-    if inner is None:
+    if "grouped_rows" in instruction.attributes and operand.type.count(",", 0, operand.type.index("]")) == 2:
+        # [groups, in, out]; the last operands but one are of one number for each tile.
+        groups, tiles = _elements(operand.type[: operand.type.index(",")] + "]"), body[instruction.operand_names[-2]]
+        used = min(whole, whole // groups * _elements(tiles.type))
+    elif inner is None:
         used = _used(instruction, (number,), whole)
     else:
         parameter = next(i for i in inner if i.opcode == "parameter" and i.operands == str(number))

@@ -8,6 +8,7 @@ k experts a token:
 - `every` multiplies all tokens by all experts, reading each weight once. For enough words that most experts are
   chosen by some word anyway, and few enough that E / k times the arithmetic still takes less time than the reading.
 - `blocks` sorts the assignments by expert and multiplies block by block: the arithmetic of the chosen experts alone.
+- `groups` does the same in kernels made for a Hopper GPU, of the chosen experts alone in what they read and multiply.
 """
 
 from typing import Literal
@@ -27,11 +28,12 @@ from sphinx_jax.kernels.expert_blocks import (
     block_sizes,
     expert_blocks,
 )
+from sphinx_jax.kernels.expert_groups import expert_groups, groups_fit
 from sphinx_jax.kernels.project import vector_chosen_matrix, vector_matrix
 from sphinx_jax.kernels.quantized import Quantized
 from sphinx_jax.kernels.said import say_once
 
-Form = Literal["chosen", "every", "blocks"]
+Form = Literal["chosen", "every", "blocks", "groups"]
 
 EVERY_TOKENS = 128
 """Most tokens for `every` on a GPU. It does 2 x tokens operations for each weight, which in bfloat16 is 2 bytes: one
@@ -59,7 +61,7 @@ def experts_sum(
 
     `factors` are low-rank products beside the matrices (see `expert_blocks`), for training: always in blocks.
     """
-    form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0])
+    form = form or choose_form(sharding.platform(), *experts.shape, w_in.shape[0], has_kernels(x, w_in))
     if factors or (form == "every" and isinstance(w_in, Quantized)):
         # Which makes numbers of one expert's quantized weights at a time, not of all.
         form = "blocks"
@@ -68,11 +70,21 @@ def experts_sum(
         largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK
         sizes = block_sizes(experts.size, w_in.shape[0], largest)
         return expert_blocks(x, experts, weights, w_in, w_out, sizes, factors)
-    return {"chosen": _chosen, "every": _every}[form](x, experts, weights, w_in, w_out)
+    return {"chosen": _chosen, "every": _every, "groups": expert_groups}[form](x, experts, weights, w_in, w_out)
 
 
-def choose_form(platform: str, tokens: int, k: int, num_experts: int) -> Form:
-    """The form for `tokens` tokens that choose `k` experts each, where `num_experts` are on the device."""
+def has_kernels(x: Tokens, w_in: WIn) -> bool:
+    """Whether `groups` can be chosen: what is compiled for is a Hopper GPU, and its kernels take these arrays."""
+    return sharding.compute_capability() == "9.0" and not isinstance(w_in, Quantized) and groups_fit(x, w_in)
+
+
+def choose_form(platform: str, tokens: int, k: int, num_experts: int, kernels: bool = False) -> Form:
+    """The form for `tokens` tokens that choose `k` experts each, where `num_experts` are on the device.
+
+    `kernels` says that it may be `groups`.
+    """
+    if kernels:
+        return "every" if num_experts <= tokens * k and 1 < tokens <= EVERY_TOKENS else "groups"
     if tokens * k < num_experts:
         return "chosen"
     # A CPU's arithmetic is too slow for more than needs be.

@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from sharding import vary_like
+
 TILE = 128
 """Positions of a thread block: more do not fit into its registers and shared memory."""
 
@@ -53,7 +55,8 @@ def _forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Rows]:
 
 
 def _with_residuals(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple]:
-    out, lse = _forward(q, k, v)
+    # Kept apart from where they are stored: XLA would run the kernel once for each of both.
+    out, lse = lax.optimization_barrier(_forward(q, k, v))
     return out, (q, k, v, out, lse)
 
 
@@ -88,9 +91,7 @@ def _kernel(tile, out_type, scratch, q: Queries, k: Keys, *others):
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    # Inside shard_map jax would take what a kernel makes for the same on all devices.
-    varying = tuple(sorted(jax.typeof(q).manual_axis_type.varying))
-    return jax.tree.map(lambda out: lax.pcast(out, varying, to="varying") if varying else out, run(q, k, *others))
+    return jax.tree.map(lambda out: vary_like(out, q), run(q, k, *others))
 
 
 def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, arrived):

@@ -36,25 +36,25 @@ def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
     """
     num_experts = logits.shape[-1]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    experts = _top(probabilities, k)
-    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
-    weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    share = chosen.sum(axis=(0, 1, 2)) / experts.size
+    chosen = _rank(probabilities)[..., None, :] == jnp.arange(k)[:, None]
+    experts = jnp.sum(jnp.where(chosen, jnp.arange(num_experts), 0), axis=-1, dtype=jnp.int32)
+    weights = jnp.sum(jnp.where(chosen, probabilities[..., None, :], 0), axis=-1)
+    weights = weights / sum(weights[..., i : i + 1] for i in range(k))
+    share = chosen.sum(axis=(0, 1, 2), dtype=jnp.float32) / experts.size
     balance = num_experts * jnp.dot(share, probabilities.mean(axis=(0, 1)))
     return Routing(logits, experts, weights, share, balance)
 
 
-def _top(scores: Float[Array, "*batch n"], k: int) -> Int[Array, "*batch k"]:
-    """The places of the k largest, of equal ones the first: k times the largest of what is left.
+def _rank(scores: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """How many of the others are larger; of equal ones the first counts as the largest.
 
-    `lax.top_k` is one kernel that XLA does not split over devices: they would gather the whole batch before it.
+    Written out, so that it becomes part of the kernel that needs it: a word spends more time on starting kernels here
+    than on computing. `lax.top_k` is one that XLA does not split over devices either: they would gather the whole batch
+    before it.
     """
-    chosen = []
-    for _ in range(k):
-        chosen.append(jnp.argmax(scores, axis=-1).astype(jnp.int32))
-        scores = jnp.where(jnp.arange(scores.shape[-1]) == chosen[-1][..., None], -jnp.inf, scores)
-    return jnp.stack(chosen, axis=-1)
+    n = scores.shape[-1]
+    larger = lambda i: (scores[..., i : i + 1] > scores) | (scores[..., i : i + 1] == scores) & (jnp.arange(n) > i)
+    return sum(larger(i).astype(jnp.int32) for i in range(n))
 
 
 _WEIGHTS = ("experts", None, None, "mlp"), ("experts", "mlp", None)

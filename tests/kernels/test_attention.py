@@ -119,7 +119,7 @@ def kernels_and_scores(compiled):
 
 def test_a_prompt_read_on_hopper(gpu_mesh):
     """Its beginning is read without scores; what is read on looks back, at scores of everything."""
-    mesh = gpu_mesh(tensor=2)
+    mesh = gpu_mesh("h100-80gb", tensor=2)
     make = lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
     jobs, _ = inference_jobs(CONFIG, graph, params, mesh, rows=1, context=LENGTH + 64)
@@ -133,7 +133,7 @@ def test_a_prompt_read_on_hopper(gpu_mesh):
 @pytest.mark.parametrize("turns", [False, True])
 def test_training_on_hopper(gpu_mesh, turns):
     """Whole sequences keep no scores in the gradient either; turns need a mask, and have them."""
-    mesh = gpu_mesh(fsdp=2, expert=2, tensor=2)
+    mesh = gpu_mesh("h100-80gb", fsdp=2, expert=2, tensor=2)
     make = lambda rngs: SphinxMoE(CONFIG, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
     place = sharding.place(("batch", None), (2, LENGTH), mesh)

@@ -19,26 +19,6 @@ E, DIM, HIDDEN, K = 4, 12, 10, 2
 FORMS = ("chosen", "chosen on a GPU", "every", "blocks")
 
 
-def reference(x, experts, weights, w_in, w_out, dy):
-    """y, and the gradients of sum(y dy) for all but the experts, one assignment at a time."""
-    x, weights, w_in, w_out, dy = (np.asarray(a, np.float64) for a in (x, weights, w_in, w_out, dy))
-    y, dx, dweights, dw_in, dw_out = (np.zeros_like(a) for a in (x, x, weights, w_in, w_out))
-    for (t, j), e in np.ndenumerate(experts):
-        if e == len(w_in):
-            continue
-        gate, up = x[t] @ w_in[e, :, 0], x[t] @ w_in[e, :, 1]
-        sigmoid = 1 / (1 + np.exp(-gate))
-        hidden = gate * sigmoid * up
-        y[t] += weights[t, j] * (hidden @ w_out[e])
-        dweights[t, j] = hidden @ w_out[e] @ dy[t]
-        dw_out[e] += weights[t, j] * np.outer(hidden, dy[t])
-        dhidden = weights[t, j] * (w_out[e] @ dy[t])
-        dgate, dup = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid)), dhidden * gate * sigmoid
-        dw_in[e] += np.stack([np.outer(x[t], dgate), np.outer(x[t], dup)], axis=1)
-        dx[t] += w_in[e, :, 0] @ dgate + w_in[e, :, 1] @ dup
-    return y, (dx, dweights, dw_in, dw_out)
-
-
 def draw(tokens, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(tokens), 6)
     x, dy = (jax.random.normal(key, (tokens, DIM), dtype) for key in keys[:2])
@@ -76,21 +56,21 @@ def compiled():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_values_and_gradients(compiled, form, routing):
+def test_values_and_gradients(compiled, experts_reference, form, routing):
     x, experts, *rest = draw(3)
     args = (x, routing(experts), *rest)
     y, gradients = compiled(form, *args)
-    expected, expected_gradients = reference(*args)
+    expected, expected_gradients = experts_reference(*args)
     for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.float32), (3, jnp.bfloat16)])
-def test_one_token_and_bfloat16(compiled, form, tokens, dtype):
+def test_one_token_and_bfloat16(compiled, experts_reference, form, tokens, dtype):
     args = draw(tokens, dtype)
     y, gradients = compiled(form, *args)
-    expected, expected_gradients = reference(*args)
+    expected, expected_gradients = experts_reference(*args)
     for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
         assert ours.dtype == dtype
         tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-6
@@ -98,7 +78,7 @@ def test_one_token_and_bfloat16(compiled, form, tokens, dtype):
 
 
 @pytest.mark.parametrize("sizes", [(8, 2), (4, 1)])
-def test_blocks_of_two_sizes(sizes):
+def test_blocks_of_two_sizes(experts_reference, sizes):
     @jax.jit
     def both(x, experts, weights, w_in, w_out, dy):
         y, pull = jax.vjp(lambda *a: expert_blocks(a[0], experts, *a[1:], sizes), x, weights, w_in, w_out)
@@ -107,13 +87,13 @@ def test_blocks_of_two_sizes(sizes):
     x, experts, *rest = draw(17)
     for routing in ("even", "all on one", "some elsewhere"):
         args = (x, ROUTINGS[routing](experts), *rest)
-        (y, gradients), (expected, expected_gradients) = both(*args), reference(*args)
+        (y, gradients), (expected, expected_gradients) = both(*args), experts_reference(*args)
         for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("routing", ["an empty expert", "some elsewhere"])
-def test_factors_are_learned_beside_constant_matrices(routing):
+def test_factors_are_learned_beside_constant_matrices(experts_reference, routing):
     """As the merged matrices', whose gradients the chain rule turns into the factors'."""
     x, experts, weights, w_in, w_out, dy = draw(17)
     experts, rank = ROUTINGS[routing](experts), 3
@@ -129,7 +109,7 @@ def test_factors_are_learned_beside_constant_matrices(routing):
     y, (dx, dweights, found) = both(x, weights, factors)
     a_in, b_in, a_out, b_out = (np.asarray(f, np.float64) for f in factors)
     merged = np.asarray(w_in) + np.einsum("edr,ergh->edgh", a_in, b_in), np.asarray(w_out) + a_out @ b_out
-    expected, (expected_dx, expected_dweights, dw_in, dw_out) = reference(x, experts, weights, *merged, dy)
+    expected, (expected_dx, expected_dweights, dw_in, dw_out) = experts_reference(x, experts, weights, *merged, dy)
     expected_factors = (
         np.einsum("edgh,ergh->edr", dw_in, b_in),
         np.einsum("edr,edgh->ergh", a_in, dw_in),
@@ -198,6 +178,10 @@ def test_the_form_follows_platform_and_tokens():
     chosen = [choose_form("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
     assert chosen == ["chosen", "chosen", "every", "every", "blocks"]
     assert choose_form("gpu", 2, 2, 4) == "every"
+    on_hopper = [choose_form("gpu", tokens, 2, 8, True) for tokens in (1, 3, 4, 128, 129)]
+    assert on_hopper == ["groups", "groups", "every", "every", "groups"]
+    # Of two experts here, a word may have chosen none.
+    assert choose_form("gpu", 1, 2, 2, True) == "groups"
     assert [choose_form("cpu", tokens, 2, 8) for tokens in (1, 3, 4)] == ["chosen", "chosen", "blocks"]
 
 
