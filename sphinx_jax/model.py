@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.config import LoraConfig, SphinxConfig
+from sphinx_jax.kernels.attention import Causal
 from sphinx_jax.language.cache import turn_mask, turn_positions
 from sphinx_jax.language.decoder import Decoder
 from sphinx_jax.vision.ensemble import Ensemble
@@ -58,7 +59,7 @@ class SphinxMoE(nnx.Module):
         picture = length - tokens.shape[1]
         if turns is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-            mask = "causal"
+            mask = Causal()
         else:
             # The picture stands after the first token, in the shared beginning.
             turns = jnp.concatenate([turns[:, :1], jnp.zeros((batch, picture), turns.dtype), turns[:, 1:]], axis=1)

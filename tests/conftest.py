@@ -116,6 +116,21 @@ def experts_reference():
 
 
 @pytest.fixture(scope="session")
+def later_attention(causal_attention):
+    """start [B], q [B, S, K, G, D], k and v [B, slots, K, D] -> the output, where query i stands at start + i.
+
+    As whole texts, whose queries before `start` are made up.
+    """
+
+    def row(start, q, k, v):
+        whole = np.concatenate([np.zeros((start, *q.shape[1:])), q])[None]
+        k, v = (x[None, : whole.shape[1]] for x in (k, v))
+        return causal_attention(whole, k, v, whole)[0][0, start:]
+
+    return lambda *args: np.stack([row(*of_row) for of_row in zip(*map(np.asarray, args), strict=True)])
+
+
+@pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory):
     """The path of a checkpoint directory that the original program wrote, `ens` or `ens5`, of 1 or 2 shards.
 

@@ -24,8 +24,8 @@ from sphinx_jax.inference import steps
 from sphinx_jax.inference.engine import CONTEXT, Engine
 from sphinx_jax.inference.requests import Picture
 from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.kernels.attention import Causal
 from sphinx_jax.language.attention import LayerCache
-from sphinx_jax.language.cache import causal_mask
 from sphinx_jax.language.decoder import DecoderLayer
 from sphinx_jax.model import SphinxMoE, bind
 
@@ -79,7 +79,7 @@ class LayerPrograms:
 
         def function(layer: dict, x: Hidden, positions: Positions, cache: LayerCache, chunk: steps.Chunk):
             slots = length if fresh else cache.k.shape[1]
-            own, mask = steps.own_slots(cache, chunk, slots, fresh), steps.chunk_mask(positions, slots, fresh)
+            own, mask = steps.own_slots(cache, chunk, slots, fresh), steps.chunk_mask(chunk, fresh)
             x, own, _ = nnx.merge(self._layer, nnx.State(layer))(x, positions, mask, own)
             return x, steps.put_slots(cache, own, chunk)
 
@@ -103,8 +103,7 @@ class LayerPrograms:
         """layer, x, positions, the layer's cache -> x, the layer's cache."""
 
         def function(layer: dict, x: Hidden, positions: Positions, cache: LayerCache):
-            mask = causal_mask(positions, cache.k.shape[1])
-            return nnx.merge(self._layer, nnx.State(layer))(x, positions, mask, cache)[:2]
+            return nnx.merge(self._layer, nnx.State(layer))(x, positions, Causal(positions[:, 0]), cache)[:2]
 
         return Program(function, (1, 3), (self.hidden_sharding(len(cache.k), 1), sharding.shardings_of(cache)))
 
@@ -127,7 +126,7 @@ class LayerPrograms:
 
         def function(layer: dict, x: Hidden) -> Hidden:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-            return nnx.merge(self._layer, nnx.State(layer))(x, positions, "causal")[0]
+            return nnx.merge(self._layer, nnx.State(layer))(x, positions, Causal())[0]
 
         return Program(function, (1,), self.hidden_sharding(batch, length))
 

@@ -16,9 +16,9 @@ from sharding import Rules, constrain, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
-from sphinx_jax.kernels.attention import Mask
+from sphinx_jax.kernels.attention import Causal
 from sphinx_jax.language.attention import LayerCache
-from sphinx_jax.language.cache import Cache, causal_mask, make_cache
+from sphinx_jax.language.cache import Cache, make_cache
 from sphinx_jax.model import SphinxMoE, bind
 
 
@@ -117,7 +117,7 @@ def prefill(
     embedded, positions = begin_chunk(model, chunk, words)
     slots = slots_seen(state, positions, fresh)
     cache = [own_slots(layer, chunk, slots, fresh) for layer in state.cache]
-    hidden, cache, _ = model.language(embedded, positions, chunk_mask(positions, slots, fresh), cache)
+    hidden, cache, _ = model.language(embedded, positions, chunk_mask(chunk, fresh), cache)
     cache = [put_slots(whole, part, chunk) for whole, part in zip(state.cache, cache, strict=True)]
     rest = end_chunk(model, vocab_size, state._replace(cache=[]), chunk, hidden, sampling, stops)
     return rest._replace(cache=cache)
@@ -136,9 +136,9 @@ def slots_seen(state: State, positions: Int[Array, "batch length"], fresh: bool)
     return positions.shape[1] if fresh else state.slots
 
 
-def chunk_mask(positions: Int[Array, "batch length"], slots: int, fresh: bool) -> Mask:
+def chunk_mask(chunk: Chunk, fresh: bool) -> Causal:
     """What a chunk's tokens may look at of those slots."""
-    return "causal" if fresh else causal_mask(positions, slots)
+    return Causal(None if fresh else chunk.start)
 
 
 def own_slots(layer: LayerCache, chunk: Chunk, slots: int, fresh: bool) -> LayerCache:
@@ -211,7 +211,7 @@ def decode(
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
         step, state = carry
         embedded, positions = begin_token(model, state)
-        hidden, cache, _ = model.language(embedded, positions, causal_mask(positions, state.slots), state.cache)
+        hidden, cache, _ = model.language(embedded, positions, Causal(state.length), state.cache)
         rest = end_token(model, vocab_size, state._replace(cache=[]), hidden, sampling, stops)
         return step + 1, rest._replace(cache=cache)
 

@@ -1,24 +1,32 @@
 """Attention over grouped queries: one function, its form chosen by platform, mask and sizes.
 
-- `flash` keeps no scores (see `flash`): on Hopper GPUs, where each query sees the keys up to its own.
+- `flash` keeps no scores (see `flash`): on Hopper GPUs, where each query sees the keys up to its own (`Causal`).
 - `one query` reads keys and values where they lie: for decoding.
 - `scores` multiplies all queries by all keys, and is for everything else.
 """
 
 import importlib.metadata
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import sharding
 from sharding import per_device
 from sphinx_jax.kernels import flash
 from sphinx_jax.kernels.said import say_once
 
-Mask = Bool[Array, "batch q_len kv_len"] | Literal["causal"] | None
-"""True where a query may look; "causal": query i sees keys 0 to i; None: all see all."""
+
+class Causal(NamedTuple):
+    """Query i of a row stands at position start + i and sees keys 0 to its own. What lies past them may be anything."""
+
+    start: Int[Array, "batch"] | None = None
+    """None: queries and keys are of the same positions, from 0 on."""
+
+
+Mask = Bool[Array, "batch q_len kv_len"] | Causal | None
+"""True where a query may look; None: all see all."""
 
 Form = Literal["flash", "one query", "scores"]
 
@@ -37,10 +45,14 @@ def attention(
     """
     form = _form(q, k, mask)
     say_once(f"attention of {q.shape[1]} queries on {sharding.platform()}: {form}")
-    if form == "flash":
+    if form == "flash" and mask.start is None:
         return per_device(_flash, (_HEADS, _KEYS, _KEYS), _HEADS, sum_over=())(q, k, v)
-    if isinstance(mask, str):
-        mask = (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[None]
+    if form == "flash":
+        own = per_device(_flash_from, (_HEADS, _KEYS, _KEYS, ("batch",)), _HEADS, sum_over=())
+        return own(q, k, v, mask.start)
+    if isinstance(mask, Causal):
+        start = jnp.zeros(1, jnp.int32) if mask.start is None else mask.start
+        mask = jnp.arange(k.shape[1]) <= (start[:, None] + jnp.arange(q.shape[1]))[:, :, None]
     if form == "one query":
         mask = jnp.ones((q.shape[0], 1, k.shape[1]), bool) if mask is None else mask
         own = per_device(_one_query, (_HEADS, _KEYS, _KEYS, ("batch", None, None)), _HEADS, sum_over=())
@@ -56,10 +68,10 @@ def attention(
 def _form(q: Array, k: Array, mask: Mask) -> Form:
     if q.shape[1] == 1:
         return "one query"
-    hopper = isinstance(mask, str) and sharding.compute_capability() == "9.0" and not _miscompiles_masks()
+    hopper = isinstance(mask, Causal) and sharding.compute_capability() == "9.0" and not _miscompiles_masks()
     fits = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in flash.HEAD_DIMS
     # The scores of fewer are small.
-    return "flash" if hopper and fits and q.shape[1] == k.shape[1] >= flash.TILE else "scores"
+    return "flash" if hopper and fits and q.shape[1] >= flash.TILE else "scores"
 
 
 def _miscompiles_masks() -> bool:
@@ -79,10 +91,26 @@ def _miscompiles_masks() -> bool:
 
 def _flash(q, k, v):
     """One device's heads, the length filled up to whole tiles: what is past the end, no real query sees."""
-    batch, length = q.shape[:2]
-    filled = lambda x: jnp.pad(x, ((0, 0), (0, -length % flash.TILE), (0, 0), (0, 0)))
-    out = flash.flash_attention(*map(filled, (q.reshape(batch, length, -1, q.shape[-1]), k, v)))
-    return out[:, :length].reshape(q.shape)
+    out = flash.flash_attention(*map(_whole_tiles, (_side_by_side(q), k, v)))
+    return out[:, : q.shape[1]].reshape(q.shape)
+
+
+def _flash_from(q, k, v, start):
+    """The same for queries from `start` on, whose keys and values begin at 0 and may go on past them."""
+    # Slots past the end hold what a row said before: zero times what is not finite would be NaN.
+    seen = jnp.arange(v.shape[1]) < (start + q.shape[1])[:, None]
+    v = jnp.where(seen[:, :, None, None], v, 0)
+    out = flash.flash_attention_from(start, *map(_whole_tiles, (_side_by_side(q), k, v)))
+    return out[:, : q.shape[1]].reshape(q.shape)
+
+
+def _side_by_side(q):
+    """All heads in one dimension, those of one key head together."""
+    return q.reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def _whole_tiles(x):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % flash.TILE), (0, 0), (0, 0)))
 
 
 def _one_query(q, k, v, mask):

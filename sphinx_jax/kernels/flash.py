@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sharding import vary_like
 
@@ -36,6 +36,7 @@ _MATRIX, _ROW, _COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu
 Queries = Float[Array, "batch length heads head_dim"]
 Keys = Float[Array, "batch length kv_heads head_dim"]
 Rows = Float[Array, "batch heads length"]
+Cached = Float[Array, "batch slots kv_heads head_dim"]
 
 
 @jax.custom_vjp
@@ -44,19 +45,28 @@ def flash_attention(q: Queries, k: Keys, v: Keys) -> Queries:
 
     bfloat16 or float16; `length` a multiple of TILE, `head_dim` one of HEAD_DIMS, `heads` of `kv_heads`.
     """
-    return _forward(q, k, v)[0]
+    return _forward(_forward_tile, q, k, v)[0]
 
 
-def _forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Rows]:
+def flash_attention_from(start: Int[Array, "batch"], q: Queries, k: Cached, v: Cached) -> Queries:
+    """The same where query i of a row sees keys 0 to start + i: for a text whose beginning is in a cache.
+
+    `slots` too is a multiple of TILE. Values that no query sees are multiplied by zero, and have to be finite. Has no
+    gradient.
+    """
+    return _forward(_later_forward_tile, q, k, v, start)[0]
+
+
+def _forward(tile, q: Queries, *others) -> tuple[Queries, Rows]:
     """The attention, and log2 of each query's sum of exponentials."""
     rows = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     scratch = (_halves(q), _half_rows(), plgpu.Barrier(num_barriers=_WARPGROUPS))
-    return _kernel(_forward_tile, (jax.ShapeDtypeStruct(q.shape, q.dtype), rows), scratch, q, k, v)
+    return _kernel(tile, (jax.ShapeDtypeStruct(q.shape, q.dtype), rows), scratch, q, *others)
 
 
 def _with_residuals(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple]:
     # Kept apart from where they are stored: XLA would run the kernel once for each of both.
-    out, lse = lax.optimization_barrier(_forward(q, k, v))
+    out, lse = lax.optimization_barrier(_forward(_forward_tile, q, k, v))
     return out, (q, k, v, out, lse)
 
 
@@ -82,7 +92,7 @@ def _kernel(tile, out_type, scratch, q: Queries, k: Keys, *others):
     """`tile` run for each tile of each row and head, heads of one key head side by side."""
     batch, length, heads, _ = q.shape
     run = plgpu.kernel(
-        functools.partial(tile, heads // k.shape[2]),
+        functools.update_wrapper(functools.partial(tile, heads // k.shape[2]), tile),
         out_type=out_type,
         grid=(length // TILE, batch, heads),
         grid_names=("tile", "batch", "head"),
@@ -94,7 +104,12 @@ def _kernel(tile, out_type, scratch, q: Queries, k: Keys, *others):
     return jax.tree.map(lambda out: vary_like(out, q), run(q, k, *others))
 
 
-def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, arrived):
+def _later_forward_tile(group, q_ref, k_ref, v_ref, start_ref, *others):
+    start = start_ref[lax.axis_index("batch")]
+    _forward_tile(group, q_ref, k_ref, v_ref, *others, start=start)
+
+
+def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, arrived, start=0):
     batch, head, tile, warpgroup, mine = _place(last_first=q_ref.shape[1])
     head_dim = q_ref.shape[3]
     q, lse = own_q.at[warpgroup], own_lse.at[warpgroup]
@@ -116,7 +131,7 @@ def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, 
         out, maximum, total = carry
         scores = _product(q, k.transpose((1, 0)))
         plgpu.barrier_arrive(k_done)
-        scores = jnp.where(_sees(mine.start, index[0] * TILE, scores.shape), scores * scale, -jnp.inf)
+        scores = jnp.where(_sees(start + mine.start, index[0] * TILE, scores.shape), scores * scale, -jnp.inf)
         # Every query sees key 0, which is in the first block: from there on the maximum is finite.
         new_maximum = jnp.maximum(maximum, scores.max(axis=1))
         rescale = jnp.exp2(maximum - new_maximum)
@@ -128,7 +143,9 @@ def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, 
 
     kv_head = lax.div(head, jnp.asarray(group, head.dtype))
     keys = plgpu.BlockSpec((TILE, head_dim), lambda block: (block, 0), transforms=_SWIZZLED)
-    _pipeline(step, tile + 1, [keys, keys], compute)(k_ref.at[batch, :, kv_head], v_ref.at[batch, :, kv_head])
+    # Up to the one that the tile's last query is in, unless that one only fills up the tile and is past the end.
+    blocks = lax.min(tile + 1 + pl.cdiv(start, TILE), k_ref.shape[1] // TILE)
+    _pipeline(step, blocks, [keys, keys], compute)(k_ref.at[batch, :, kv_head], v_ref.at[batch, :, kv_head])
 
 
 def _d_query_tile(

@@ -1,4 +1,4 @@
-"""Allocating the key/value cache, and the masks that say what a query may look at."""
+"""Allocating the key/value cache, and the mask of several turns in one sequence."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -15,11 +15,6 @@ def make_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) 
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
     empty = lambda: constrain(jnp.zeros(shape, dtype), "batch", None, "kv_heads", None)
     return [LayerCache(empty(), empty()) for _ in range(config.num_layers)]
-
-
-def causal_mask(positions: Int[Array, "batch length"], slots: int) -> Bool[Array, "batch length slots"]:
-    """A query at position p sees slots 0 to p. Slots past it may hold anything."""
-    return jnp.arange(slots)[None, None, :] <= positions[:, :, None]
 
 
 def turn_mask(turns: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:

@@ -9,7 +9,8 @@ from PIL import Image
 import sharding
 import sphinx_jax
 from sphinx_jax.checkpoints import accessory
-from sphinx_jax.language.cache import causal_mask, make_cache
+from sphinx_jax.kernels.attention import Causal
+from sphinx_jax.language.cache import make_cache
 from sphinx_jax.model import bind
 from tests.conftest import GOLDEN, mesh_name
 from tests.vision.test_golden import pictures
@@ -84,7 +85,7 @@ def test_logits_of_cached_decoding(run):
         model = bind(engine._programs.graph, params)
         x = model.embed(tokens, None if picture is None else model.encode_images(picture))
         positions = start + jnp.arange(x.shape[1])[None]
-        hidden, cache, _ = model.language(x, positions, causal_mask(positions, slots), cache)
+        hidden, cache, _ = model.language(x, positions, Causal(positions[:, 0]), cache)
         return model.language.logits(hidden[:, -1:])[0, 0], cache, start + x.shape[1]
 
     with sharding.use(run.model.mesh):

@@ -1,6 +1,7 @@
 """Attention against plain numpy; on Hopper GPUs interpreted here, and compiled."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import sharding
 from sharding.plan import compile_ahead
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.kernels import flash
-from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.attention import Causal, attention
 from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.planning.inference import inference_jobs
 
@@ -42,7 +43,7 @@ def drawn(dtype, length, kv_heads=2, group=2, head_dim=64, batch=2):
 
 @jax.jit
 def with_gradients(q, k, v, d_out):
-    out, gradients = jax.vjp(lambda *args: attention(*args, "causal"), q, k, v)
+    out, gradients = jax.vjp(lambda *args: attention(*args, Causal()), q, k, v)
     return out, *gradients(d_out)
 
 
@@ -83,11 +84,44 @@ def test_on_hopper(interpreted, causal_attention, caplog, length):
     assert all(far(*pair) < 5e-3 for pair in zip(ours, causal_attention(*args), strict=True))
 
 
-def plain(q, k, v):
+def cached(dtype, start, length, slots, kv_heads=2, group=2, head_dim=64):
+    """q, k and v of texts whose first `start` positions were read before, and the same with NaN past their ends."""
+    rng = np.random.default_rng(length)
+    q = jnp.asarray(rng.normal(size=(len(start), length, kv_heads, group, head_dim)), dtype)
+    k, v = jnp.asarray(rng.normal(size=(2, len(start), slots, kv_heads, head_dim)), dtype)
+    past = np.arange(slots) >= (start + length)[:, None]
+    return q, k, v, *(jnp.where(past[:, :, None, None], jnp.nan, x) for x in (k, v))
+
+
+@jax.jit
+def later(start, q, k, v):
+    return attention(q, k, v, Causal(start))
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_later_pieces_without_a_mask(later_attention, length):
+    start = np.array([0, 5, 14])
+    q, k, v, _, _ = cached(jnp.float32, start, length, 23)
+    assert far(later(start, q, k, v), later_attention(start, q, k, v)) < 1e-6
+
+
+def test_later_pieces_on_hopper(interpreted, later_attention, caplog):
+    """Of a length, from starts and in a cache that are no multiples of the tile. Past a row's end nothing counts."""
+    start = np.array([0, 77, 256])
+    q, k, v, k_then_nan, v_then_nan = cached(jnp.bfloat16, start, 216, 500, kv_heads=1)
+    with caplog.at_level(logging.INFO):
+        ours = later(start, q, k_then_nan, v_then_nan)
+    assert "attention of 216 queries on cpu: flash" in caplog.text
+    assert far(ours, later_attention(start, q, k, v)) < 5e-3
+
+
+def plain(q, k, v, start=None):
     """What the kernel computes, of `group` heads side by side for each key head."""
+    start = jnp.zeros(len(q), int) if start is None else start
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]).astype(jnp.float32)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    sees = jnp.arange(k.shape[1]) <= start[:, None, None] + jnp.arange(q.shape[1])[:, None]
+    scores = jnp.where(sees[:, None, None], scores, -jnp.inf)
     out = jnp.einsum("bkgqs,bskd->bqkgd", jax.nn.softmax(scores), v.astype(jnp.float32))
     return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(k.dtype)
 
@@ -107,18 +141,35 @@ def test_on_several_hoppers(causal_attention, monkeypatch):
     assert all(far(*pair) < 1e-2 for pair in zip(ours, causal_attention(*args), strict=True))
 
 
+def test_later_pieces_on_several_hoppers(later_attention, monkeypatch):
+    """Each device has the starts of its own rows."""
+    parts = []
+    record = lambda start, q, *kv: parts.append(q.shape) or plain(q, *kv, start)
+    monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(flash, "flash_attention_from", record)
+    start = np.array([0, 77, 5, 256])
+    q, k, v, k_then_nan, v_then_nan = cached(jnp.bfloat16, start, 136, 400)
+    with sharding.use(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
+        ours = jax.jit(later.__wrapped__)(start, q, jnp.nan_to_num(k_then_nan), v_then_nan)
+    assert set(parts) == {(2, 256, 1, 64)}
+    assert far(ours, later_attention(start, q, k, v)) < 1e-2
+
+
 LENGTH = 2048
 CONFIG = SphinxConfig(DecoderConfig(256, 512, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
 
 
 def kernels_and_scores(compiled):
-    """How often a Mosaic kernel is called, and whether something as large as all scores is made."""
+    """How often a kernel of attention is called, and whether something as large as all scores is made: no other dimension
+    has so many elements as there are keys, of a prompt or in the cache.
+    """
     text = compiled.as_text()
-    return text.count('custom_call_target="mosaic_gpu'), f"{LENGTH},{LENGTH}]" in text
+    calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    return sum("_tile/" in line for line in calls), re.search(rf"{LENGTH},[2-9]\d\d\d\]", text) is not None
 
 
 def test_a_prompt_read_on_hopper(gpu_mesh):
-    """Its beginning is read without scores; what is read on looks back, at scores of everything."""
+    """Without scores, from its beginning on."""
     mesh = gpu_mesh("h100-80gb", tensor=2)
     make = lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
@@ -126,7 +177,7 @@ def test_a_prompt_read_on_hopper(gpu_mesh):
     found = {job.name: kernels_and_scores(compile_ahead(job.program, job.args, mesh)) for job in jobs}
     layers = CONFIG.language.num_layers
     assert found == {
-        "read a prompt's beginning": (layers, False), "read on": (0, False), "decode one token": (0, False)
+        "read a prompt's beginning": (layers, False), "read on": (layers, False), "decode one token": (0, False)
     }  # fmt: skip
 
 
