@@ -91,9 +91,12 @@ def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("program"))
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(20, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(20, 400, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(program, tmp_path, kills, steps):
-    """kill -9, every other time while a checkpoint is half written; then SIGTERM, then to the end."""
+    """kill -9, every other time while a checkpoint is half written; then SIGTERM, then to the end.
+
+    On two cores twenty killed runs come to step 90 or so: there are steps enough left for machines four times as fast.
+    """
     chance = random.Random(kills)
     out = tmp_path / "killed"
     during_save = 0
