@@ -209,6 +209,21 @@ def test_data_that_ends_the_run_loses_nothing(tiny, tmp_path, monkeypatch, capsy
     assert resumed == losses(tmp_path / "run") and len(resumed) == 6
 
 
+@pytest.mark.parametrize("moments", ["int8", "factored"])
+def test_narrow_moments_are_saved_and_found_again(moments, tmp_path, monkeypatch):
+    """Split over a mesh, a run that lost its second half does it again bit for bit."""
+    wide = config.dataclasses.replace(config.nano().language, dim=128, hidden_dim=16, num_layers=1, num_experts=2)
+    monkeypatch.setitem(config.PRESETS, "tiny", lambda: config.SphinxConfig(language=wide, vision=None))
+    said = ["--steps", 6, "--save-every", 3, "--log-every", 1, "--lr", "1e-2", "--moments", moments]
+    said += ["--mesh.fsdp", 2]
+    assert call(tmp_path, *said) == 0
+    out = tmp_path / "run"
+    whole = losses(out)
+    (out / "checkpoints" / "6").rename(tmp_path / "lost")
+    assert call(tmp_path, *said, "--resume") == 0
+    assert losses(out) == whole and len(whole) == 6
+
+
 def test_saved_by_minutes(tiny, tmp_path):
     assert call(tmp_path, "--steps", 4, "--save-minutes", "1e-9", "--keep-last", 4) == 0
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [1, 2, 3, 4]
