@@ -21,15 +21,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import sharding
 import sphinx_jax
 from sphinx_jax import Sphinx, UserError, checkpoints, commandline, planning
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.config import preset
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
-from sphinx_jax.inference.options import Options, check_options, choice
+from sphinx_jax.inference.options import Options, check_files, check_options, choice
 
 HELD_OUT = (0, 1, 4)
 """Pictures of easy-vqa's test set that are shown when nothing is asked."""
@@ -42,17 +44,24 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options)
+    sharding.start_processes(options.processes)
     commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
+    sharding.from_first(lambda: check_files(options))
     own_mesh = options.mesh != sharding.MeshShape()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
-    checkpoint = options.checkpoint or default_checkpoint()
+    checkpoint = options.checkpoint or sharding.from_first(default_checkpoint)
     nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
-    held_out = read_held_out() if nothing_asked else []
+    if jax.process_count() > 1 and not (nothing_asked or options.batch or options.prompt is not None):
+        raise UserError(
+            "a chat runs in one process; several answer one question (--prompt) or a file of them (--batch)"
+        )
+    held_out = sharding.from_first(read_held_out) if nothing_asked else []
 
     memory = {"context": options.context, "quantize": options.quantize, "offload": options.offload}
     model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory)
+    sharding.check_processes(model.mesh)
     say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
     if options.batch:
@@ -100,7 +109,10 @@ def read_held_out() -> list[tuple[Path, str, str]]:
 def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options) -> None:
     """Ask what is known about held-out pictures, and print it beside the truth."""
     images, questions, truths = zip(*held_out, strict=True)
-    answers = model.generate(questions, images, **choice(options))
+    pictures = sharding.from_first(lambda: [model.picture(image) for image in images])
+    answers = model.generate(questions, pictures, **choice(options))
+    if not is_lead():
+        return
     for image, question, truth, said in zip(images, questions, truths, answers, strict=True):
         print(f"{image}\n  question: {question}\n  answer:   {said}\n  truth:    {truth}")
 
@@ -108,10 +120,13 @@ def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options)
 def answer(model: Sphinx, options: Options) -> float:
     """Print the answer to one question as it comes; when its first piece came."""
     first = None
-    for piece in model.stream(options.prompt, options.image, **choice(options)):
+    picture = sharding.from_first(lambda: options.image and model.picture(options.image))
+    for piece in model.stream(options.prompt, picture, **choice(options)):
         first = first or time.perf_counter()
-        print(piece, end="", flush=True)
-    print()
+        if is_lead():
+            print(piece, end="", flush=True)
+    if is_lead():
+        print()
     return first or time.perf_counter()
 
 
@@ -129,7 +144,7 @@ def answer_batch(model: Sphinx, options: Options) -> None:
     chosen = choice(options) | {"rows": options.rows, "logprobs": options.logprobs}
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn()
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not is_lead())) as bar:
         task = bar.add_task("", total=None, speed=0.0)
         for done in model.answer_file(options.batch, options.out, **chosen):
             completed = done.skipped + done.answered + done.failed
@@ -138,8 +153,8 @@ def answer_batch(model: Sphinx, options: Options) -> None:
 
 
 def say(text: str) -> None:
-    """A remark beside the answers: dim, on standard error."""
-    Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
+    """A remark beside the answers: dim, on standard error, of the first process."""
+    Console(stderr=True, highlight=False, quiet=not is_lead()).print(text, style="dim", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What few bits cost: the shipped nano on all held-out questions, and the bytes of the real model's weights.
+"""What few bits cost: the shipped nano on all held-out questions, the bytes of the real model's weights, and the
+scores of the reference model in tests/golden, of which the original program computed the exact ones.
 
 python benchmarks/quantization.py
 """
 
 import json
+import tarfile
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 import sharding
 import sphinx_jax
@@ -19,6 +22,7 @@ from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 
 KINDS = (None, "int8", "int4")
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def main() -> None:
@@ -39,6 +43,37 @@ def main() -> None:
             f"{size / whole:.3f} |",
             flush=True,
         )
+    print()
+    print("| reference model | mean difference | largest | relative | best word the same |")
+    print("| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = reference_checkpoint(Path(folder))
+        for dtype, kind in (("bfloat16", None), ("float32", "int8"), ("float32", "int4")):
+            model = sphinx_jax.load(checkpoint, mesh, dtype, quantize=kind)
+            mean, largest, relative, same = reference_errors(model)
+            print(f"| {kind or dtype} | {mean:.3f} | {largest:.2f} | {relative:.1e} | {same:.1%} |", flush=True)
+
+
+def reference_checkpoint(folder: Path) -> Path:
+    """SPHINX-MoE at small size with random weights, as the original program saved it."""
+    with tarfile.open(GOLDEN / "checkpoints.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    described = [GOLDEN / "ens" / f"{name}.json" for name in ("config", "meta", "vision")]
+    for file in (*described, GOLDEN / "tokenizer" / "tokenizer.model"):
+        (folder / "mp1" / file.name).symlink_to(file)
+    return folder / "mp1"
+
+
+def reference_errors(model: sphinx_jax.Sphinx) -> tuple[float, float, float, float]:
+    """Of its scores on two conversations about pictures, against the original's in float32: the mean and the largest
+    absolute difference, the difference by norm, and the share of positions whose best word is the same."""
+    pixels = np.asarray(Image.open(GOLDEN / "ens" / "image_padded_resized.png"))
+    with np.load(GOLDEN / "ens" / "inputs.npz") as inputs, np.load(GOLDEN / "ens" / "expected.npz") as expected:
+        exact, best = expected["train_logits_cols"], expected["train_logits_argmax"]
+        scores = np.asarray(model.logits(inputs["examples"][:, : best.shape[1]], [pixels, pixels[:, ::-1]]))
+    off = scores[..., ::125] - exact
+    relative = np.linalg.norm(off) / np.linalg.norm(exact)
+    return np.abs(off).mean(), np.abs(off).max(), relative, (scores.argmax(-1) == best).mean()
 
 
 def accuracy(model: sphinx_jax.Sphinx) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def describe(folder: Path) -> Path:
 def main(folder: str = "patterns") -> int:
     if not Path(folder).exists():
         draw(Path(folder))
-    argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "400"]
+    argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "240"]
     # Without mixing, batches of neighbours in length would each hold one label.
     argv += ["--mix-lengths", "--max-length", "96", "--batch-size", "32", "--lr", "1e-3"]
     return commandline.run(train.main, argv)

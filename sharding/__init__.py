@@ -8,7 +8,7 @@ import sharding.start  # noqa: F401  before anything else imports jax
 # isort: split
 from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
 from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
-from sharding.processes import NO_PROCESSES, Processes, check_processes, start_processes
+from sharding.processes import NO_PROCESSES, Processes, check_processes, each_from_first, from_first, start_processes
 from sharding.program import Program
 from sharding.rules import (
     DEFAULT_RULES,
@@ -49,6 +49,8 @@ __all__ = [
     "constrain",
     "default_mesh_shape",
     "device_count",
+    "each_from_first",
+    "from_first",
     "init_params",
     "local_experts",
     "make_mesh",

@@ -3,14 +3,21 @@
 import dataclasses
 import math
 import os
+import pickle
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
 from sharding.errors import LayoutError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +127,34 @@ def check_processes(mesh: Mesh) -> None:
             f"the mesh has {mesh.size} devices and the {jax.process_count()} processes have {jax.device_count()}; "
             "choose a mesh of all of them, or start fewer processes"
         )
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, in all of them: the others do not call it, and raise what it raised.
+
+    All processes must call this at the same point of the program, as with anything that they do together. What is
+    given must pickle.
+    """
+    if jax.process_count() == 1:
+        return make()
+    said = b""
+    if jax.process_index() == 0:
+        try:
+            said = pickle.dumps((make(), None))
+        except Exception as error:
+            said = pickle.dumps((None, error))
+    length = int(broadcast_one_to_all(np.int32(len(said))))
+    # Each size is a program of its own.
+    sent = np.zeros(1 << (length - 1).bit_length(), np.uint8)
+    sent[: len(said)] = np.frombuffer(said, np.uint8)
+    value, error = pickle.loads(np.asarray(broadcast_one_to_all(sent))[:length].tobytes())
+    if error is not None:
+        raise error
+    return value
+
+
+def each_from_first(items: Iterable[T]) -> Iterator[T]:
+    """The first process's items, one by one as they are asked for, in all processes."""
+    source = iter(items)
+    while (item := from_first(lambda: next(source, None))) is not None:
+        yield item

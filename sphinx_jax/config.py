@@ -211,12 +211,17 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**built)
 
 
+LoraTargets = Literal["attention", "all"]
+"""Attention alone, or attention and experts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on attention and experts (https://arxiv.org/abs/2106.09685): W + alpha / rank x a b."""
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685): W + alpha / rank x a b for each matrix of the targets."""
 
     rank: int
     alpha: float
+    target_modules: LoraTargets = "all"
 
     @property
     def scale(self) -> float:

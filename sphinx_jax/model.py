@@ -24,9 +24,11 @@ class SphinxMoE(nnx.Module):
         self.language = Decoder(config.language, apart=apart, lora=lora, rngs=rngs)
         self.vision = Ensemble(config.vision, config.language.dim, rngs=rngs) if config.vision else None
 
-    def encode_images(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch views words dim"]:
+    def encode_images(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch views words dim"]:
         """Normalised pictures as words of the language model, before the start and end vectors."""
-        return self.vision(images)
+        return self.vision(images, remat=remat)
 
     def embed(
         self, tokens: Int[Array, "batch text"], words: Float[Array, "batch views words dim"] | None = None
@@ -51,9 +53,10 @@ class SphinxMoE(nnx.Module):
         """Scores of the word after each text token, teacher-forced, float32; and a record of the way there.
 
         `turns` numbers the turn of each token, 0 being the shared beginning: each turn then sees only itself
-        and the beginning. The record holds `words`, `embedded`, `hidden` (after the final norm) and `layers`.
+        and the beginning. `remat` names what the blocks of decoder and encoders keep for their gradients
+        (`layers.run_layers`). The record holds `words`, `embedded`, `hidden` (after the final norm) and `layers`.
         """
-        words = None if images is None else self.encode_images(images)
+        words = None if images is None else self.encode_images(images, remat=remat)
         x = self.embed(tokens, words)
         batch, length, _ = x.shape
         picture = length - tokens.shape[1]

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from sphinx_jax.adapters import SUFFIX, Params
 from sphinx_jax.checkpoints.loaded import abstract_adapters
 from sphinx_jax.checkpoints.opened import Adapters, Opened, read_json
 from sphinx_jax.checkpoints.writing import write_json
-from sphinx_jax.config import LoraConfig, SphinxConfig
+from sphinx_jax.config import LoraConfig, LoraTargets, SphinxConfig
 from sphinx_jax.errors import UserError
 
 _FORMAT, _VERSION = "sphinx-jax-lora", 1
@@ -59,7 +59,9 @@ def read_record(path: Path) -> Record:
     if (values.get("format"), values.get("version")) != (_FORMAT, _VERSION):
         raise UserError(f"{path / _RECORD} does not describe adapters that this program reads; update it")
     try:
-        lora = LoraConfig(int(values["rank"]), float(values["alpha"]))
+        lora = LoraConfig(int(values["rank"]), float(values["alpha"]), str(values["target_modules"]))
+        if lora.target_modules not in get_args(LoraTargets):
+            raise ValueError(f"unknown target_modules {lora.target_modules}")
         return Record(Path(values["base"]), str(values["fingerprint"]), lora)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / _RECORD} is damaged, restore it from a copy: {error}") from error
@@ -126,7 +128,9 @@ def _read(directory: Path, inside: tuple[str, ...], config: SphinxConfig, lora: 
         tree = tree[key]
     shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
     if shapes(tree) != shapes(abstract):
-        raise UserError(f"{directory} does not hold adapters of the rank {lora.rank} that {_RECORD} says")
+        raise UserError(
+            f"{directory} does not hold the adapters of rank {lora.rank} on {lora.target_modules} that {_RECORD} says"
+        )
     factors: dict[tuple, dict[str, np.ndarray]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *path, module, factor = (key.key for key in keys)

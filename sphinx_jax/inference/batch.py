@@ -7,6 +7,7 @@ of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error":
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sharding import each_from_first, from_first
+from sphinx_jax.checkpoints.writing import is_lead
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Picture, Request
@@ -144,26 +147,31 @@ def answer_file(
     """Answer every question of `source` that `out` does not answer yet, appending lines to `out` as answers end.
 
     `look` opens a picture, `ask` makes a request of a prompt and a picture. Yields the progress after each answer.
+    Of several processes the first one reads and writes the files; all answer.
     """
-    if out.resolve() == source.resolve():
-        raise UserError(f"--out {out}: is the file of questions itself; choose another")
-    questions = read_questions(source)
-    done = take_up(out)
+
+    def begin() -> tuple[list[Question], set[str]]:
+        if out.resolve() == source.resolve():
+            raise UserError(f"--out {out}: is the file of questions itself; choose another")
+        return read_questions(source), take_up(out)
+
+    questions, done = from_first(begin)
     left = [question for question in questions if question.error or _key(question.id) not in done]
     progress = Progress(len(questions), skipped=len(questions) - len(left))
     asked: list[Question] = []
 
-    with out.open("a", encoding="utf-8") as file:
+    with out.open("a", encoding="utf-8") if is_lead() else contextlib.nullcontext() as file:
 
         def write(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+            if file is not None:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
 
         def requests() -> Iterator[Request]:
             # The questions about one picture usually stand together.
             looked = functools.lru_cache(maxsize=2 * THREADS)(look)
             read = functools.partial(_request, engine, source.parent, looked, ask)
-            for question, request in _ahead(read, left):
+            for question, request in each_from_first(_ahead(read, left)):
                 if isinstance(request, Request):
                     asked.append(question)
                     yield request

@@ -58,7 +58,8 @@ class Options:
     mesh: sharding.MeshShape = dataclasses.field(default_factory=sharding.MeshShape)
     """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
     simulate_devices: int | None = None
-    """Pretend that this CPU is so many devices."""
+    """Pretend that this CPU is so many devices; with several processes, for each of them."""
+    processes: Annotated[sharding.Processes, tyro.conf.arg(name="")] = sharding.NO_PROCESSES
     preset: str | None = None
     """With --plan, instead of a checkpoint: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b,
     sphinx-moe or, by default, sphinx-moe-1k."""
@@ -74,6 +75,7 @@ def check_options(options: Options) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
     options.planning.check()
+    options.processes.check()
     if options.planning.plan:
         return
     if options.preset:
@@ -84,6 +86,10 @@ def check_options(options: Options) -> None:
         raise UserError("--batch stands alone: --image, --prompt and --chat belong to one question or a chat")
     if options.prompt is not None and (options.chat or not options.prompt.strip()):
         raise UserError("--prompt asks one question: it must not be empty, and --chat goes without it")
+
+
+def check_files(options: Options) -> None:
+    """Raises UserError on a picture or a file of questions that cannot be read, likewise before a model is loaded."""
     if options.image:
         open_image(options.image)
     if options.batch:

@@ -22,7 +22,7 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.attention = Attention(config, lora, rngs=rngs)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
-        self.ffn = MoE(config, lora, rngs=rngs)
+        self.ffn = MoE(config, lora if lora and lora.target_modules == "all" else None, rngs=rngs)
 
     def __call__(
         self,

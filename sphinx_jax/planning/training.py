@@ -81,10 +81,10 @@ def training_plan(
     parts = model | ({"adapters": program.params["adapters"]} if recipe.lora else {})
     seconds = flops.busiest / gpu.bf16_flops
     tokens = recipe.batch_size * length
-    stage = f"{recipe.stage} of rank {recipe.lora.rank}" if recipe.lora else recipe.stage
+    adapted = f" of rank {recipe.lora.rank} on {recipe.lora.target_modules}" if recipe.lora else ""
     return Plan(
         job=(
-            f"{name}, {stage}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
+            f"{name}, {recipe.stage}{adapted}: batch {recipe.batch_size} × {length:,} positions, {recipe.dtype}, "
             f"remat {recipe.remat}, {recipe.moments} moments{', residual sharded' * recipe.shard_residual}"
         ),
         gpu=gpu,
@@ -139,9 +139,10 @@ def order(plan: Plan) -> tuple:
 
 
 def _training_command(name: str, recipe: Recipe, shape: MeshShape, length: int) -> str:
+    lora = recipe.lora and {"lora-rank": recipe.lora.rank, "lora-target-modules": recipe.lora.target_modules}
     options = {
         # Adapters belong to a checkpoint.
-        **({"init": name.upper(), "lora-rank": recipe.lora.rank} if recipe.lora else {"preset": name}),
+        **({"init": name.upper(), **lora} if lora else {"preset": name}),
         **({} if recipe.attribute_weight else {"data": "DATA.yaml", "max-length": length}),
         "batch-size": recipe.batch_size,
         "accumulate": recipe.accumulate,

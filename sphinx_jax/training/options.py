@@ -8,7 +8,7 @@ import tyro
 
 from sharding import NO_PROCESSES, MeshShape, Processes
 from sphinx_jax.commandline import NO_PLAN, PlanOptions
-from sphinx_jax.config import LoraConfig
+from sphinx_jax.config import LoraConfig, LoraTargets
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.loop import Upkeep
@@ -63,12 +63,14 @@ class Options:
     """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
     stage: Stage = "everything"
     """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
-    the image markers; language, the decoder; lora, adapters on attention and experts of --init, which stays as it is
+    the image markers; language, the decoder; lora, adapters beside --init, which stays as it is
     (docs/finetuning.md)."""
     lora_rank: int | None = None
     """Rank of the adapters, 8 by default."""
     lora_alpha: float | None = None
     """Their product is scaled by alpha / rank; twice the rank by default."""
+    lora_target_modules: LoraTargets | None = None
+    """Which matrices get one: those of attention alone, or all, the experts' too, which is the default."""
     dtype: ComputeDtype = "float32"
     """What the model computes in. Master weights are float32 either way."""
     remat: Remat = "none"
@@ -124,7 +126,8 @@ def make_recipe(options: Options, steps: int) -> Recipe:
 
 def make_lora(options: Options) -> LoraConfig | None:
     rank = options.lora_rank or 8
-    return LoraConfig(rank, options.lora_alpha or 2.0 * rank) if options.stage == "lora" else None
+    alpha, targets = options.lora_alpha or 2.0 * rank, options.lora_target_modules or "all"
+    return LoraConfig(rank, alpha, targets) if options.stage == "lora" else None
 
 
 def check_options(options: Options) -> None:
@@ -155,7 +158,7 @@ def check_options(options: Options) -> None:
     for name in ("seed", "keep_best"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
-    for name in ("lora_rank", "lora_alpha"):
+    for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
         if getattr(options, name) is not None and options.stage != "lora":
             raise UserError(f"--{name.replace('_', '-')} belongs to --stage lora; add it")
     if options.stage == "lora" and options.init is None and not options.planning.plan:

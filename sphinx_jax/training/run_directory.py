@@ -50,7 +50,13 @@ def check_same(out: Path, options: dict[str, Any]) -> None:
 def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) -> None:
     """Raises UserError where the run to be resumed has not these adapters (None: none) of the checkpoint `base`."""
     recorded = lora.read_record(out) if lora.is_lora(out) else None
-    said = lambda it: f"--stage lora --lora-rank {it.rank} --lora-alpha {it.alpha:g}" if it else "no adapters"
+
+    def said(it: LoraConfig | None) -> str:
+        if it is None:
+            return "no adapters"
+        sizes = f"--lora-rank {it.rank} --lora-alpha {it.alpha:g}"
+        return f"--stage lora {sizes} --lora-target-modules {it.target_modules}"
+
     begun = recorded and recorded.lora
     if begun != adapters:
         raise UserError(f"--resume: {out} was begun with {said(begun)}, not with {said(adapters)}; give the same")

@@ -31,7 +31,7 @@ def step_flops(
     # Backwards costs twice a forward pass: once for what came in, once for the weights.
     again = recomputed and recipe.remat == "block"
     learns = any(jax.tree.leaves(program.learns["model"]["language"]))
-    passes = {"language": (3 if learns else 2) + again, "vision": 3 if recipe.stage == "everything" else 1}
+    passes = {"language": (3 if learns else 2) + again, "vision": 3 + again if recipe.stage == "everything" else 1}
     return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0))
 
 

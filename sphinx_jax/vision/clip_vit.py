@@ -25,6 +25,8 @@ class ClipViT(nnx.Module):
         self.blocks = make_layers(block, config.num_layers, rngs)
         self.norm_post = LayerNorm(width, NORM_EPS, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch length width"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch length width"]:
         """`images` are normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
-        return self.norm_post(run_blocks(self.blocks, self.norm_pre(self.tokens(images))))
+        return self.norm_post(run_blocks(self.blocks, self.norm_pre(self.tokens(images)), remat))

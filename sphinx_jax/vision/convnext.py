@@ -42,10 +42,12 @@ class Stage(nnx.Module):
         self.downsample = Patchify(in_dim, dim, 2, rngs=rngs) if in_dim else None
         self.blocks = make_layers(lambda r: ConvNextBlock(dim, kernel, rngs=r), depth, rngs)
 
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch rows columns dim"]:
+    def __call__(
+        self, x: Float[Array, "batch height width in"], remat: str = "none"
+    ) -> Float[Array, "batch rows columns dim"]:
         if self.downsample is not None:
             x = self.downsample(self.norm(x))
-        return run_blocks(self.blocks, x)
+        return run_blocks(self.blocks, x, remat)
 
 
 class ConvNext(nnx.Module):
@@ -63,10 +65,12 @@ class ConvNext(nnx.Module):
         )
         self.norm = LayerNorm(dims[-1], NORM_EPS, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch length channels"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch length channels"]:
         """`images` are normalised with CLIP's statistics; length is 1 + the places of the last stage, row by row."""
         x = self.stem_norm(self.stem(images))
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, remat)
         places = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
         return jnp.concatenate([places.mean(axis=1, keepdims=True), places], axis=1)

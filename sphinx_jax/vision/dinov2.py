@@ -45,9 +45,11 @@ class DinoV2(nnx.Module):
         self.blocks = make_layers(block, config.num_layers, rngs)
         self.norm = LayerNorm(width, NORM_EPS, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch length width"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch length width"]:
         """`images` are normalised with ImageNet's statistics; length is 1 + (size / patch) squared."""
-        return self.norm(run_blocks(self.blocks, self.tokens(images, self.positions())))
+        return self.norm(run_blocks(self.blocks, self.tokens(images, self.positions()), remat))
 
     def positions(self) -> Float[Array, "length width"]:
         """The learned positions, resized from the grid they were learned for to that of this input size."""

@@ -35,23 +35,28 @@ class Ensemble(nnx.Module):
         self.start = param(rngs, (dim,), ("norm",), nnx.initializers.normal(0.02))
         self.end = param(rngs, (dim,), ("norm",), nnx.initializers.normal(0.02))
 
-    def features(self, images: Float[Array, "batch size size 3"]) -> dict[str, Float[Array, "crops length channels"]]:
+    def features(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> dict[str, Float[Array, "crops length channels"]]:
         """What each encoder says of each view, by the encoder's name; crops are batch x views, picture by picture."""
         dtype = self.start[...].dtype
         inputs = encoder_inputs(images, self.config)
-        seen = {name: getattr(self, name)(crops.astype(dtype)) for name, crops in inputs.items()}
+        seen = {name: getattr(self, name)(crops.astype(dtype), remat=remat) for name, crops in inputs.items()}
         return {name: constrain(features, "batch", "residual", None) for name, features in seen.items()}
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch views words dim"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch views words dim"]:
         """Words of pictures normalised with CLIP's mean and deviation.
 
         A view's words are the Q-Former's, then one for each place of the other encoders' common grid.
+        `remat` names what each block keeps for its gradient (`layers.run_layers`).
         Raises ValueError if the pictures do not have the config's size.
         """
         size = self.config.image_size
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f"pictures must be [batch, {size}, {size}, 3], got {list(images.shape)}")
-        features = self.features(images)
+        features = self.features(images, remat=remat)
         words = []
         if self.qformer is not None:
             words.append(self.qformer_norm(self.qformer_proj(features["qformer"])))

@@ -28,9 +28,12 @@ class EvaViT(nnx.Module):
         self.blocks = make_layers(block, config.vision_layers, rngs)
         self.norm = LayerNorm(width, VIT_NORM_EPS, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch length vision_width"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch length vision_width"]:
         """`images` are normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
-        return constrain(self.norm(run_blocks(self.blocks, self.tokens(images))), "batch", "residual", None)
+        x = run_blocks(self.blocks, self.tokens(images), remat)
+        return constrain(self.norm(x), "batch", "residual", None)
 
 
 class CrossAttention(nnx.Module):
@@ -110,9 +113,11 @@ class QFormer(nnx.Module):
         self.norm = LayerNorm(config.width, NORM_EPS, rngs=rngs)
         self.groups = make_layers(lambda r: QFormerGroup(config, rngs=r), groups, rngs)
 
-    def __call__(self, images: Float[Array, "batch size size 3"]) -> Float[Array, "batch queries width"]:
+    def __call__(
+        self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
+    ) -> Float[Array, "batch queries width"]:
         """`images` are normalised with CLIP's statistics."""
-        picture = self.vit(images)
+        picture = self.vit(images, remat=remat)
         queries = self.norm(self.queries[...].astype(images.dtype))
         x = constrain(jnp.broadcast_to(queries, (images.shape[0], *queries.shape)), "batch", "residual", None)
-        return run_layers(self.groups, lambda group, carry, _: (group(carry, picture), None), x)[0]
+        return run_layers(self.groups, lambda group, carry, _: (group(carry, picture), None), x, remat=remat)[0]

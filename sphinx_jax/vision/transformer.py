@@ -131,6 +131,6 @@ def scaled(x: Float[Array, "*batch width"], scale: nnx.Param | None) -> Float[Ar
     return x if scale is None else x * scale[...].astype(x.dtype)
 
 
-def run_blocks(blocks: nnx.Module, x: Float[Array, "batch *dims"]) -> Float[Array, "batch *dims"]:
-    """Stacked blocks one after another; each takes and returns one array."""
-    return run_layers(blocks, lambda block, carry, _: (block(carry), None), x)[0]
+def run_blocks(blocks: nnx.Module, x: Float[Array, "batch *dims"], remat: str = "none") -> Float[Array, "batch *dims"]:
+    """Stacked blocks one after another; each takes and returns one array. `remat` as in `layers.run_layers`."""
+    return run_layers(blocks, lambda block, carry, _: (block(carry), None), x, remat=remat)[0]

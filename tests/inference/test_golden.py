@@ -127,3 +127,17 @@ def test_bfloat16_is_no_further_from_float32_than_the_originals(golden_checkpoin
         reference_off = np.abs(reference.astype(np.float32) - wide)
         assert ours_off.mean() <= reference_off.mean()
         assert ours_off.max() <= reference_off.max()
+
+
+@pytest.mark.parametrize(("kind", "mean", "relative", "same"), [("int8", 0.05, 0.02, 0.93), ("int4", 0.8, 0.36, 0.5)])
+def test_what_few_bits_cost_in_scores(kind, mean, relative, same, golden_checkpoint, golden):
+    """Against the original's float32 on two whole conversations; docs/memory.md states what was measured."""
+    model = sphinx_jax.load(golden_checkpoint("ens", 1), sharding.make_mesh(), "float32", quantize=kind)
+    exact, tokens = golden("ens/expected.npz"), golden("ens/inputs.npz")["examples"]
+    best = exact["train_logits_argmax"]
+    scores = np.asarray(model.logits(tokens[:, : best.shape[1]], pictures("ens")))
+    off = scores[..., ::125] - exact["train_logits_cols"]
+    # Rounding shows, or nothing was rounded.
+    assert 0.01 < np.abs(off).mean() <= mean
+    assert np.linalg.norm(off) <= relative * np.linalg.norm(exact["train_logits_cols"])
+    assert (scores.argmax(-1) == best).mean() >= same

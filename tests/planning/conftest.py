@@ -28,8 +28,8 @@ def inference(needs_gpu_compiler):
         return inference_plan(model, preset(model), find_gpu(card), shape, dtype="bfloat16", rows=1, context=4096)
 
     def plan(model, card, shape):
-        # Cards of one generation get one program, of which only the memory differs that it has to fit into.
-        kind = "rtx3090" if find_gpu(card).compute_capability == (8, 6) else card
+        # These take the same, to the byte; only the memory differs that they have to fit into.
+        kind = "rtx3090" if find_gpu(card).compute_capability in ((8, 6), (8, 9)) else card
         return dataclasses.replace(compiled(model, kind, tuple(shape.items())), gpu=find_gpu(card))
 
     return plan

@@ -13,6 +13,7 @@ import sharding
 import sphinx_jax
 import train
 from sphinx_jax import adapters, checkpoints, commandline, config
+from sphinx_jax.checkpoints import loaded
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.tokenizer import train_tokenizer
@@ -181,6 +182,40 @@ def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
     np.testing.assert_array_equal(
         converted["language"]["layers"]["ffn"]["w_in"], after["language"]["layers"]["ffn"]["w_in"]
     )
+
+
+def test_on_attention_alone(call, base, tmp_path, capsys):
+    """Nothing else is saved, and nothing else of the base changes, read or exported."""
+    out = tmp_path / "run"
+    assert call(*asked(base, out, "--lora-target-modules", "attention")) == 0
+    shapes = lambda path: {
+        key: [x.shape for x in pair] for key, pair in checkpoints.open(path).adapters[0].factors.items()
+    }
+    layers, dim, rank, groups = SMALL.num_layers, SMALL.dim, 3, SMALL.num_kv_heads
+    assert {key[-1]: value for key, value in shapes(out).items()} == {
+        "wqkv": [(layers, dim, rank), (layers, rank, groups, 4, 4)],
+        "wo": [(layers, groups, 2, 4, rank), (layers, rank, dim)],
+    }
+    before, after = (checkpoints.load(path, sharding.make_mesh(), apart=False).params for path in (base, out))
+    changed = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+    assert {p[-1].key for p, flag in jax.tree_util.tree_leaves_with_path(changed) if flag} == {"wqkv", "wo"}
+    assert commandline.run(export.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
+    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(), apart=False).params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
+    assert call(*asked(base, out, "--resume")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--lora-target-modules attention, not with" in last and last.endswith("modules all; give the same")
+
+
+@pytest.mark.parametrize(("targets", "rank", "mib"), [("attention", 8, 18), ("attention", 16, 36), ("all", 8, 418)])
+def test_bytes_of_the_published_models_adapters(targets, rank, mib):
+    """As docs/finetuning.md states them: 32 layers, queries with keys and values 6144 wide, 8 experts of 14336."""
+    abstract = loaded.abstract_adapters(config.sphinx_moe(), LoraConfig(rank, 1.0, targets))
+    attention = 4096 + 6144 + 4096 + 4096
+    experts = 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    numbers = 32 * rank * (attention + experts * (targets == "all"))
+    assert sum(x.size for x in jax.tree.leaves(abstract)) == numbers
+    assert 4 * numbers / 2**20 == mib
 
 
 def test_bad_input_is_one_sentence(call, run, base, tmp_path, capsys):

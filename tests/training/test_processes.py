@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+import train
+from sphinx_jax import checkpoints, commandline
 from sphinx_jax.errors import UserError
 from sphinx_jax.training import run_directory
+from tests.training.test_lora import save_base
 
 MESH = ["--mesh.fsdp", "4", "--mesh.tensor", "2"]
 
@@ -30,39 +34,67 @@ def test_several_processes_need_one_directory(monkeypatch):
     assert run_directory.choose(Path("one"), "nano") == Path("one")
 
 
+class Program:
+    """`tiny.py` on one data set, as two processes of four devices."""
+
+    def __init__(self, folder, *argv):
+        say = lambda i: [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": str(i * i)}]
+        (folder / "records.json").write_text(json.dumps([{"conversations": say(i)} for i in range(100)]))
+        entry = {"path": str(folder / "records.json"), "type": "text"}
+        (folder / "data.yaml").write_text(json.dumps({"META": [entry]}))
+        self.argv = [sys.executable, Path(__file__).with_name("tiny.py"), "--data", folder / "data.yaml"]
+        self.argv += ["--max-length", "64", "--batch-size", "8", *MESH, "--log-every", "1", *argv]
+        self.folder, self.environment = folder, os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    def two(self, *argv):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        processes = []
+        for i in range(2):
+            run = [*self.argv, "--simulate-devices", "4", *argv]
+            run += ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
+            output = (self.folder / f"said{i}").open("w")
+            processes.append(subprocess.Popen(run, env=self.environment, stdout=output, stderr=subprocess.STDOUT))
+        return processes
+
+    def said(self):
+        return [(self.folder / f"said{i}").read_text() for i in range(2)]
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    say = lambda i: [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": str(i * i)}]
-    (tmp_path / "records.json").write_text(json.dumps([{"conversations": say(i)} for i in range(100)]))
-    entry = {"path": str(tmp_path / "records.json"), "type": "text"}
-    (tmp_path / "data.yaml").write_text(json.dumps({"META": [entry]}))
-    argv = ["--preset", "tiny", "--data", str(tmp_path / "data.yaml"), "--max-length", "64", "--batch-size", "8"]
-    argv += [*MESH, "--log-every", "1"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    program = [sys.executable, str(Path(__file__).with_name("tiny.py")), *argv]
-    alone = [*program, "--simulate-devices", "8", "--steps", "8", "--out", str(one)]
-    subprocess.run(alone, env=environment, check=True, capture_output=True)
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = []
-    for i in range(2):
-        run = [*program, "--simulate-devices", "4", "--steps", "5000", "--out", str(two)]
-        run += ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
-        output = (tmp_path / f"said{i}").open("w")
-        processes.append(subprocess.Popen(run, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    program, one, two = Program(tmp_path, "--preset", "tiny"), tmp_path / "one", tmp_path / "two"
+    alone = [*program.argv, "--simulate-devices", "8", "--steps", "8", "--out", one]
+    subprocess.run(alone, env=program.environment, check=True, capture_output=True)
+    processes = program.two("--steps", "5000", "--out", two)
     deadline = time.monotonic() + 300
     while len(losses(two)) < 10:
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     codes = [process.wait(timeout=120) for process in processes]
-    said = [(tmp_path / f"said{i}").read_text() for i in range(2)]
+    said = program.said()
     assert codes == [0, 0], said
     assert "stopped by SIGTERM" in said[0] and "step 8 " in said[0] and "step 8 " not in said[1]
     # Both warm up alike, however long they are to be.
     assert losses(two)[:8] == pytest.approx(losses(one), rel=1e-3)
     (newest,) = [int(path.name) for path in (two / "checkpoints").iterdir()]
     assert newest == len(losses(two))
+
+
+@pytest.mark.slow
+def test_adapters_in_two_processes(tmp_path):
+    """They learn what they learn in one, of a base that either reads its own part of, and are written once, whole."""
+    base, one, two = save_base(tmp_path / "base", seed=0), tmp_path / "one", tmp_path / "two"
+    program = Program(tmp_path, "--init", base, "--stage", "lora", "--lora-rank", "3", "--steps", "4")
+    assert commandline.run(train.main, [*map(str, program.argv[2:]), "--out", str(one)]) == 0
+    processes = program.two("--out", two)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0], program.said()
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3) and len(losses(two)) == 4
+    assert (two / "lora.json").read_text() == (one / "lora.json").read_text()
+    ours, theirs = (checkpoints.open(run).adapters[0].factors for run in (two, one))
+    assert set(ours) == set(theirs) and any(np.abs(b).max() > 1e-5 for _, b in ours.values())
+    for path, factors in ours.items():
+        for factor, expected in zip(factors, theirs[path], strict=True):
+            np.testing.assert_allclose(factor, expected, rtol=1e-3, atol=1e-6)

@@ -109,3 +109,29 @@ def test_gradients_agree_on_a_mesh(images):
         name, scale = jax.tree_util.keystr(path), np.abs(expected).max()
         assert scale > 0, f"no gradient reaches {name}"
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
+
+
+DEEP = {
+    "clip": ClipConfig(width=16, num_layers=8, num_heads=2, patch=8, image_size=64),
+    "convnext": ConvNextConfig(depths=(8,), dims=(16,), kernel=3, image_size=32),
+    "dino": DinoConfig(width=24, num_layers=8, num_heads=3, patch=8, image_size=64, position_grid=5),
+    "qformer": QFormerConfig(
+        vision_width=16, vision_layers=8, vision_heads=2, vision_mlp=64, patch=8, image_size=64,
+        width=24, num_layers=8, num_heads=3, mlp=96, num_queries=32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_blocks_computed_again_take_less_memory_for_the_same_gradient(name):
+    """Of eight layers only what goes into each is kept, and all that one layer makes."""
+    graph, params = drawn(VisionConfig(image_size=64, **dict.fromkeys(DEEP) | {name: DEEP[name]}))
+    pictures = np.random.default_rng(1).normal(size=(4, 64, 64, 3)).astype(np.float32)
+    found = {}
+    for remat in ("none", "block"):
+        loss = lambda p, remat=remat: jnp.square(nnx.merge(graph, nnx.State(p))(pictures, remat=remat)).mean()
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        found[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
+    (whole, before), (again, after) = found["none"], found["block"]
+    assert after < before / 3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), again, whole)

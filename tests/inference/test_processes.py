@@ -1,0 +1,74 @@
+"""Two processes of two devices each, started as a user would, answer as one process of one device does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sharding
+import sphinx_jax
+from sphinx_jax.data import easy_vqa
+
+INFER = Path(__file__).parents[2] / "infer.py"
+COUNT = 12
+
+
+def in_two(*argv):
+    """What either says on its standard output, and on standard error, once both have ended; and the exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = [sys.executable, INFER, "--checkpoint", sphinx_jax.SHIPPED, "--context", "256", *argv]
+    program += ["--dtype", "float32", "--mesh.data", "2", "--mesh.tensor", "2", "--simulate-devices", "2"]
+    program += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    started = [
+        subprocess.Popen(
+            [*map(str, program), str(i)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=240) for process in started]
+    return said, [process.returncode for process in started]
+
+
+@pytest.mark.slow
+def test_a_file_and_a_question_in_two_processes(tmp_path):
+    records = easy_vqa.load("test")[:COUNT]
+    questions = [record.questions[0].text for record in records]
+    pictures = [easy_vqa.image_file("test", record.id) for record in records]
+    asked = zip(range(COUNT), questions, pictures, strict=True)
+    lines = [json.dumps({"id": i, "prompt": question, "image": str(picture)}) for i, question, picture in asked]
+    lines[5] = lines[5].replace(str(pictures[5]), "gone.png")
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", context=256)
+    expected = model.generate(questions, pictures, max_new_tokens=8)
+
+    out = tmp_path / "answers.jsonl"
+    said, codes = in_two("--batch", tmp_path / "questions.jsonl", "--out", out, "--max-new-tokens", 8, "--rows", 4)
+    assert codes == [0, 0], said
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["id"]: line["answer"] for line in found if "answer" in line} == {
+        i: answer for i, answer in enumerate(expected) if i != 5
+    }
+    assert len(found) == COUNT
+    (failed,) = (line for line in found if "error" in line)
+    assert failed["id"] == 5 and "gone.png" in failed["error"]
+    assert "11 answered, 0 answered before, 1 failed" in said[0][1] and "answered" not in said[1][1]
+
+    said, codes = in_two("--image", pictures[0], "--prompt", questions[0])
+    assert codes == [0, 0], said
+    written = ["\n".join(line for line in out.splitlines() if "[Gloo]" not in line) for out, _ in said]
+    assert written == [expected[0], ""]
+
+    # Read by the first alone, and told by both.
+    said, codes = in_two("--batch", tmp_path / "none.jsonl", "--out", out)
+    assert codes == [2, 2], said
+    assert all("none.jsonl: cannot read the file" in error.splitlines()[-1] for _, error in said)
