@@ -57,6 +57,8 @@ def flash_attention_from(start: Int[Array, "batch"], q: Queries, k: Cached, v: C
     return _forward(_later_forward_tile, q, k, v, start)[0]
 
 
+# Compiled functions of their own, so that a kernel is lowered once for all layers: half a second each time.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(tile, q: Queries, *others) -> tuple[Queries, Rows]:
     """The attention, and log2 of each query's sum of exponentials."""
     rows = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
@@ -70,6 +72,7 @@ def _with_residuals(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple]:
     return out, (q, k, v, out, lse)
 
 
+@jax.jit
 def _gradient(residuals: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys]:
     q, k, v, out, lse = residuals
     d_out = d_out.astype(q.dtype)

@@ -11,7 +11,7 @@ each. Blocks stay on their multiprocessor and take tile after tile
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,24 +76,14 @@ def grouped_matmul(
 
     Rows that are of no group hold anything.
     """
-
-    def store(accumulators, write):
-        (sums,) = accumulators
-        write(sums[...])
-
-    return _rows_kernel(x, w, groups, 1, transposed, store)
+    return _rows_kernel(x, w, groups, "sum", transposed, sharding.multiprocessors())
 
 
 def grouped_swiglu(
     x: Float[Array, "rows in"], w: Float[Array, "groups in 2 hidden"], groups: Groups
 ) -> Float[Array, "rows hidden"]:
     """silu(x[r] gate) * (x[r] up), gate and up being those of the row's group; nothing else is written to memory."""
-
-    def store(accumulators, write):
-        gate, up = (part[...] for part in accumulators)
-        write(gate / (1 + jnp.exp(-gate)) * up)
-
-    return _rows_kernel(x, w.reshape(*w.shape[:2], -1), groups, 2, False, store)
+    return _rows_kernel(x, w.reshape(*w.shape[:2], -1), groups, "swiglu", False, sharding.multiprocessors())
 
 
 def grouped_outer(
@@ -103,6 +93,12 @@ def grouped_outer(
 
     Rows between groups count too, up to the next tile: they must be zero in one of both, and finite.
     """
+    return _columns_kernel(x, y, groups, sharding.multiprocessors())
+
+
+# Compiled functions of their own, so that a kernel is lowered once for all layers: half a second each time.
+@functools.partial(jax.jit, static_argnums=3)
+def _columns_kernel(x: Array, y: Array, groups: Groups, multiprocessors: int) -> Array:
     (_, into), (_, out), dtype = x.shape, y.shape, x.dtype
     width = 256 if out % 256 == 0 else 128
     swizzled, along, across = _swizzled(dtype), into // 128, out // width
@@ -169,16 +165,20 @@ def grouped_outer(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return _launch(grouped_columns, (groups.count.size, into, out), dtype, 2, (x, y, groups.count, groups.first))
+    args = (x, y, groups.count, groups.first)
+    return _launch(grouped_columns, (groups.count.size, into, out), dtype, 2, multiprocessors, args)
 
 
-def _rows_kernel(x: Array, w: Array, groups: Groups, parts: int, transposed: bool, store: Callable) -> Array:
-    """A product with each of so many `parts` of a matrix's columns; `store` makes one result of them."""
-    depth, dtype = x.shape[1], x.dtype
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _rows_kernel(
+    x: Array, w: Array, groups: Groups, result: Literal["sum", "swiglu"], transposed: bool, multiprocessors: int
+) -> Array:
+    """A product with each part of a matrix's columns, one or gate and up, and of them the result."""
+    depth, dtype, parts = x.shape[1], x.dtype, {"sum": 1, "swiglu": 2}[result]
     columns = w.shape[1 if transposed else 2] // parts
     tiles_at_most = groups.group_of_tile.size
     tile = x.shape[0] // tiles_at_most
-    width = _width(columns, tiles_at_most, parts)
+    width = _width(columns, tiles_at_most, parts, multiprocessors)
     workers, across, swizzled = tile // 64, columns // width, _swizzled(dtype)
     stages = min(8, _SHARED // (_DEPTH * (tile + width * parts) * dtype.itemsize))
 
@@ -232,7 +232,7 @@ def _rows_kernel(x: Array, w: Array, groups: Groups, parts: int, transposed: boo
                         plgpu.wgmma_wait(0)
                         _release(allocations, steps - 1, stages)
                         out_tile = out_gmem.at[pl.ds(row * tile, tile), pl.ds(column * width, width)].at[share]
-                        store(accumulators, functools.partial(_write, out_smem.at[warpgroup], out_tile))
+                        _write(out_smem.at[warpgroup], out_tile, _result(*accumulators))
 
                     pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * parts)
 
@@ -263,7 +263,15 @@ def _rows_kernel(x: Array, w: Array, groups: Groups, parts: int, transposed: boo
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     args = (x, w, groups.group_of_tile, groups.rows_of_tile, groups.tiles)
-    return _launch(grouped_rows, (x.shape[0], columns), dtype, workers, args)
+    return _launch(grouped_rows, (x.shape[0], columns), dtype, workers, multiprocessors, args)
+
+
+def _result(*accumulators) -> Float[Array, "64 width"]:
+    """The sums themselves, or of the sums of gate and up silu(gate) * up."""
+    if len(accumulators) == 1:
+        return accumulators[0][...]
+    gate, up = (sums[...] for sums in accumulators)
+    return gate / (1 + jnp.exp(-gate)) * up
 
 
 def _release(allocations: dict, step: int | Int[Array, ""], stages: int) -> None:
@@ -291,10 +299,10 @@ def _write(smem, out_gmem, result: Float[Array, "64 width"]) -> None:
         plgpu.copy_smem_to_gmem(smem.at[part % 2], out_gmem.at[:, pl.ds(part * _EPILOGUE, _EPILOGUE)])
 
 
-def _width(columns: int, tiles: int, parts: int) -> int:
+def _width(columns: int, tiles: int, parts: int, multiprocessors: int) -> int:
     """Columns of a tile: as many as the registers hold of 64 rows, fewer if too many multiprocessors had none."""
     fitting = [width for width in (256, 128, 64) if columns % width == 0 and width * parts <= 256]
-    busy = [width for width in fitting if tiles * (columns // width) >= 0.9 * sharding.multiprocessors()]
+    busy = [width for width in fitting if tiles * (columns // width) >= 0.9 * multiprocessors]
     return max(busy, default=fitting[-1])
 
 
@@ -310,12 +318,19 @@ def _swizzled(dtype: jnp.dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTra
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
-def _launch(kernel: Callable, shape: tuple[int, ...], dtype: jnp.dtype, workers: int, args: tuple[Array, ...]) -> Array:
+def _launch(
+    kernel: Callable,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    workers: int,
+    multiprocessors: int,
+    args: tuple[Array, ...],
+) -> Array:
     """`kernel` on every multiprocessor, with so many warpgroups that multiply."""
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(sharding.multiprocessors(),),
+        grid=(multiprocessors,),
         grid_names=("multiprocessor",),
         num_threads=workers + 1,
         thread_name="warpgroup",

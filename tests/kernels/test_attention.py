@@ -160,8 +160,8 @@ CONFIG = SphinxConfig(DecoderConfig(256, 512, 2, num_heads=4, num_kv_heads=2, nu
 
 
 def kernels_and_scores(compiled):
-    """How often a kernel of attention is called, and whether something as large as all scores is made: no other dimension
-    has so many elements as there are keys, of a prompt or in the cache.
+    """How often a kernel of attention is called, and whether something as large as all scores is made: no other
+    dimension has so many elements as there are keys, of a prompt or in the cache.
     """
     text = compiled.as_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
