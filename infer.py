@@ -18,10 +18,9 @@ A line of questions.jsonl is {"id": 1, "image": "cat.jpg" or null, "prompt": "Wh
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options)
-    sharding.start_processes(options.processes)
+    processes = sharding.start_processes(options.processes)
     commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
@@ -53,14 +52,15 @@ def main(argv: Sequence[str]) -> int:
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
     checkpoint = options.checkpoint or sharding.from_first(default_checkpoint)
     nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
-    if jax.process_count() > 1 and not (nothing_asked or options.batch or options.prompt is not None):
+    if processes > 1 and not (nothing_asked or options.batch or options.prompt is not None):
         raise UserError(
             "a chat runs in one process; several answer one question (--prompt) or a file of them (--batch)"
         )
     held_out = sharding.from_first(read_held_out) if nothing_asked else []
 
     memory = {"context": options.context, "quantize": options.quantize, "offload": options.offload}
-    model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory)
+    asked = options.prompt is not None and processes == 1
+    model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory, prepare=prepare(options) if asked else None)
     sharding.check_processes(model.mesh)
     say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
@@ -115,6 +115,12 @@ def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options)
         return
     for image, question, truth, said in zip(images, questions, truths, answers, strict=True):
         print(f"{image}\n  question: {question}\n  answer:   {said}\n  truth:    {truth}")
+
+
+def prepare(options: Options) -> Callable[[Sphinx], None]:
+    """Compiles what the question takes while the model is read."""
+    chosen = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
+    return lambda model: model.prepare(options.prompt, options.image is not None, **chosen)
 
 
 def answer(model: Sphinx, options: Options) -> float:

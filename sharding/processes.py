@@ -53,8 +53,8 @@ class Processes:
 NO_PROCESSES = Processes()
 
 
-def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -> None:
-    """Join the other processes of this program, if the options or SLURM say that there are some.
+def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -> int:
+    """Join the other processes of this program, if the options or SLURM say that there are some; how many there are.
 
     Call it before anything asks jax for its devices: they are those of all processes from then on. Raises LayoutError
     where the first process cannot listen or does not answer. If the others do not come within `seconds`, says so and
@@ -77,7 +77,7 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         chosen, where = {"cluster_detection_method": "slurm"}, f"SLURM step on {os.environ['SLURM_STEP_NODELIST']}"
     else:
-        return
+        return 1
     late = threading.Timer(seconds, _give_up, [f"{where}: not all processes came within {seconds:g} s; start them all"])
     late.daemon = True
     late.start()
@@ -86,6 +86,7 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -
         jax.distributed.initialize(**chosen, initialization_timeout=math.ceil(seconds) + 60)
     finally:
         late.cancel()
+    return jax.process_count()
 
 
 def _check_free(where: str, port: int) -> None:

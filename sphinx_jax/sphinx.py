@@ -1,7 +1,7 @@
 """The public face: a loaded model that reads pictures and text and answers."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints.loaded import Loaded
+from sphinx_jax.checkpoints.loaded import Loaded, Params
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import DEFAULT_TEMPLATE, Conversation
 from sphinx_jax.data.images import open_image, padded_resize, to_rgb
@@ -26,6 +26,7 @@ from sphinx_jax.inference.offload import OffloadEngine, in_host_memory
 from sphinx_jax.inference.requests import Completion, Picture, Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import ROWS, Session, answer_all
+from sphinx_jax.inference.stopping import check_stops
 from sphinx_jax.kernels.quantized import GROUP, Kind, Quantized
 from sphinx_jax.quantization import quantized
 
@@ -42,13 +43,15 @@ def load(
     context: int = CONTEXT,
     quantize: Kind | None = None,
     offload: bool = False,
+    prepare: Callable[["Sphinx"], None] | None = None,
 ) -> "Sphinx":
     """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
 
     `mesh` is what it is laid out on, by default all devices; `dtype` "bfloat16" or "float32", by default as
     stored; `context` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
     "int4" keeps the decoder's matrices in few bits, each rounded as soon as it is read; `offload` keeps its layers in
-    host memory, and on the devices two of them at a time (see `inference.offload`).
+    host memory, and on the devices two of them at a time (see `inference.offload`). `prepare` is called with the model
+    while its weights are being read, to compile what it will be asked: see `Sphinx.prepare`.
     Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
     """
     if quantize not in (None, *GROUP):
@@ -58,7 +61,19 @@ def load(
         kept = quantized(path, array, quantize) if quantize else array
         return in_host_memory(path, kept) if offload else kept
 
-    return Sphinx(checkpoints.load(path, mesh, dtype, apart=True, keep=keep), context, offload)
+    prepared: list[Sphinx] = []
+
+    def meanwhile(promised: Loaded) -> None:
+        prepared.append(Sphinx(promised, context))
+        prepare(prepared[0])
+
+    # Parameters that are kept in another form are not those that are promised.
+    as_read = prepare if not (quantize or offload) else None
+    loaded = checkpoints.load(path, mesh, dtype, apart=True, keep=keep, meanwhile=as_read and meanwhile)
+    if not prepared:
+        return Sphinx(loaded, context, offload)
+    prepared[0].receive(loaded.params)
+    return prepared[0]
 
 
 class Sphinx:
@@ -75,6 +90,20 @@ class Sphinx:
             self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, context)
         else:
             self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, context)
+
+    def prepare(self, prompt: str, image: bool, *, max_new_tokens: int = 512, stop: Sequence[str] = ()) -> None:
+        """Compile what `stream` takes for this question, with a picture or without one, and run nothing.
+
+        For `prepare` of `load`, when there are no weights yet.
+        """
+        size = self.config.vision.image_size if image else 0
+        picture = Picture.of(np.zeros((size, size, 3), np.float32)) if image else None
+        request = self.request(prompt, picture, max_new_tokens=max_new_tokens)
+        self.engine.prepare(request, check_stops(self.stops(stop)))
+
+    def receive(self, params: Params) -> None:
+        """The weights that were promised."""
+        self._params = self.engine.params = params
 
     def picture(self, image: ImageLike) -> Picture:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""

@@ -54,15 +54,16 @@ def load(
     dtype: str | None = None,
     apart: bool = True,
     keep: stream.Keep | None = None,
+    meanwhile: stream.Meanwhile | None = None,
 ) -> Loaded:
     """The model of a checkpoint of any format on `mesh` (None: all devices).
 
     `dtype` is "bfloat16", "float32", or None for as stored. `apart` holds the decoder's layers as a list, for
     decoding, instead of stacked, for training. `keep` makes of each parameter, as soon as it is read, what is kept
-    of it. Raises UserError that names everything missing, unexpected,
-    mis-shaped or damaged; nothing is loaded then.
+    of it. `meanwhile` is called beside the reading, with the model as it will be but for `keep`, its parameters
+    abstract. Raises UserError that names everything missing, unexpected, mis-shaped or damaged; nothing is loaded then.
     """
-    return stream.load(open(path), mesh, dtype, apart, keep)
+    return stream.load(open(path), mesh, dtype, apart, keep, meanwhile)
 
 
 def save(

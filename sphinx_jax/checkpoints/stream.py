@@ -32,13 +32,22 @@ Box = tuple[slice, ...]
 Path = tuple[str | int, ...]
 Parts = list[tuple[Entry, list[Piece]]]
 Keep = Callable[[Path, jax.Array], Any]
+Meanwhile = Callable[[Loaded], None]
 
 
-def load(opened: Opened, mesh: Mesh | None, dtype: str | None, apart: bool, keep: Keep | None = None) -> Loaded:
+def load(
+    opened: Opened,
+    mesh: Mesh | None,
+    dtype: str | None,
+    apart: bool,
+    keep: Keep | None = None,
+    meanwhile: Meanwhile | None = None,
+) -> Loaded:
     """The checkpoint's model on `mesh` (None: all devices), in `dtype` (None: as stored).
 
     `keep` is called with the path and the array of each parameter as soon as it is read, and what it returns stands
-    in the parameter's place.
+    in the parameter's place. `meanwhile` is called beside the reading, in a thread of its own, with the model as it
+    will be but for `keep`, its parameters abstract.
 
     Everything that can be known without reading the weights is checked before any device memory is used.
     Raises UserError, and then nothing is loaded.
@@ -47,10 +56,14 @@ def load(opened: Opened, mesh: Mesh | None, dtype: str | None, apart: bool, keep
     parts = match(opened, apart)
     graph, abstract = abstract_model(opened.config, mesh, dtype, apart)
     tokenizer_bytes = opened.tokenizer_bytes
-    with Reader(opened, parts, abstract, dtype) as reader:
-        arrays = reader.read_all(keep or (lambda path, array: array))
-    params = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], abstract)
-    return Loaded(opened.config, graph, params, tokenizer_bytes, mesh)
+    whole = lambda by_path: jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
+    made = lambda by_path: Loaded(opened.config, graph, whole(by_path), tokenizer_bytes, mesh)
+    with ThreadPoolExecutor(1) as beside, Reader(opened, parts, abstract, dtype) as reader:
+        done = beside.submit(meanwhile, made(reader.targets)) if meanwhile else None
+        loaded = made(reader.read_all(keep or (lambda path, array: array)))
+        if done:
+            done.result()
+    return loaded
 
 
 class Reader:
@@ -70,7 +83,7 @@ class Reader:
             filled = sum(math.prod(entry.shape) for entry, _ in self._parts.get(path, []))
             if path not in leaves or filled != leaves[path].size:
                 raise ValueError(f"the {opened.format} layout does not fill {path}: {filled} numbers")
-        self._targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._parts.items()}
+        self.targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._parts.items()}
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count()))
         self._ahead = ThreadPoolExecutor(1)
         console = Console(stderr=True)
@@ -84,7 +97,7 @@ class Reader:
             disable=not console.is_terminal or jax.process_index() != 0,
         )
         self._task = self._progress.add_task(
-            f"loading {opened.path.name}", total=sum(_local_bytes(target) for target in self._targets.values())
+            f"loading {opened.path.name}", total=sum(_local_bytes(target) for target in self.targets.values())
         )
 
     @staticmethod
@@ -96,7 +109,7 @@ class Reader:
 
     def dtype(self, path: Path) -> np.dtype:
         """The type in which a parameter will be read."""
-        return np.dtype(self._targets[path].dtype)
+        return np.dtype(self.targets[path].dtype)
 
     def __enter__(self) -> "Reader":
         self._progress.start()
@@ -122,7 +135,7 @@ class Reader:
 
     def read(self, path: Path) -> jax.Array:
         """One parameter. Raises UserError if it holds a number that is not one."""
-        target = self._targets[path]
+        target = self.targets[path]
         devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
             devices_of.setdefault(_bounds(index, target.shape), []).append(device)
@@ -187,7 +200,7 @@ class Reader:
     def _prefetch(self, path: Path) -> None:
         """Only a hint to the operating system: what goes wrong here goes wrong again, and is told, in `read`."""
         # A process that needs only a part of the array reads just that, as it is asked for.
-        if self._targets[path].sharding.is_fully_addressable:
+        if self.targets[path].sharding.is_fully_addressable:
             for tensor in self._tensors(path):
                 for file in self._opened.files:
                     file.prefetch(tensor)

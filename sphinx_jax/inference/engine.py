@@ -7,6 +7,7 @@ compiled again without anyone noticing. What they are is in `programs` and `step
 import collections
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,8 +70,17 @@ def slots_for(text: int, picture: int, answer: int, context: int, piece: int) ->
     return bucket(max(padded, min(picture + text + answer, context)))
 
 
+def _promised(compiled: jax.stages.Compiled) -> Any:
+    """Shapes and shardings of what a program gives."""
+    shaped = lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
+    return jax.tree.map(shaped, compiled.out_info, compiled.output_shardings)
+
+
 class Engine:
-    """A model ready to answer. `params` hold the decoder's layers apart and lie on `mesh`."""
+    """A model ready to answer. `params` hold the decoder's layers apart and lie on `mesh`.
+
+    As long as they are abstract, what is asked is compiled and not run, and answered with shapes: see `prepare`.
+    """
 
     def __init__(
         self,
@@ -105,19 +115,32 @@ class Engine:
 
     # Programs
 
-    def _program(self, key: tuple, program: Program, args: tuple) -> Callable:
-        """`program` compiled for the shapes and shardings of `args`, which `key` names."""
+    def _run(self, key: tuple, program: Program, *args: Any) -> Any:
+        """`program` compiled for the shapes and shardings of `args`, which `key` names, and run."""
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = program.compile(args, self.mesh)
             self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key]
+        compiled = self._compiled[key]
+        return _promised(compiled) if self._is_abstract else compiled(*args)
+
+    @property
+    def _is_abstract(self) -> bool:
+        return isinstance(self.params["language"]["embedding"]["table"], jax.ShapeDtypeStruct)
+
+    def prepare(self, request: Request, stops: tuple[str, ...]) -> None:
+        """While the parameters are abstract, compile what it takes to answer `request` alone."""
+        table, sampling = self.stop_table(stops), Sampling()
+        state = self.new_state(1, self.slots_needed(request))
+        self.decode(self.read_prompts(state, [0], [request], sampling, table), sampling, table, 1, 0)
+        # Encoded were shapes.
+        self._pictures.clear()
+        self.pictures_encoded = 0
 
     def new_state(self, rows: int, slots: int) -> steps.State:
         """Empty rows. Raises UserError if the cache does not fit into memory, with the length that would."""
-        program = self._program(("state", rows, slots), self._programs.new_state(rows, slots), ())
         try:
-            return jax.block_until_ready(program())
+            return jax.block_until_ready(self._run(("state", rows, slots), self._programs.new_state(rows, slots)))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -140,14 +163,12 @@ class Engine:
         fresh = not chunk.start.any()
         args = (self.params, state, chunk, words, sampling.values(), stops)
         key = ("prefill", state.rows, state.slots, *chunk.tokens.shape, words is not None, fresh, stops.shape)
-        return self._program(key, self._programs.prefill(state, fresh), args)(*args)
+        return self._run(key, self._programs.prefill(state, fresh), *args)
 
     def decode(self, state: steps.State, sampling: Sampling, stops: Array, number: int, until: int) -> steps.State:
         """Up to `number` more tokens for each row, or until no more than `until` rows go on. Takes the state over."""
         args = (self.params, state, sampling.values(), stops, np.int32(number), np.int32(until))
-        return self._program(("decode", state.rows, state.slots, stops.shape), self._programs.decode(state), args)(
-            *args
-        )
+        return self._run(("decode", state.rows, state.slots, stops.shape), self._programs.decode(state), *args)
 
     def stop_table(self, stops: tuple[str, ...]) -> Array:
         """The automaton of these stop strings, on the device."""
@@ -180,8 +201,7 @@ class Engine:
     def _encode(self, pictures: list[Picture]) -> tuple[Float[Array, "views words dim"], ...]:
         padding = pictures[:1] * (power_of_two(len(pictures)) - len(pictures))
         batch = np.stack([picture.normalised() for picture in pictures + padding])
-        args = (self.params, batch)
-        return self._program(("encode", len(batch)), self._programs.encode(), args)(*args)
+        return self._run(("encode", len(batch)), self._programs.encode(), self.params, batch)
 
     # The whole model at once
 
@@ -190,8 +210,8 @@ class Engine:
     ) -> Float[Array, "batch text vocab"]:
         """Scores of the word after each token, teacher-forced, without a cache. Compiled for each shape anew."""
         images = np.stack([picture.normalised() for picture in pictures]) if pictures else None
-        args = (self.params, tokens, images)
-        return self._program(("logits", *tokens.shape, images is not None), self._programs.logits(), args)(*args)
+        key = ("logits", *tokens.shape, images is not None)
+        return self._run(key, self._programs.logits(), self.params, tokens, images)
 
     # Requests
 

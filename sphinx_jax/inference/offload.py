@@ -171,9 +171,6 @@ class OffloadEngine(Engine):
             self._fetch((i + 1) % len(self._layers))
         return x
 
-    def _run(self, key: tuple, program: Program, *args: Any) -> Any:
-        return self._program(key, program, args)(*args)
-
     def _prefill(
         self, state: steps.State, chunk: steps.Chunk, words: tuple[Array, ...] | None, sampling: Sampling, stops: Array
     ) -> steps.State:

@@ -1,0 +1,39 @@
+"""What a question takes is compiled while the weights are read."""
+
+import numpy as np
+import pytest
+
+import sharding
+import sphinx_jax
+from sphinx_jax import SHIPPED, UserError
+
+QUESTION = "what shape is in the image?"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize("with_picture", [True, False])
+def test_a_question_compiles_nothing_more_once_the_weights_are_there(picture, shape, with_picture):
+    mesh = sharding.make_mesh(**shape) if shape else None
+    image = picture if with_picture else None
+    compiled = []
+
+    def prepare(model):
+        model.prepare(QUESTION, with_picture, max_new_tokens=4)
+        compiled.append(model.engine.compilations)
+
+    model = sphinx_jax.load(SHIPPED, mesh, prepare=prepare)
+    assert compiled == [model.engine.compilations] == [4 if with_picture else 3]
+    answer = list(model.stream(QUESTION, image, max_new_tokens=4))
+    assert [model.engine.compilations] == compiled
+    assert model.engine.pictures_encoded == with_picture
+    assert answer == list(sphinx_jax.load(SHIPPED, mesh).stream(QUESTION, image, max_new_tokens=4))
+
+
+def test_what_is_wrong_with_the_question_is_said_in_place_of_an_answer():
+    with pytest.raises(UserError, match="--context"):
+        sphinx_jax.load(SHIPPED, context=20, prepare=lambda model: model.prepare(QUESTION * 20, False))
