@@ -62,6 +62,7 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -
     """
     processes.check()
     if processes.coordinator is not None:
+        count = processes.num_processes
         where = f"--coordinator {processes.coordinator}"
         chosen = {
             "coordinator_address": processes.coordinator,
@@ -76,6 +77,7 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -
             _wait_for(where, host.strip("[]"), int(port), seconds)
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         chosen, where = {"cluster_detection_method": "slurm"}, f"SLURM step on {os.environ['SLURM_STEP_NODELIST']}"
+        count = int(os.environ["SLURM_NTASKS"])
     else:
         return 1
     late = threading.Timer(seconds, _give_up, [f"{where}: not all processes came within {seconds:g} s; start them all"])
@@ -86,7 +88,8 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -
         jax.distributed.initialize(**chosen, initialization_timeout=math.ceil(seconds) + 60)
     finally:
         late.cancel()
-    return jax.process_count()
+    # Asking jax would start it, and devices could not be simulated any more.
+    return count
 
 
 def _check_free(where: str, port: int) -> None:

@@ -21,9 +21,10 @@ PROGRAM = """
 import sys
 import sharding
 seconds, *flags = sys.argv[1:]
-sharding.start_processes(sharding.Processes(*flags[:1], *map(int, flags[1:])), float(seconds))
+count = sharding.start_processes(sharding.Processes(*flags[:1], *map(int, flags[1:])), float(seconds))
 sharding.simulate_devices(2)
 import jax
+assert count == jax.process_count()
 print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count())
 """
 
@@ -61,7 +62,7 @@ def test_a_port_that_is_taken(free_port):
 
 
 def test_alone_nothing_is_started():
-    sharding.start_processes()
+    assert sharding.start_processes() == 1
     sharding.check_processes(sharding.make_mesh())
 
 
