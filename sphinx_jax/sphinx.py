@@ -51,7 +51,8 @@ def load(
     stored; `context` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
     "int4" keeps the decoder's matrices in few bits, each rounded as soon as it is read; `offload` keeps its layers in
     host memory, and on the devices two of them at a time (see `inference.offload`). `prepare` is called with the model
-    while its weights are being read, to compile what it will be asked: see `Sphinx.prepare`.
+    while its weights are being read, to compile what it will be asked (see `Sphinx.prepare`); with `quantize` or
+    `offload` it is not, and all is compiled when it is asked.
     Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
     """
     if quantize not in (None, *GROUP):

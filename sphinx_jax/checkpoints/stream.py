@@ -59,10 +59,16 @@ def load(
     whole = lambda by_path: jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
     made = lambda by_path: Loaded(opened.config, graph, whole(by_path), tokenizer_bytes, mesh)
     with ThreadPoolExecutor(1) as beside, Reader(opened, parts, abstract, dtype) as reader:
-        done = beside.submit(meanwhile, made(reader.targets)) if meanwhile else None
-        loaded = made(reader.read_all(keep or (lambda path, array: array)))
-        if done:
-            done.result()
+        done = beside.submit(meanwhile or (lambda _: None), made(reader.targets))
+
+        def kept(path: Path, array: jax.Array) -> Any:
+            if done.done():
+                # What went wrong there is told now, and not after minutes of reading.
+                done.result()
+            return keep(path, array) if keep else array
+
+        loaded = made(reader.read_all(kept))
+        done.result()
     return loaded
 
 

@@ -1,11 +1,15 @@
 """What a question takes is compiled while the weights are read."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
 import sharding
 import sphinx_jax
 from sphinx_jax import SHIPPED, UserError
+from sphinx_jax.checkpoints import stream
 
 QUESTION = "what shape is in the image?"
 
@@ -34,6 +38,23 @@ def test_a_question_compiles_nothing_more_once_the_weights_are_there(picture, sh
     assert answer == list(sphinx_jax.load(SHIPPED, mesh).stream(QUESTION, image, max_new_tokens=4))
 
 
-def test_what_is_wrong_with_the_question_is_said_in_place_of_an_answer():
+def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(monkeypatch):
+    wrong, read, count = threading.Event(), stream.Reader.read, []
+
+    def prepare(model):
+        try:
+            model.prepare(QUESTION * 20, False)
+        finally:
+            wrong.set()
+
+    def slow(reader, path):
+        assert wrong.wait(60)
+        count.append(path)
+        # The thread ends a moment after its last line.
+        time.sleep(0.1)
+        return read(reader, path)
+
+    monkeypatch.setattr(stream.Reader, "read", slow)
     with pytest.raises(UserError, match="--context"):
-        sphinx_jax.load(SHIPPED, context=20, prepare=lambda model: model.prepare(QUESTION * 20, False))
+        sphinx_jax.load(SHIPPED, context=20, prepare=prepare)
+    assert len(count) == 1
