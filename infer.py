@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     if options.planning.plan:
         return plan(options)
     processes = sharding.start_processes(options.processes)
+    if processes > 1:
+        commandline.only_answers_on_stdout()
     commandline.keep_compiled_programs()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)

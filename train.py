@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run(options: Options) -> None:
     """Check everything that can be checked, then train and say how it went."""
-    sharding.start_processes(options.processes)
+    if sharding.start_processes(options.processes) > 1:
+        commandline.only_answers_on_stdout()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     out = run_directory.choose(options.out, options.preset)

@@ -78,6 +78,17 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "sphinx-jax"))
 
 
+def only_answers_on_stdout() -> None:
+    """From now on standard output is Python's alone; what libraries print there from C++ goes to standard error.
+
+    Gloo, over which processes without GPUs speak, tells there whom it found, in the middle of any line of ours.
+    """
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # open to the end
+
+
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of main(argv): 2 after an error that is the user's to mend, told on the last line of stderr."""
     try:
