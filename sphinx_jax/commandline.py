@@ -86,7 +86,9 @@ def only_answers_on_stdout() -> None:
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # open to the end
+    sys.stdout = io.TextIOWrapper(
+        os.fdopen(own, "wb"), sys.stdout.encoding, sys.stdout.errors, line_buffering=sys.stdout.line_buffering
+    )
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
