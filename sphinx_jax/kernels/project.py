@@ -1,9 +1,11 @@
 """Linear projections: one function, with a gradient of its own on CPU and a form of its own for one row on a GPU."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
 
 import sharding
@@ -42,20 +44,39 @@ def vector_chosen_matrix(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]
     """x @ w[index] with w[n, in, *out], summed in float32, the matrix read in place."""
     if sharding.platform() != "cpu" or isinstance(w, Quantized):
         return vector_matrix(x, chosen_matrix(w, index).astype(x.dtype))
-    # XLA:CPU copies what a product is given of a larger array, but not what sums of a few lines are.
-    length = x.shape[0]
-    lines, at_once = w.reshape(w.shape[0] * length, -1), math.gcd(length, 8)
+    # XLA:CPU copies what a product is given of a larger array, but not what is added up line by line.
+    lines = w.reshape(w.shape[0] * x.shape[0], -1)
+    return _sum_of_lines(x.astype(jnp.float32), lines, index).reshape(w.shape[2:]).astype(w.dtype)
 
-    def add(i, y):
-        for line in range(at_once):
-            line += i * at_once
-            y += x[line].astype(jnp.float32) * jax.lax.dynamic_index_in_dim(
-                lines, index * length + line, keepdims=False
-            )
-        return y
 
-    zeros = jnp.zeros_like(w, jnp.float32, shape=lines.shape[1:])
-    return jax.lax.fori_loop(0, length // at_once, add, zeros).reshape(w.shape[2:]).astype(w.dtype)
+def _in_one_kernel(function: Callable) -> Callable:
+    """`function` as one kernel of XLA:CPU, with its loops, which else cost more between steps than in them.
+
+    The mark is the one that XLA puts on small loops itself, and goes on the call only. A compiler that does not know it
+    compiles as ever.
+    """
+    marks = ("xla_cpu_small_call", "true"), ("inlineable", "false")
+
+    @jax.jit
+    def unmarked(*args):
+        with set_xla_metadata(**{name: None for name, _ in marks}):
+            return function(*args)
+
+    def marked(*args):
+        with set_xla_metadata(**dict(marks)):
+            return unmarked(*args)
+
+    return marked
+
+
+@_in_one_kernel
+def _sum_of_lines(
+    x: Float[Array, "in"], lines: Float[Array, "n_in width"], index: Int[Array, ""]
+) -> Float[Array, "width"]:
+    """The lines of matrix number `index`, each times its number in `x`, added up."""
+    line = lambda i: jax.lax.dynamic_index_in_dim(lines, index * len(x) + i, keepdims=False)
+    add = lambda i, y: y + x[i] * line(i).astype(x.dtype)
+    return jax.lax.fori_loop(0, len(x), add, jnp.zeros_like(lines, x.dtype, shape=lines.shape[1:]))
 
 
 def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: jnp.dtype) -> Float[Array, "in out"]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.kernels.project import project, vector_matrix
+from sphinx_jax.kernels.project import project, vector_chosen_matrix, vector_matrix
 
 one_row = lambda x, w: project(x[None], w)[0]
 
@@ -34,6 +34,16 @@ def test_gradients_of_many_dimensions_are_those_of_einsum():
     expected, pull_expected = jax.vjp(lambda x, w: jnp.einsum("abi,icd->abcd", x, w), x, w)
     for ours, theirs in zip((y, *pull(dy)), (expected, *pull_expected(dy)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_matrix_chosen_from_a_stack_is_read_by_one_kernel_on_a_cpu(tmp_path):
+    shapes = (512,), (8, 512, 2, 1024)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    program = jax.jit(vector_chosen_matrix).lower(x, w, jax.ShapeDtypeStruct((), jnp.int32))
+    program = program.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    # Not one for each of its lines, started 512 times, and no copy of the matrix.
+    assert len(list(tmp_path.glob("*.obj-file.*"))) == 1
+    assert program.memory_analysis().temp_size_in_bytes < 1024
 
 
 def test_one_row_on_a_gpu_writes_nothing_of_the_size_of_the_weights(gpu_mesh, compile_for_gpu):
