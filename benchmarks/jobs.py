@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import sharding
 from sharding.plan import memory_of
@@ -22,7 +23,7 @@ from sphinx_jax.inference.engine import bucket, prefill_tokens
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.training.program import train_program
+from sphinx_jax.training.program import TrainProgram, train_program
 from sphinx_jax.training.recipe import Recipe
 from sphinx_jax.training.state import init_state
 
@@ -123,22 +124,37 @@ class Ours:
         return Job(run, rows * DECODED, DECODED * flops, DECODED * read, memory_of(program).total)
 
 
-def training(config: SphinxConfig, tokens: np.ndarray, dtype: str) -> Job:
-    """Optimizer steps on one batch, computing in `dtype`; weights and moments are float32."""
-    mesh, (rows, length) = sharding.make_mesh(), tokens.shape
-    program = train_program(config, Recipe(steps=1000, batch_size=rows, dtype=dtype), mesh)
-    step = sharding.Program(program.step, (0,))
-    batch = {"tokens": tokens, "labels": tokens}
+class Step(NamedTuple):
+    """A training step on a batch that stays the same."""
+
+    run: Callable[[], None]
+    program: TrainProgram
+    compiled: jax.stages.Compiled
+
+
+def training_step(config: SphinxConfig, tokens: np.ndarray, dtype: str, mesh: Mesh | None = None) -> Step:
+    """Optimizer steps on one batch, computing in `dtype`, on `mesh` or one device; weights and moments are float32."""
+    mesh = mesh or sharding.make_mesh()
+    program = train_program(config, Recipe(steps=1000, batch_size=len(tokens), dtype=dtype), mesh)
+    step = sharding.Program(program.step, (0,), rules=program.rules)
+    placed = jax.device_put(tokens, sharding.place(("batch", None), tokens.shape, mesh))
+    batch = {"tokens": placed, "labels": placed}
     compiled = step.compile((program.state, batch), mesh)
     kept = [init_state(made_up(program.params), program.optimizer, mesh)]
 
     def run() -> None:
         kept.append(jax.block_until_ready(compiled(kept.pop(), batch)[0]))
 
+    return Step(run, program, compiled)
+
+
+def training(config: SphinxConfig, tokens: np.ndarray, dtype: str) -> Job:
+    """The same as something to time beside others."""
+    (rows, length), step = tokens.shape, training_step(config, tokens, dtype)
     work = Work(rows, length, (length + 1) // 2, length)
-    forward: Cost = forward_flops(config, program.params["model"], mesh, work)["language"]
+    forward: Cost = forward_flops(config, step.program.params["model"], sharding.make_mesh(), work)["language"]
     # A backward pass is twice a forward one.
-    return Job(run, rows * length, 3 * forward.total, 0, memory_of(compiled).total)
+    return Job(step.run, rows * length, 3 * forward.total, 0, memory_of(step.compiled).total)
 
 
 def made_up(abstract: Any) -> Any:
