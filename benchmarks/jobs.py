@@ -136,7 +136,7 @@ def training_step(config: SphinxConfig, tokens: np.ndarray, dtype: str, mesh: Me
     """Optimizer steps on one batch, computing in `dtype`, on `mesh` or one device; weights and moments are float32."""
     mesh = mesh or sharding.make_mesh()
     program = train_program(config, Recipe(steps=1000, batch_size=len(tokens), dtype=dtype), mesh)
-    step = sharding.Program(program.step, (0,), rules=program.rules)
+    step = sharding.Program(program.step, (0,), rules=program.rules, slices_in_place=True)
     placed = jax.device_put(tokens, sharding.place(("batch", None), tokens.shape, mesh))
     batch = {"tokens": placed, "labels": placed}
     compiled = step.compile((program.state, batch), mesh)

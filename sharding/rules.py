@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sharding import xla_options
 from sharding.errors import LayoutError
 
 log = logging.getLogger(__name__)
@@ -144,19 +145,22 @@ def place(
 
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("layout", default=None)
+_in_place: contextvars.ContextVar[bool] = contextvars.ContextVar("slices in place", default=False)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+def use(mesh: Mesh, rules: Rules = DEFAULT_RULES, slices_in_place: bool = False) -> Iterator[None]:
     """Within this context, `constrain` and `per_device` lay arrays out on `mesh`. Outside, they do nothing.
 
-    Trace (first call a jitted function) inside it: the layout is part of the compiled program.
+    Trace (first call a jitted function) inside it: the layout is part of the compiled program. `slices_in_place` says
+    that it will be compiled with the options of that name.
     """
-    token = _active.set((mesh, rules))
+    token, in_place = _active.set((mesh, rules)), _in_place.set(slices_in_place)
     try:
         yield
     finally:
         _active.reset(token)
+        _in_place.reset(in_place)
 
 
 def platform() -> str:
@@ -173,6 +177,11 @@ def compute_capability() -> str | None:
 def multiprocessors() -> int:
     """Of the GPU that is compiled for; 1 where it is none."""
     return getattr(_device(), "core_count", 1)
+
+
+def reads_slices_in_place() -> bool:
+    """Whether products read a fixed slice of a stack of matrices in place (`xla_options.reads_slices_in_place`)."""
+    return _in_place.get() and xla_options.reads_slices_in_place(_device())
 
 
 def _device() -> jax.Device:

@@ -18,7 +18,6 @@ from sharding.mesh import MeshShape, make_mesh, simulate_devices
 from sharding.plan.gpus import Gpu
 from sharding.program import Program
 from sharding.start import without_remarks
-from sharding.xla_options import compiler_options
 
 Compiler = Literal["gpu", "cpu-estimate"]
 
@@ -74,7 +73,7 @@ def compile_ahead(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compi
     """`program` compiled for the devices of `mesh`, real or not; `args` are arrays or ShapeDtypeStructs."""
     if mesh.devices.flat[0].platform == "cpu":
         return program.compile(args, mesh)
-    options = compiler_options(mesh) | _OPTIONS
+    options = program.options(mesh) | _OPTIONS
     return program.trace(args, mesh).lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 

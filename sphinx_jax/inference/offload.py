@@ -83,7 +83,8 @@ class LayerPrograms:
             x, own, _ = nnx.merge(self._layer, nnx.State(layer))(x, positions, mask, own)
             return x, steps.put_slots(cache, own, chunk)
 
-        return Program(function, (1, 3), (self.hidden_sharding(batch, length), sharding.shardings_of(cache)))
+        placed = self.hidden_sharding(batch, length), sharding.shardings_of(cache)
+        return Program(function, (1, 3), placed, slices_in_place=True)
 
     def end_chunk(self, rest: steps.State) -> Program:
         """params, state without its cache, chunk, x, sampling, stops -> state."""
@@ -128,7 +129,7 @@ class LayerPrograms:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
             return nnx.merge(self._layer, nnx.State(layer))(x, positions, Causal())[0]
 
-        return Program(function, (1,), self.hidden_sharding(batch, length))
+        return Program(function, (1,), self.hidden_sharding(batch, length), slices_in_place=True)
 
     def end_text(self, text: int) -> Program:
         """params, x -> scores of the word after each of the `text` last positions."""

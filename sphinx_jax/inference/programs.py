@@ -34,7 +34,7 @@ class Programs:
     def prefill(self, state: steps.State, fresh: bool) -> Program:
         """params, state, chunk, words, sampling, stops -> state; see `steps.prefill`."""
         function = lambda *args: steps.prefill(self.graph, self._vocab_size, fresh, *args)
-        return Program(function, (1,), sharding.shardings_of(state))
+        return Program(function, (1,), sharding.shardings_of(state), slices_in_place=True)
 
     def decode(self, state: steps.State) -> Program:
         """params, state, sampling, stops, steps, until -> state; see `steps.decode`."""
@@ -54,4 +54,4 @@ class Programs:
     def logits(self) -> Program:
         """params, tokens, normalised pictures or None -> scores of the word after each token."""
         function = lambda params, tokens, images: bind(self.graph, params)(tokens, images)[0]
-        return Program(function, (), self.everywhere)
+        return Program(function, (), self.everywhere, slices_in_place=True)

@@ -4,6 +4,12 @@
 experts that were chosen, and for each a loop over blocks of its rows. Trip counts follow the routing: no row is
 dropped, and an expert's weights are fetched once. A block is taken through the whole expert, gate to output, while
 it lies in cache.
+
+On a GPU a matrix that is chosen at run time is copied out of its stack once for all blocks, as XLA's products take no
+such slice. Newer compilers' take one that is fixed in the program (`sharding.reads_slices_in_place`): with `in_place`
+the loop over the experts is written out, and a block takes its matrices next to the products. Other compilers would
+copy them for each block. Gradients are always computed with copies: written out, XLA keeps those of each expert apart
+until the last.
 """
 
 import functools
@@ -48,7 +54,7 @@ def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
     return (large, small) if small < large else (large,)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 7))
 def expert_blocks(
     x: Tokens,
     experts: Assigned,
@@ -57,14 +63,17 @@ def expert_blocks(
     w_out: WOut,
     sizes: tuple[int, ...],
     factors: Factors = (),
+    in_place: bool = False,
 ) -> Tokens:
     """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.experts`.
 
     `sizes` are the sizes of blocks, largest first. With `factors` (a_in, b_in, a_out, b_out) an expert's matrices are
     w_in + a_in b_in and w_out + a_out b_out; w_in and w_out are constants then, and have no gradient. The sums are
     never made: rows go through both factors, and no array as large as the matrices is written, forwards or back.
+
+    `in_place` is for matrices that hold numbers of the same kind as `x`.
     """
-    return _forward(x, experts, weights, w_in, w_out, sizes, factors, keep=False)[0]
+    return _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep=False)[0]
 
 
 class Sorted(NamedTuple):
@@ -86,8 +95,12 @@ class Sorted(NamedTuple):
         token = jnp.pad(order // experts.shape[1], (0, padding))
         return cls(order, token, jnp.cumsum(count) - count, count, jnp.argsort(count == 0, stable=True))
 
-    def each_expert(self, body, carry):
-        """carry = body(expert, carry) for each expert that has rows."""
+    def each_expert(self, body, carry, written_out=False):
+        """carry = body(expert, carry) for each expert that has rows; if `written_out` for all, by their numbers."""
+        if written_out:
+            for expert in range(self.count.size):
+                carry = body(expert, carry)
+            return carry
         step = lambda i, carry: body(self.chosen[i], carry)
         return jax.lax.fori_loop(0, jnp.sum(self.count > 0), step, carry)
 
@@ -116,7 +129,7 @@ _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
 
 
-def _of_expert(matrices: tuple[Weight, ...], expert: Int[Array, ""], dtype: jnp.dtype) -> tuple[Array, ...]:
+def _of_expert(matrices: tuple[Weight, ...], expert: int | Int[Array, ""], dtype: jnp.dtype) -> tuple[Array, ...]:
     """One expert's w, or w, a and b, before or behind the nonlinearity. Gate and up are one."""
     one = (chosen_matrix(w, expert).astype(dtype) for w in matrices)
     return tuple(w.reshape(w.shape[0], -1) for w in one)
@@ -144,7 +157,7 @@ def _gradients(x, dy, w, a=None, b=None):
     return outer(x, dy @ b.T, jnp.float32), outer(x @ a, dy, jnp.float32)
 
 
-def _forward(x, experts, weights, w_in, w_out, sizes, factors, keep):
+def _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep):
     """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
     num_experts, dim, _, hidden = w_in.shape
     before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])
@@ -154,9 +167,11 @@ def _forward(x, experts, weights, w_in, w_out, sizes, factors, keep):
     empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
-        into, out_of = _of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype)
+        take = lambda: (_of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype))
+        taken = None if in_place else take()
 
         def block(start, size, carry):
+            into, out_of = taken or take()
             gate_up = _times(x[_slice(rows.token, start, size)], *into)
             gate, up = jnp.split(gate_up, 2, axis=-1)
             out = _times(jax.nn.silu(gate) * up, *out_of)
@@ -165,16 +180,16 @@ def _forward(x, experts, weights, w_in, w_out, sizes, factors, keep):
 
         return rows.each_block(e, sizes, block, carry)
 
-    out, *kept = rows.each_expert(expert, (empty(dim), empty(2 * hidden)) if keep else (empty(dim),))
+    out, *kept = rows.each_expert(expert, (empty(dim), empty(2 * hidden)) if keep else (empty(dim),), in_place)
     return jnp.sum(rows.back(out, experts, num_experts) * weights[..., None], axis=1), (rows, *kept)
 
 
-def _vjp_forward(x, experts, weights, w_in, w_out, sizes, factors):
-    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, factors, keep=True)
+def _vjp_forward(x, experts, weights, w_in, w_out, sizes, factors, in_place):
+    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep=True)
     return y, (x, experts, weights, w_in, w_out, factors, *kept)
 
 
-def _vjp_backward(sizes, residuals, dy):
+def _vjp_backward(sizes, in_place, residuals, dy):
     x, experts, weights, w_in, w_out, factors, rows, gate_up = residuals
     num_experts, dim = w_in.shape[:2]
     before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])

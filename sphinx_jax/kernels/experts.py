@@ -8,6 +8,7 @@ k experts a token:
 - `every` multiplies all tokens by all experts, reading each weight once. For enough words that most experts are
   chosen by some word anyway, and few enough that E / k times the arithmetic still takes less time than the reading.
 - `blocks` sorts the assignments by expert and multiplies block by block: the arithmetic of the chosen experts alone.
+  Where XLA's products can read a matrix in its stack, they do; else each expert's are copied out of it once.
 - `groups` does the same in kernels made for a Hopper GPU, of the chosen experts alone in what they read and multiply.
 """
 
@@ -44,6 +45,10 @@ CPU_BLOCK, GPU_BLOCK = 128, 256
 """Most rows of a block. A product with 128 rows runs at 0.93 of a large one's speed on a CPU and its rows stay in
 cache; on a GPU each block costs a round trip to the host as well."""
 
+MOST_WRITTEN_OUT = 16
+"""Most experts on a device for blocks that read matrices in place: each has loops of its own in the program. For eight,
+a program that reads a prompt takes an eighth to a quarter longer to compile than with one loop for all."""
+
 
 def experts_sum(
     x: Tokens,
@@ -65,17 +70,25 @@ def experts_sum(
     if factors or (form == "every" and isinstance(w_in, Quantized)):
         # Which makes numbers of one expert's quantized weights at a time, not of all.
         form = "blocks"
-    say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}")
+    in_place = form == "blocks" and reads_in_place(x, w_in)
+    place = ", matrices read in place" if in_place else ""
+    say_once(f"experts of {x.shape[0]} tokens on {sharding.platform()}: {form}{place}")
     if form == "blocks":
         largest = CPU_BLOCK if sharding.platform() == "cpu" else GPU_BLOCK
         sizes = block_sizes(experts.size, w_in.shape[0], largest)
-        return expert_blocks(x, experts, weights, w_in, w_out, sizes, factors)
+        return expert_blocks(x, experts, weights, w_in, w_out, sizes, factors, in_place)
     return {"chosen": _chosen, "every": _every, "groups": expert_groups}[form](x, experts, weights, w_in, w_out)
 
 
 def has_kernels(x: Tokens, w_in: WIn) -> bool:
     """Whether `groups` can be chosen: what is compiled for is a Hopper GPU, and its kernels take these arrays."""
     return sharding.compute_capability() == "9.0" and not isinstance(w_in, Quantized) and groups_fit(x, w_in)
+
+
+def reads_in_place(x: Tokens, w_in: WIn) -> bool:
+    """Whether blocks leave matrices in their stack: not if those have to be made numbers of the tokens' kind first."""
+    few = w_in.shape[0] <= MOST_WRITTEN_OUT
+    return few and not isinstance(w_in, Quantized) and w_in.dtype == x.dtype and sharding.reads_slices_in_place()
 
 
 def choose_form(platform: str, tokens: int, k: int, num_experts: int, kernels: bool = False) -> Form:

@@ -35,7 +35,7 @@ def vector_matrix(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Ar
     return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
 
 
-def chosen_matrix(w: Weight, index: Int[Array, ""]) -> Weight:
+def chosen_matrix(w: Weight, index: int | Int[Array, ""]) -> Weight:
     """w[index]; if quantized, it stays so."""
     return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), w)
 

@@ -63,7 +63,7 @@ def training_plan(
         key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.place(names(dims), dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
-    step = Program(program.step, (0,), rules=program.rules)
+    step = Program(program.step, (0,), rules=program.rules, slices_in_place=True)
     job = Job("training step", step, (program.state, batch, program.frozen))
     (compiled,) = compile_jobs([job], mesh)
 

@@ -74,7 +74,8 @@ def train(
     """
     started = time.monotonic()
     program = train_program(config, recipe, mesh)
-    step = jax.jit(program.step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
+    options = sharding.compiler_options(mesh, slices_in_place=True)
+    step = jax.jit(program.step, donate_argnums=0, compiler_options=options)
     if is_lead():
         write_description(out, config, task.tokenizer_bytes)
     batches = task.batches(recipe.batch_size, recipe.seed)
@@ -98,7 +99,7 @@ def train(
     stop, judged = False, None
     flops = functools.cache(lambda text, pictures: step_flops(config, program, mesh, recipe, text, pictures).total)
     run_log = RunLog(out, recipe.steps, first_step=first, peak_flops=peak_flops(mesh, recipe))
-    with sharding.use(mesh, program.rules), Interruption() as interruption, run_log as log:
+    with sharding.use(mesh, program.rules, slices_in_place=True), Interruption() as interruption, run_log as log:
         logged = log.last
         held = sharding.bytes_per_device(program.state.optimizer) / 2**20
         log.console.print(f"AdamW keeps {MOMENTS[recipe.moments]}: {held:,.1f} MiB on each device", highlight=False)
@@ -197,7 +198,11 @@ def make_evaluate(graph: Any, task: Task, recipe: Recipe, mesh: Mesh) -> Callabl
     # Whole on every device: of several processes each reads all results.
     whole = NamedSharding(mesh, PartitionSpec())
     judge, batch_size = make_eval_step(graph, jnp.dtype(recipe.dtype)), recipe.batch_size
-    step = jax.jit(lambda params, batch: judge(params, normalised(batch)), out_shardings=whole)
+    step = jax.jit(
+        lambda params, batch: judge(params, normalised(batch)),
+        out_shardings=whole,
+        compiler_options=sharding.compiler_options(mesh, slices_in_place=True),
+    )
 
     def evaluate(params: Params, interruption: Interruption) -> Judgement:
         right, exists, shares = [], [], []

@@ -1,5 +1,7 @@
 """Arithmetic of a prompt of 2,048 words: products of the compiled program times the rounds that a routing yields."""
 
+import collections
+import functools
 import json
 import math
 import re
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 import sharding
-from sharding.plan import compile_ahead, largest_values
-from sharding.plan.program import called, parse
+from sharding import xla_options
+from sharding.plan import compile_ahead, largest_values, traffic
+from sharding.plan.program import Instruction, called, executed, parse
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.kernels.expert_blocks import block_sizes, expert_blocks
 from sphinx_jax.kernels.experts import GPU_BLOCK
@@ -22,34 +25,62 @@ FULL, ROWS, LENGTH = DecoderConfig(), 4, 512
 TOKENS, K, E = ROWS * LENGTH, FULL.experts_per_token, FULL.num_experts
 
 
+LAYOUTS = [{}, {"tensor": 8}, {"tensor": 4, "expert": 2}]
+
+
 @pytest.fixture(scope="module")
-def text(gpu_mesh):
-    """One full-size mixture of experts on 2,048 words, compiled for one H100 as `sharding.plan` compiles."""
-    mesh = gpu_mesh(tensor=1)
-    graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
-    placed = sharding.place((None,) * 3, (ROWS, LENGTH, FULL.dim), mesh)
-    x = jax.ShapeDtypeStruct((ROWS, LENGTH, FULL.dim), jnp.bfloat16, sharding=placed)
-    program = sharding.Program(lambda params, x: bind(graph, params)(x)[0])
-    return compile_ahead(program, (params, x), mesh).as_text()
+def compiled(gpu_mesh):
+    """(layout) -> one full-size mixture of experts on 2,048 words, compiled for A100s as `sharding.plan` compiles; the
+    text of the program."""
+
+    @functools.cache
+    def text(axes):
+        mesh = gpu_mesh(**dict(axes))
+        graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
+        placed = sharding.place((None,) * 3, (ROWS, LENGTH, FULL.dim), mesh)
+        x = jax.ShapeDtypeStruct((ROWS, LENGTH, FULL.dim), jnp.bfloat16, sharding=placed)
+        program = sharding.Program(lambda params, x: bind(graph, params)(x)[0], slices_in_place=True)
+        return compile_ahead(program, (params, x), mesh).as_text()
+
+    return lambda layout: text(tuple(layout.items()))
+
+
+@pytest.fixture(scope="module")
+def reads_in_place(gpu_mesh):
+    """Whether the installed compiler's products read matrices in their stack."""
+    return xla_options.reads_slices_in_place(gpu_mesh().devices.flat[0])
 
 
 def products_by_rows(text: str) -> dict[int, int]:
-    """Operations of one round of each innermost loop with products in it, by the rows that it takes."""
+    """Operations of one round of an innermost loop with products in it, by the rows that it takes.
+
+    There is a loop for all experts or one for each, and the same products in each of these.
+    """
     computations, _ = parse(text)
     bodies = {name for body in computations.values() for i in body if i.opcode == "while" for name in called(i)}
-    found = {}
+    found = collections.defaultdict(set)
     for name in bodies:
-        values = {i.name: i for i in computations[name]}
-        for product in (i for i in values.values() if '"gemm_backend_config"' in i.attributes):
-            shape = lambda kind: [int(n) for n in re.search(r"\[([\d,]+)\]", kind)[1].split(",")]
-            config = json.loads(re.search(r"backend_config=(\{.*\})", product.attributes)[1])["gemm_backend_config"]
-            summed = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
-            left = shape(values[product.operand_names[0]].type)
-            rows, columns = shape(product.type)
-            assert FULL.dim <= columns
-            flops = 2 * rows * columns * math.prod(left[int(dim)] for dim in summed)
-            found[rows] = found.get(rows, 0) + flops
-    return found
+        flops = collections.Counter()
+        for inside in (name, *(name for i in computations[name] if i.opcode == "fusion" for name in called(i))):
+            values = {i.name: i for i in computations[inside]}
+            for product in (i for i in values.values() if '"gemm_backend_config"' in i.attributes):
+                rows, count = operations(product, values)
+                flops[rows] += count
+        for rows, count in flops.items():
+            found[rows].add(count)
+    assert all(len(counts) == 1 for counts in found.values())
+    return {rows: counts.pop() for rows, counts in found.items()}
+
+
+def operations(product: Instruction, values: dict[str, Instruction]) -> tuple[int, int]:
+    """The rows of a product, and its operations."""
+    shape = lambda kind: [int(n) for n in re.search(r"\[([\d,]+)\]", kind)[1].split(",")]
+    config = json.loads(re.search(r"backend_config=(\{.*\})", product.attributes)[1])["gemm_backend_config"]
+    summed = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+    left = shape(values[product.operand_names[0]].type)
+    rows, columns = shape(product.type)
+    assert FULL.dim <= columns
+    return rows, 2 * rows * columns * math.prod(left[int(dim)] for dim in summed)
 
 
 def routed(kind: str) -> np.ndarray:
@@ -63,11 +94,11 @@ def routed(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["in turn", "by chance", "skewed"])
-def test_hardly_more_than_two_experts_a_word(text, kind):
+def test_hardly_more_than_two_experts_a_word(compiled, kind):
     """At most 1.15 times two experts' products for each word, however the words spread over them."""
     count = np.bincount(routed(kind).ravel(), minlength=E)
     assert count.sum() == K * TOKENS and (kind != "skewed" or count.max() > 8 * count.min())
-    by_rows = products_by_rows(text)
+    by_rows = products_by_rows(compiled({}))
     large, small = sorted(by_rows, reverse=True)
     flops = (count // large).sum() * by_rows[large] + -(-(count % large) // small).sum() * by_rows[small]
     ideal = K * TOKENS * 2 * 3 * FULL.dim * FULL.hidden_dim
@@ -91,7 +122,27 @@ def test_the_loops_go_round_as_often_as_counted_above(monkeypatch, kind):
     assert len(rows) == rows.count(large) + rows.count(small)
 
 
-def test_no_array_of_words_by_experts_by_hidden(text):
-    """In bfloat16 it would be 448 MiB. The largest there is are one expert's matrices, taken out of the stack."""
+def test_no_array_of_words_by_experts_by_hidden(compiled):
+    """In bfloat16 it would be 448 MiB. The largest there may be are one expert's matrices, taken out of the stack."""
     into = FULL.dim * 2 * FULL.hidden_dim * 2
-    assert max(size for size, _ in largest_values(text, 2**20)) <= into < TOKENS * E * FULL.hidden_dim * 2
+    assert max(size for size, _ in largest_values(compiled({}), 2**20)) <= into < TOKENS * E * FULL.hidden_dim * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_expert_is_copied_out_of_its_stack(compiled, reads_in_place, layout):
+    """Where the compiler can do without: no kernel writes as many numbers as a matrix has, and a block reads each of
+    its expert's matrices once. Elsewhere both are copied, once for all of an expert's blocks."""
+    text, hidden = compiled(layout), FULL.hidden_dim // layout.get("tensor", 1)
+    matrices = [FULL.dim * 2 * hidden, hidden * FULL.dim]
+    kernels = [i for i, _ in executed(*parse(text)) if i.opcode in ("fusion", "custom-call", "copy")]
+    copies = [i for i in kernels for n in re.findall(r"bf16\[([\d,]+)\]", i.type) if elements(n) in matrices]
+    assert len(copies) == (0 if reads_in_place else 2)
+    if reads_in_place:
+        loops = 2 * E // layout.get("expert", 1)
+        read = sorted(traffic(text).arguments.values())[-2:]
+        # A loop counts once: of each expert, the one for its large blocks and the one for its small ones.
+        assert read == sorted(2 * size * loops for size in matrices)
+
+
+def elements(shape: str) -> int:
+    return math.prod(map(int, shape.split(",")))

@@ -11,12 +11,13 @@ import pytest
 import sharding
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.kernels.expert_blocks import block_sizes, expert_blocks
-from sphinx_jax.kernels.experts import choose_form, experts_sum
+from sphinx_jax.kernels.experts import MOST_WRITTEN_OUT, choose_form, experts_sum, reads_in_place
+from sphinx_jax.kernels.quantized import quantize
 from sphinx_jax.language.moe import MoE
 from sphinx_jax.model import bind
 
 E, DIM, HIDDEN, K = 4, 12, 10, 2
-FORMS = ("chosen", "chosen on a GPU", "every", "blocks")
+FORMS = ("chosen", "chosen on a GPU", "every", "blocks", "blocks in place")
 
 
 def draw(tokens, dtype=jnp.float32):
@@ -41,13 +42,14 @@ ROUTINGS = {
 
 @pytest.fixture(scope="module")
 def compiled():
-    """y and gradients by each form, as one program; the form for a GPU runs here too."""
+    """y and gradients by each form, as one program; the forms for a GPU run here too."""
 
     def both(form, x, experts, weights, w_in, w_out, dy):
-        form, _, gpu = form.partition(" on a ")
+        form, *how = form.split(" ", 1)
         with pytest.MonkeyPatch.context() as patch:
-            if gpu:
+            if how == ["on a GPU"]:
                 patch.setattr(sharding, "platform", lambda: "gpu")
+            patch.setattr(sharding, "reads_slices_in_place", lambda: how == ["in place"])
             y, pull = jax.vjp(lambda *a: experts_sum(a[0], experts, *a[1:], form), x, weights, w_in, w_out)
             return y, pull(dy)
 
@@ -92,9 +94,10 @@ def test_blocks_of_two_sizes(experts_reference, sizes):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("routing", ["an empty expert", "some elsewhere"])
-def test_factors_are_learned_beside_constant_matrices(experts_reference, routing):
+@pytest.mark.parametrize(("routing", "in_place"), [("an empty expert", False), ("some elsewhere", True)])
+def test_factors_are_learned_beside_constant_matrices(experts_reference, monkeypatch, routing, in_place):
     """As the merged matrices', whose gradients the chain rule turns into the factors'."""
+    monkeypatch.setattr(sharding, "reads_slices_in_place", lambda: in_place)
     x, experts, weights, w_in, w_out, dy = draw(17)
     experts, rank = ROUTINGS[routing](experts), 3
     shapes = (E, DIM, rank), (E, rank, 2, HIDDEN), (E, HIDDEN, rank), (E, rank, DIM)
@@ -172,6 +175,16 @@ def test_a_long_prompt_on_a_gpu_makes_no_array_of_tokens_by_experts_by_hidden(gp
     text = layer(gpu_mesh(tensor=8), compile_for_gpu, 1, tokens).as_text()
     largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", text))
     assert largest < tokens * FULL.num_experts * FULL.hidden_dim // 8
+
+
+def test_matrices_stay_in_their_stack_where_a_product_takes_them_as_they_are(monkeypatch):
+    x, _, _, w_in, *_ = draw(3)
+    many = jnp.zeros((MOST_WRITTEN_OUT + 1, DIM, 2, HIDDEN))
+    assert not reads_in_place(x, w_in)
+    monkeypatch.setattr(sharding, "reads_slices_in_place", lambda: True)
+    assert reads_in_place(x, w_in)
+    others = w_in.astype(jnp.bfloat16), quantize(w_in, "int8", -3), many
+    assert not any(reads_in_place(x, other) for other in others)
 
 
 def test_the_form_follows_platform_and_tokens():

@@ -36,3 +36,38 @@ def test_another_error_than_an_unknown_name_is_not_passed_over(two_gpus, monkeyp
 
 def test_none_for_a_cpu():
     assert sharding.compiler_options(sharding.make_mesh(tensor=2)) == {}
+
+
+@pytest.fixture
+def an_a100(two_gpus, monkeypatch):
+    """A card whose compiler, says the test, can read slices in place."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(xla_options, "_fuses_slices", lambda device: True)
+    return planning_mesh(find_gpu("a100-80gb"), MeshShape())[0]
+
+
+def test_slices_are_read_in_place_by_programs_that_ask_for_it(an_a100):
+    assert sharding.compiler_options(an_a100) == {}
+    assert sharding.compiler_options(an_a100, slices_in_place=True) == xla_options.SLICES_IN_PLACE
+    with sharding.use(an_a100):
+        assert not sharding.reads_slices_in_place()
+    with sharding.use(an_a100, slices_in_place=True):
+        assert sharding.reads_slices_in_place()
+
+
+@pytest.mark.parametrize("name", xla_options.SLICES_IN_PLACE)
+def test_slices_are_not_read_in_place_where_the_user_chose_how_products_are_compiled(an_a100, monkeypatch, name):
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
+    assert sharding.compiler_options(an_a100, slices_in_place=True) == {}
+    with sharding.use(an_a100, slices_in_place=True):
+        assert not sharding.reads_slices_in_place()
+
+
+def test_a_hopper_gpu_has_kernels_of_its_own(an_a100, two_gpus):
+    assert sharding.compiler_options(two_gpus, slices_in_place=True) == {SCHEDULER: True}
+
+
+def test_a_compiler_that_fails_cannot(two_gpus, monkeypatch):
+    """As that of jax 0.10.2 does, here with an option that none has."""
+    monkeypatch.setitem(xla_options.SLICES_IN_PLACE, "xla_gpu_no_such_option", True)
+    assert not xla_options._fuses_slices.__wrapped__(two_gpus.devices.flat[0])
