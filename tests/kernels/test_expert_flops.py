@@ -17,7 +17,7 @@ from sharding.plan import compile_ahead, largest_values, traffic
 from sharding.plan.program import Instruction, called, executed, parse
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.kernels.expert_blocks import block_sizes, expert_blocks
-from sphinx_jax.kernels.experts import GPU_BLOCK
+from sphinx_jax.kernels.experts import GPU_BLOCK, IN_PLACE_BLOCKS
 from sphinx_jax.language.moe import MoE
 from sphinx_jax.model import bind
 
@@ -30,25 +30,33 @@ LAYOUTS = [{}, {"tensor": 8}, {"tensor": 4, "expert": 2}]
 
 @pytest.fixture(scope="module")
 def compiled(gpu_mesh):
-    """(layout) -> one full-size mixture of experts on 2,048 words, compiled for A100s as `sharding.plan` compiles; the
-    text of the program."""
+    """(layout) -> one full-size mixture of experts on 2,048 words, or its gradient, compiled for A100s as
+    `sharding.plan` compiles; the text of the program."""
 
     @functools.cache
-    def text(axes):
+    def text(axes, gradient):
         mesh = gpu_mesh(**dict(axes))
         graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
         placed = sharding.place((None,) * 3, (ROWS, LENGTH, FULL.dim), mesh)
         x = jax.ShapeDtypeStruct((ROWS, LENGTH, FULL.dim), jnp.bfloat16, sharding=placed)
-        program = sharding.Program(lambda params, x: bind(graph, params)(x)[0], slices_in_place=True)
+        function = lambda params, x: bind(graph, params)(x)[0]
+        if gradient:
+            function = jax.grad(lambda params, x: jnp.sum(bind(graph, params)(x)[0].astype(jnp.float32)))
+        program = sharding.Program(function, slices_in_place=True)
         return compile_ahead(program, (params, x), mesh).as_text()
 
-    return lambda layout: text(tuple(layout.items()))
+    return lambda layout, gradient=False: text(tuple(layout.items()), gradient)
 
 
 @pytest.fixture(scope="module")
 def reads_in_place(gpu_mesh):
     """Whether the installed compiler's products read matrices in their stack."""
     return xla_options.reads_slices_in_place(gpu_mesh().devices.flat[0])
+
+
+@pytest.fixture(scope="module")
+def sizes(reads_in_place):
+    return IN_PLACE_BLOCKS if reads_in_place else block_sizes(K * TOKENS, E, GPU_BLOCK)
 
 
 def products_by_rows(text: str) -> dict[int, int]:
@@ -94,27 +102,30 @@ def routed(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["in turn", "by chance", "skewed"])
-def test_hardly_more_than_two_experts_a_word(compiled, kind):
+def test_hardly_more_than_two_experts_a_word(compiled, sizes, kind):
     """At most 1.15 times two experts' products for each word, however the words spread over them."""
     count = np.bincount(routed(kind).ravel(), minlength=E)
     assert count.sum() == K * TOKENS and (kind != "skewed" or count.max() > 8 * count.min())
     by_rows = products_by_rows(compiled({}))
     large, small = sorted(by_rows, reverse=True)
+    assert (large, small) == sizes
     flops = (count // large).sum() * by_rows[large] + -(-(count % large) // small).sum() * by_rows[small]
     ideal = K * TOKENS * 2 * 3 * FULL.dim * FULL.hidden_dim
     assert ideal <= flops <= 1.15 * ideal
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("kind", ["by chance", "skewed"])
-def test_the_loops_go_round_as_often_as_counted_above(monkeypatch, kind):
+def test_the_loops_go_round_as_often_as_counted_above(monkeypatch, kind, in_place):
     """The same routing through the loops themselves, run by Python: how many rows each block had."""
     experts, rows = routed(kind), []
     silu = jax.nn.silu
     monkeypatch.setattr(jax.nn, "silu", lambda gate: rows.append(gate.shape[0]) or silu(gate))
     draw = lambda *shape: jnp.ones(shape)
-    sizes = block_sizes(experts.size, E, GPU_BLOCK)
+    args = draw(TOKENS, 2), jnp.asarray(experts), draw(TOKENS, K), draw(E, 2, 2, 2), draw(E, 2, 2)
+    sizes = IN_PLACE_BLOCKS if in_place else block_sizes(experts.size, E, GPU_BLOCK)
     with jax.disable_jit():
-        expert_blocks(draw(TOKENS, 2), jnp.asarray(experts), draw(TOKENS, K), draw(E, 2, 2, 2), draw(E, 2, 2), sizes)
+        expert_blocks(*args, sizes, (), in_place)
     count = np.bincount(experts.ravel(), minlength=E)
     large, small = sizes
     assert rows.count(large) == (count // large).sum()
@@ -132,11 +143,8 @@ def test_no_array_of_words_by_experts_by_hidden(compiled):
 def test_no_expert_is_copied_out_of_its_stack(compiled, reads_in_place, layout):
     """Where the compiler can do without: no kernel writes as many numbers as a matrix has, and a block reads each of
     its expert's matrices once. Elsewhere both are copied, once for all of an expert's blocks."""
-    text, hidden = compiled(layout), FULL.hidden_dim // layout.get("tensor", 1)
-    matrices = [FULL.dim * 2 * hidden, hidden * FULL.dim]
-    kernels = [i for i, _ in executed(*parse(text)) if i.opcode in ("fusion", "custom-call", "copy")]
-    copies = [i for i in kernels for n in re.findall(r"bf16\[([\d,]+)\]", i.type) if elements(n) in matrices]
-    assert len(copies) == (0 if reads_in_place else 2)
+    text, matrices = compiled(layout), sizes_of_matrices(layout)
+    assert copies(text, matrices) == (0 if reads_in_place else 2)
     if reads_in_place:
         loops = 2 * E // layout.get("expert", 1)
         read = sorted(traffic(text).arguments.values())[-2:]
@@ -144,5 +152,19 @@ def test_no_expert_is_copied_out_of_its_stack(compiled, reads_in_place, layout):
         assert read == sorted(2 * size * loops for size in matrices)
 
 
-def elements(shape: str) -> int:
-    return math.prod(map(int, shape.split(",")))
+def test_no_expert_is_copied_before_the_backward_pass(compiled, reads_in_place):
+    layout = {"tensor": 8}
+    assert copies(compiled(layout, gradient=True), sizes_of_matrices(layout)) == (2 if reads_in_place else 4)
+
+
+def sizes_of_matrices(layout: dict[str, int]) -> list[int]:
+    """Numbers in each of an expert's two matrices on one device."""
+    hidden = FULL.hidden_dim // layout.get("tensor", 1)
+    return [FULL.dim * 2 * hidden, hidden * FULL.dim]
+
+
+def copies(text: str, sizes: list[int]) -> int:
+    """Kernels that write as many numbers as one of the matrices has."""
+    kernels = (i for i, _ in executed(*parse(text)) if i.opcode in ("fusion", "custom-call", "copy"))
+    shapes = (shape for i in kernels for shape in re.findall(r"bf16\[([\d,]+)\]", i.type))
+    return sum(math.prod(map(int, shape.split(","))) in sizes for shape in shapes)
