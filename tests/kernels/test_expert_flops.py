@@ -153,8 +153,10 @@ def test_no_expert_is_copied_out_of_its_stack(compiled, reads_in_place, layout):
 
 
 def test_no_expert_is_copied_before_the_backward_pass(compiled, reads_in_place):
+    """Which copies both matrices, or with jax 0.12 one of them."""
     layout = {"tensor": 8}
-    assert copies(compiled(layout, gradient=True), sizes_of_matrices(layout)) == (2 if reads_in_place else 4)
+    found = copies(compiled(layout, gradient=True), sizes_of_matrices(layout))
+    assert found <= 2 if reads_in_place else found == 4
 
 
 def sizes_of_matrices(layout: dict[str, int]) -> list[int]:
