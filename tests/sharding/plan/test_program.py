@@ -75,6 +75,19 @@ def test_exchanges_by_axis_with_the_rounds_of_loops(mesh, groups, axes):
     assert found == [reduced, gathered, scattered]
 
 
+def test_an_exchange_that_says_what_goes_in_beside_what_comes_out(mesh):
+    """As compilers from jax 0.11.2 on do of a sum: it is of the same bytes as before."""
+    said = "bf16[16,64]{1,0} all-reduce-start", "((bf16[16,64]{1,0}), bf16[16,64]{1,0}) all-reduce-start"
+    assert said[0] in TEXT
+    of = lambda text: collectives(text.replace("GROUPS", "[4,2]<=[8]"), mesh)
+    assert of(TEXT.replace(*said)) == of(TEXT)
+    # Two at once, as older compilers write them.
+    two = "(bf16[16,64]{1,0}, f32[3]{0}) all-reduce-start"
+    assert of(TEXT.replace(said[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
+    two = "((bf16[16,64]{1,0}, f32[3]{0}), (bf16[16,64]{1,0}, f32[3]{0})) all-reduce-start"
+    assert of(TEXT.replace(said[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
+
+
 def test_values_written_to_memory():
     """Parameters and loops only name memory; what is inside a fused kernel is never written."""
     assert [name for _, name in largest_values(TEXT, 1)] == [
