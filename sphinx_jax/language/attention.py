@@ -98,8 +98,10 @@ def _write(slots: Array, new: Array, positions: Int[Array, "batch length"]) -> A
     """`new` written into each row at its first position on: one contiguous run a row."""
     new, first = new.astype(slots.dtype), positions[:, 0]
     if sharding.platform() == "cpu" and sharding.device_count() == 1:
-        # Row by row in place; of the form below XLA:CPU copies the whole cache for a single row.
+        # Row by row in place; of the form below XLA:CPU copies the whole cache for a single row. So it does of a loop
+        # of one round, which it takes apart: hence a bound that it does not know.
+        rows = jnp.where(first[0] < 0, 0, slots.shape[0])
         row = lambda i, slots: jax.lax.dynamic_update_slice(slots, new[i][None], (i, first[i], 0, 0))
-        return jax.lax.fori_loop(0, slots.shape[0], row, slots)
+        return jax.lax.fori_loop(0, rows, row, slots)
     write_row = lambda row, values, start: jax.lax.dynamic_update_slice_in_dim(row, values, start, 0)
     return jax.vmap(write_row)(slots, new, first)
