@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ class RunLog:
         self._lines = file.open("a") if is_lead() else None
         self._board = None
         if is_lead() and importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            self._board = _board_writer(directory / "tensorboard")
         whole = lambda width: Column(no_wrap=True, min_width=width)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole(6 + 2 * len(str(steps)))),
@@ -117,6 +116,22 @@ class RunLog:
         self._progress.update(self._task, said=said)
         if not self.console.is_terminal:
             self.console.print(f"step {step}  {said}", highlight=False, soft_wrap=True)
+
+
+def _board_writer(directory: Path) -> Any:
+    """TensorBoard's event files, by tensorboardX.
+
+    It would import torch wherever that is installed, to draw its tensors: a second of every start, and memory.
+    """
+    loaded = "torch" in sys.modules
+    if not loaded:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if not loaded:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory))
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -1,6 +1,11 @@
 """Operations of a step against plain sums, and how much of a card's that is in the log."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,3 +73,13 @@ def test_what_is_logged(tmp_path, monkeypatch, capsys, peak):
     else:
         assert not {"mfu", "memory_bytes"} & set(record)
         assert "MFU" not in said and "memory" not in said
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="without torch there is nothing to import")
+def test_a_log_for_tensorboard_does_not_import_torch(tmp_path):
+    code = "import sys; from pathlib import Path; from sphinx_jax.training.metrics import RunLog; "
+    code += "RunLog(Path(sys.argv[1]), 1); print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
+    root, cpu = Path(__file__).parents[2], os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, env=cpu, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert list((tmp_path / "tensorboard").iterdir())
