@@ -3,8 +3,9 @@
 python benchmarks/meshes.py [--devices 2 4 8] [--json FILE]
 
 Simulated devices add no processor: if a mesh did nothing but share the work out, it would take as long as one device.
-What it takes longer for is measured by itself: updating parameters, of which devices may hold the same, and the
-exchanges of the compiled step, done with nothing between them. Steps on the mesh and on one device alternate.
+What it takes longer for is measured by itself: updating parameters, of which devices may hold the same (with the sum
+of the gradients' norm), and the exchanges of the compiled step, with one addition to what each sends. Steps on the mesh
+and on one device alternate.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 
@@ -26,6 +27,9 @@ def _has_plugin() -> bool:
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
     """What libraries write to standard error from C++ in here is dropped. An exception is still one."""
+    if sys.stderr is None:
+        yield  # closed by whoever started this
+        return
     errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -56,8 +56,7 @@ def compiler_options(mesh: Mesh, slices_in_place: bool = False) -> Options:
 def reads_slices_in_place(device: jax.Device) -> bool:
     """Whether a product can read a matrix in place that is a slice of a stack, in programs for `device`.
 
-    Which slice, has to be known when the program is compiled, and the program has to be compiled with
-    SLICES_IN_PLACE.
+    Only a slice that is fixed in the program, which has to be compiled with SLICES_IN_PLACE.
     """
     if device.platform == "cpu" or getattr(device, "compute_capability", None) == "9.0":
         return False

@@ -83,11 +83,16 @@ def only_answers_on_stdout() -> None:
 
     Gloo, over which processes without GPUs speak, tells there whom it found, in the middle of any line of ours.
     """
+    if sys.stdout is None or sys.stderr is None:
+        # Closed by whoever started this: there is nothing to keep apart.
+        return
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
+    at_once, by_lines = sys.stdout.write_through, sys.stdout.line_buffering
+    file = os.fdopen(own, "wb", 0 if at_once else -1)
     sys.stdout = io.TextIOWrapper(
-        os.fdopen(own, "wb"), sys.stdout.encoding, sys.stdout.errors, line_buffering=sys.stdout.line_buffering
+        file, sys.stdout.encoding, sys.stdout.errors, line_buffering=by_lines, write_through=at_once
     )
 
 

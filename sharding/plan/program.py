@@ -155,7 +155,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 def _exchanged(kind: str, instruction: Instruction, group: int) -> int:
     """Bytes that one device puts in or gets out."""
     if instruction.opcode.endswith("-start") and (kind != "all-reduce" or instruction.type.startswith("((")):
-        # The type is a pair of what goes in and what comes out; of a sum only since jax 0.11.
+        # The type is a pair of what goes in and what comes out; of a sum not so with jax 0.10.
         return max(map(type_bytes, _split_pair(instruction.type[1:-1])))
     return instruction.bytes * (group if kind == "reduce-scatter" else 1)
 

@@ -52,8 +52,8 @@ def vector_chosen_matrix(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]
 def _in_one_kernel(function: Callable) -> Callable:
     """`function` as one kernel of XLA:CPU, with its loops, which else cost more between steps than in them.
 
-    The mark is the one that XLA puts on small loops itself, and goes on the call only. A compiler that does not know it
-    compiles as ever.
+    The mark is the one that XLA puts on small loops itself. A compiler that does not know it compiles as ever. The
+    gradient goes without: not all that it needs can be part of a kernel, nor is it faster as one.
     """
     marks = ("xla_cpu_small_call", "true"), ("inlineable", "false")
 
@@ -62,10 +62,12 @@ def _in_one_kernel(function: Callable) -> Callable:
         with set_xla_metadata(**{name: None for name, _ in marks}):
             return function(*args)
 
+    @jax.custom_vjp
     def marked(*args):
         with set_xla_metadata(**dict(marks)):
             return unmarked(*args)
 
+    marked.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, dy: pull(dy))
     return marked
 
 

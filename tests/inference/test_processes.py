@@ -39,6 +39,17 @@ def in_two(*argv):
     return said, [process.returncode for process in started]
 
 
+@pytest.mark.parametrize(("closed", "said"), [("", "answer\n"), (">&-", ""), ("2>&-", "library\nanswer\n")])
+def test_only_answers_on_standard_output(closed, said):
+    """What a library prints past Python goes to standard error, if there is one; nothing waits until the end."""
+    code = "import os; from sphinx_jax import commandline; commandline.only_answers_on_stdout(); "
+    code += "os.write(1, b'library\\n') if os.sys.stdout else 0; print('answer') if os.sys.stdout else 0; os._exit(0)"
+    program = f'"{sys.executable}" -u -c "{code}" {closed}'
+    done = subprocess.run(["sh", "-c", program], cwd=INFER.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    assert ("library" in done.stderr) == (closed == "")
+
+
 @pytest.mark.slow
 def test_a_file_and_a_question_in_two_processes(tmp_path):
     records = easy_vqa.load("test")[:COUNT]

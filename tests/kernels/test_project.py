@@ -46,6 +46,22 @@ def test_a_matrix_chosen_from_a_stack_is_read_by_one_kernel_on_a_cpu(tmp_path):
     assert program.memory_analysis().temp_size_in_bytes < 1024
 
 
+def test_gradients_of_chosen_matrices_on_a_cpu():
+    """Of several products at once, and of one: no array is as large as the stack but its gradient."""
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)
+    x, w, dy, index = draw(3, 12), draw(4, 12, 2, 10), draw(3, 2, 10), np.array([0, 2, 3])
+    pull = lambda x, w, index, dy: jax.vjp(lambda x, w: vector_chosen_matrix(x, w, index), x, w)[1](dy)
+    dx, dw = jax.jit(jax.vmap(pull, (0, None, 0, 0)))(x, w, index, dy)
+    np.testing.assert_allclose(dx, np.einsum("rigo,rgo->ri", w[index], dy), rtol=1e-5, atol=1e-5)
+    expected = np.zeros_like(dw)
+    expected[np.arange(3), index] = np.einsum("ri,rgo->rigo", x, dy)
+    np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-5)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    args = of(512), of(8, 512, 2, 1024), jax.ShapeDtypeStruct((), jnp.int32), of(2, 1024)
+    assert jax.jit(pull).lower(*args).compile().memory_analysis().temp_size_in_bytes < 8 * 512 * 2 * 1024 * 4 / 4
+
+
 def test_one_row_on_a_gpu_writes_nothing_of_the_size_of_the_weights(gpu_mesh, compile_for_gpu):
     mesh = gpu_mesh(tensor=8)
     at = lambda names, shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.place(names, shape, mesh))

@@ -22,7 +22,7 @@ def compiled(shape, **said):
     place = lambda dims: sharding.place(("batch", None), dims, mesh)
     shapes = training_batch(CONFIG, recipe, LENGTH)
     batch = {name: jax.ShapeDtypeStruct(dims, dtype, sharding=place(dims)) for name, (dims, dtype) in shapes.items()}
-    step = Program(program.step, (0,), rules=program.rules)
+    step = Program(program.step, (0,), rules=program.rules, slices_in_place=True)
     found = collectives(compile_ahead(step, (program.state, batch), mesh).as_text(), mesh)
     return {(c.kind, c.axes): c for c in found}, program
 

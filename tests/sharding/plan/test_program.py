@@ -76,7 +76,7 @@ def test_exchanges_by_axis_with_the_rounds_of_loops(mesh, groups, axes):
 
 
 def test_an_exchange_that_says_what_goes_in_beside_what_comes_out(mesh):
-    """As compilers from jax 0.11.2 on do of a sum: it is of the same bytes as before."""
+    """As the compilers of jax 0.11.2 and 0.12 do of a sum: it is of the same bytes as before."""
     said = "bf16[16,64]{1,0} all-reduce-start", "((bf16[16,64]{1,0}), bf16[16,64]{1,0}) all-reduce-start"
     assert said[0] in TEXT
     of = lambda text: collectives(text.replace("GROUPS", "[4,2]<=[8]"), mesh)
