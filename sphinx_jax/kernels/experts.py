@@ -51,7 +51,7 @@ EVERY_TOKENS), an RTX 4090 164 and an L40S 419: fewer than 128 would take no les
 
 MOST_WRITTEN_OUT = 16
 """Most experts on a device for blocks that read matrices in place: each has loops of its own in the program. For eight,
-a program that reads a prompt takes an eighth to a quarter longer to compile than with one loop for all."""
+a program that reads a prompt takes an eighth to two fifths longer to compile than with one loop for all."""
 
 
 def experts_sum(
