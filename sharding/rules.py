@@ -286,16 +286,21 @@ def _sum(x: jax.Array, s: P, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def local_experts(experts: jax.Array, count: int) -> jax.Array:
-    """Inside `per_device`: global expert numbers as indices into this device's `count` experts.
+def shards(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> int:
+    """Into how many parts `mesh` splits a logical axis that all of its rule's mesh axes divide."""
+    return math.prod(mesh.shape[axis] for axis in rules[name].mesh_axes)
 
-    Experts of other devices become `count`. Outside of a mesh the numbers are unchanged.
+
+def local_index(index: jax.Array, name: str, size: int) -> jax.Array:
+    """Inside `per_device`: indices into an axis `name` of `size` as indices into this device's part of it.
+
+    Those into other devices' parts become the size of the part, which is past its end. Outside of a mesh they are
+    unchanged.
     """
     active = _active.get()
-    axes: tuple[Any, ...] = ()
-    if active is not None:
-        axes = tuple(a for a in active[1]["experts"].mesh_axes if active[0].shape[a] > 1)
+    axes = () if active is None else _axes(spec((name,), (size,), *active)[0])
     if not axes:
-        return experts
-    local = experts - jax.lax.axis_index(axes) * count
-    return jax.numpy.where((local >= 0) & (local < count), local, count)
+        return index
+    part = size // math.prod(active[0].shape[axis] for axis in axes)
+    local = index - jax.lax.axis_index(axes) * part
+    return jax.numpy.where((local >= 0) & (local < part), local, part)

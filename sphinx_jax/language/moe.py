@@ -3,6 +3,7 @@
 Dropless: every token is served by all the experts it chose, however uneven the choice.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sharding import constrain, local_experts, per_device
+from sharding import constrain, local_index, per_device
 from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.expert_blocks import WIn, WOut
 from sphinx_jax.kernels.experts import experts_sum
@@ -82,7 +83,7 @@ class MoE(nnx.Module):
         if self.w_in_lora is not None:
             factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
         compute = per_device(
-            _local_experts_sum,
+            functools.partial(_local_experts_sum, logits.shape[-1]),
             in_names=(
                 ("batch", "residual", None),
                 *[("batch", "sequence", None)] * 2,
@@ -105,6 +106,7 @@ class MoE(nnx.Module):
 
 
 def _local_experts_sum(
+    num_experts: int,
     x: Float[Array, "batch length dim"],
     experts: Int[Array, "batch length k"],
     weights: Float[Array, "batch length k"],
@@ -118,5 +120,5 @@ def _local_experts_sum(
     reduction over devices carries [tokens, dim] and not [tokens x k, dim].
     """
     dim, k = x.shape[-1], experts.shape[-1]
-    local = local_experts(experts.reshape(-1, k), w_in.shape[0])
+    local = local_index(experts.reshape(-1, k), "experts", num_experts)
     return experts_sum(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out, factors=factors).reshape(x.shape)

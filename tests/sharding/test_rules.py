@@ -1,10 +1,12 @@
 """The table from names to mesh axes: what it gives, and how loudly it refuses."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
-from sharding import LayoutError, Rule, spec
+from sharding import LayoutError, Rule, local_index, per_device, shards, spec
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,14 @@ def test_default_mesh(devices, expected):
     shape = sharding.default_mesh_shape(devices, kv_heads=8, experts=8)
     assert (shape.data, shape.fsdp, shape.expert, shape.tensor) == expected
     assert shape.size == devices
+
+
+def test_indices_become_those_of_each_devices_part(mesh222):
+    """Six rows on fsdp 2: what belongs to the other device, or to none, points past the end of the part."""
+    body = lambda mine, index: mine * 0 + local_index(index, "batch", 6)[:3]
+    index = jnp.array([1, 4, 6, 0, 0, 0])
+    with sharding.use(mesh222):
+        run = per_device(body, (("batch",), (None,)), ("batch",), sum_over=())
+        assert jax.jit(run)(jnp.zeros(6, int), index).tolist() == [1, 3, 3, 3, 1, 3]
+    assert local_index(index, "batch", 6) is index
+    assert (shards("batch", mesh222), shards("kv_heads", mesh222), shards("norm", mesh222)) == (2, 4, 1)
