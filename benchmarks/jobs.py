@@ -19,9 +19,9 @@ from sharding.plan import memory_of
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import bucket, prefill_tokens
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.shapes import bucket, prefill_tokens
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.program import TrainProgram, train_program
 from sphinx_jax.training.recipe import Recipe

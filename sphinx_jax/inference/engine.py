@@ -23,7 +23,9 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.programs import Programs
 from sphinx_jax.inference.requests import Picture, Request
+from sphinx_jax.inference.row_groups import deal, whole_groups
 from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.shapes import bucket, power_of_two, prefill_tokens, slots_for
 from sphinx_jax.inference.stopping import stop_table
 
 CONTEXT = 4096
@@ -34,40 +36,6 @@ ENCODE_PIXELS = 1 << 21
 
 PICTURE_BYTES = 1 << 28
 """Encoded pictures kept on the device."""
-
-
-def bucket(n: int) -> int:
-    """The least of 64, 96, 128, 192, 256, 384, ... that is n or more."""
-    size = 64
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
-
-
-def prefill_tokens(mesh: Mesh) -> int:
-    """Longer prompts are read in pieces of this many tokens, so that memory does not grow with the prompt.
-
-    All weights are read for each piece. Of T tokens that choose 2 of 8 experts, each byte of the experts (bfloat16)
-    is used for T / 4 operations: an H100 does 295 in the time that reading it takes, a B200 281, an A100 153. The
-    other cards, smaller ones among them, are spared the memory: a second GiB for pieces of 2,048.
-    """
-    with sharding.use(mesh):
-        return 2048 if sharding.compute_capability() in ("9.0", "10.0") else 512
-
-
-def slots_for(text: int, picture: int, answer: int, context: int, piece: int) -> int:
-    """Positions of the cache for a prompt of so many text and picture tokens, padded as it is read, and its answer.
-
-    It is read in pieces of `piece` tokens.
-    """
-    whole = text // piece * piece
-    padded = picture + (whole + bucket(text - whole) if text > whole else whole)
-    return bucket(max(padded, min(picture + text + answer, context)))
 
 
 def _promised(compiled: jax.stages.Compiled) -> Any:
@@ -100,6 +68,7 @@ class Engine:
             raise UserError(f"the context must be 2 positions or more, got {context}")
         self.config, self.tokenizer, self.mesh, self.context = config, tokenizer, mesh, context
         self.params, self.prefill_tokens = params, prefill_tokens(mesh)
+        self.groups = sharding.shards("batch", mesh)
         dtype = params["language"]["embedding"]["table"].dtype
         self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
         self._compiled: dict[tuple, Callable] = {}
@@ -138,7 +107,11 @@ class Engine:
         self.pictures_encoded = 0
 
     def new_state(self, rows: int, slots: int) -> steps.State:
-        """Empty rows. Raises UserError if the cache does not fit into memory, with the length that would."""
+        """Empty rows, so many or a few more, as each group of devices has as many.
+
+        Raises UserError if the cache does not fit into memory, with the length that would.
+        """
+        rows = whole_groups(rows, self.groups)
         try:
             return jax.block_until_ready(self._run(("state", rows, slots), self._programs.new_state(rows, slots)))
         except jax.errors.JaxRuntimeError as error:
@@ -249,15 +222,15 @@ class Engine:
         words = self.encode([r.picture for r in requests]) if image_words and not reuse else None
         for first in range(reuse, max(len(r.tokens) for r in requests), self.prefill_tokens):
             at = [i for i, r in enumerate(requests) if len(r.tokens) > first]
-            chunk = self._chunk([rows[i] for i in at], [requests[i] for i in at], first, image_words, state, sampling)
-            group_words = None
-            if words is not None and first == 0:
-                group_words = tuple(words[i] for i in at) + (words[0],) * (len(chunk.row) - len(at))
-            state = self._prefill(state, chunk, group_words, sampling, stops)
+            places = [None if i is None else at[i] for i in deal([rows[i] for i in at], self.groups, state.rows)]
+            chunk = self._chunk(places, rows, requests, first, image_words, state, sampling)
+            chunk_words = tuple(words[i or 0] for i in places) if words is not None and first == 0 else None
+            state = self._prefill(state, chunk, chunk_words, sampling, stops)
         return state
 
     def _chunk(
         self,
+        places: Sequence[int | None],
         rows: Sequence[int],
         requests: Sequence[Request],
         first: int,
@@ -265,9 +238,9 @@ class Engine:
         state: steps.State,
         sampling: Sampling,
     ) -> steps.Chunk:
-        """Tokens `first` to `first` + `prefill_tokens` of each request, padded to a bucket both ways."""
-        parts = [list(r.tokens[first : first + self.prefill_tokens]) for r in requests]
-        batch, text = power_of_two(len(parts)), bucket(max(map(len, parts)))
+        """Tokens `first` to `first` + `prefill_tokens` of the requests that `places` names, padded to a bucket."""
+        parts = {i: list(requests[i].tokens[first : first + self.prefill_tokens]) for i in places if i is not None}
+        batch, text = len(places), bucket(max(map(len, parts.values())))
         chunk = steps.Chunk(
             row=np.full(batch, state.rows, np.int32),
             tokens=np.zeros((batch, text), np.int32),
@@ -277,12 +250,15 @@ class Engine:
             seeds=np.zeros((batch, 2), np.uint32),
             seen=np.zeros((batch, self.config.language.vocab_size), bool),
         )
-        chunk.row[: len(rows)] = rows
-        for i, (request, part) in enumerate(zip(requests, parts, strict=True)):
-            chunk.tokens[i, : len(part)] = part
-            chunk.length[i] = len(part)
-            chunk.limit[i] = min(request.max_new_tokens, self.context - self.prompt_length(request))
-            chunk.seeds[i] = request.seeds()
+        for place, i in enumerate(places):
+            if i is None:
+                continue
+            request, part = requests[i], parts[i]
+            chunk.row[place] = rows[i]
+            chunk.tokens[place, : len(part)] = part
+            chunk.length[place] = len(part)
+            chunk.limit[place] = min(request.max_new_tokens, self.context - self.prompt_length(request))
+            chunk.seeds[place] = request.seeds()
             if sampling.repetition_penalty != 1:
-                chunk.seen[i, list(request.tokens)] = True
+                chunk.seen[place, list(request.tokens)] = True
         return chunk

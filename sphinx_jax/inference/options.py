@@ -29,7 +29,8 @@ class Options:
     out: Path | None = None
     """The file that the answers to --batch are added to."""
     rows: int = 64
-    """Questions of --batch answered at the same time; the cache grows with it."""
+    """Questions of --batch answered at the same time, or a few more, as replicas answer equally many; the cache grows
+    with it."""
     logprobs: bool = False
     """Add to each answer of --batch the log-probability of each of its tokens."""
     max_new_tokens: int = 512

@@ -5,26 +5,28 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import Engine, bucket, power_of_two
+from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Completion, Request
+from sphinx_jax.inference.row_groups import take_turns
 from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.shapes import bucket, power_of_two
 from sphinx_jax.inference.stopping import STOPPED, TextStream, check_stops, cut
 
 ROWS = 64
 """Requests answered at the same time, unless the user says otherwise; the cache grows with it."""
 
 PREFILL_ROWS = 16
-"""Prompts read at once at most."""
+"""Prompts read at once at most, by each group of devices that has rows of its own."""
 
 READ_TOKENS = 8192
-"""Tokens of all prompts that are read at once, pictures aside, at most: memory grows with them."""
+"""Tokens of all prompts that such a group reads at once, pictures aside, at most: memory grows with them."""
 
 STEPS = 64
 """Tokens chosen between two looks of the host at who is done, which is also how soon Ctrl-C is heard."""
 
 
 def prompts_at_once(tokens: int, piece: int) -> int:
-    """How many prompts of up to so many tokens, read in pieces of `piece`, are read at once: a power of two."""
+    """How many prompts of up to so many tokens, read in pieces of `piece`, a group reads at once: a power of two."""
     most = READ_TOKENS // min(bucket(tokens), piece)
     return min(PREFILL_ROWS, 1 << (most.bit_length() - 1))
 
@@ -34,25 +36,28 @@ def serve(
 ) -> Iterator[tuple[int, Completion]]:
     """(index of the request, its answer), in the order in which they end.
 
-    At most `rows` are answered at a time; as some end, others take their rows. Requests are taken from the
+    `rows` are answered at a time, or as few more as devices that share them out need to have as many each; as some end,
+    others take their rows. Requests are taken from the
     iterable as they are needed. One that does not fit the context raises UserError.
     """
     stops = check_stops(stops)
     table = engine.stop_table(stops)
     queue = _Queue(engine, requests)
     state, active = None, {}
-    while queue.fill(rows + PREFILL_ROWS) or active:
+    at_once = PREFILL_ROWS * engine.groups
+    while queue.fill(rows + at_once) or active:
         if not active and (state is None or queue.slots_needed() > state.slots):
             # Only when all rows are empty can they be exchanged for longer ones.
             size, state = min(rows, power_of_two(len(queue))), None
             state = engine.new_state(size, queue.slots_needed())
         free = [row for row in range(state.rows) if row not in active]
-        while free and (group := queue.take(len(free), state.slots)):
-            taken, free = free[: len(group)], free[len(group) :]
-            state = engine.read_prompts(state, taken, [request for _, request in group], sampling, table)
-            active |= {row: index for row, (index, _) in zip(taken, group, strict=True)}
+        while free and (group := queue.take(free, state)):
+            rows_taken, indices, prompts = zip(*group, strict=True)
+            state = engine.read_prompts(state, rows_taken, prompts, sampling, table)
+            active |= dict(zip(rows_taken, indices, strict=True))
+            free = [row for row in free if row not in active]
         # With requests waiting it pays to stop once a group of rows is free, and not before.
-        until = max(0, len(active) - min(PREFILL_ROWS, max(1, state.rows // 4))) if len(queue) else 0
+        until = max(0, len(active) - min(at_once, max(1, state.rows // 4))) if len(queue) else 0
         state = engine.decode(state, sampling, table, STEPS, until)
         ended = [row for row in np.flatnonzero(np.array(state.done)).tolist() if row in active]
         if ended:
@@ -101,19 +106,22 @@ class _Queue:
         """Of the longest that waits."""
         return max(slots for *_, slots in self._waiting)
 
-    def take(self, count: int, slots: int) -> list[tuple[int, Request]]:
-        """Up to `count` that are like the one that has waited longest: a picture or none, and the same length bucket.
+    def take(self, free: Sequence[int], state: steps.State) -> list[tuple[int, int, Request]]:
+        """(row, index, request), for rows that are `free`, of such as are like the one that has waited longest.
 
-        No more than are read at once. Empty if that one needs more than `slots`: it waits for a longer cache.
+        They have a picture or none, and the same length bucket; no more than are read at once. Empty if that one needs
+        a longer cache than there is: it waits for one.
         """
-        if not self._waiting or self._waiting[0][2] > slots:
+        if not self._waiting or self._waiting[0][2] > state.slots:
             return []
-        count = min(count, prompts_at_once(len(self._waiting[0][1].tokens), self._engine.prefill_tokens))
-        like = lambda entry: (entry[1].picture is None, bucket(len(entry[1].tokens)), entry[2] <= slots)
-        chosen = [entry for entry in self._waiting if like(entry) == like(self._waiting[0])][:count]
+        engine = self._engine
+        each = prompts_at_once(len(self._waiting[0][1].tokens), engine.prefill_tokens)
+        rows = take_turns(free, engine.groups, state.rows, each)
+        like = lambda entry: (entry[1].picture is None, bucket(len(entry[1].tokens)), entry[2] <= state.slots)
+        chosen = [entry for entry in self._waiting if like(entry) == like(self._waiting[0])][: len(rows)]
         gone = {index for index, *_ in chosen}
         self._waiting = [entry for entry in self._waiting if entry[0] not in gone]
-        return [(index, request) for index, request, _ in chosen]
+        return [(row, index, request) for row, (index, request, _) in zip(rows, chosen, strict=False)]
 
 
 class Session:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from sharding import Rules, constrain, per_device, place
+from sharding import Rules, constrain, local_index, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
@@ -53,8 +53,14 @@ class State(NamedTuple):
         return self.output.shape[1]
 
 
+_CACHE = ("batch", None, "kv_heads", None)
+
+
 class Chunk(NamedTuple):
-    """Some tokens of some prompts: one call of `prefill`. Padding has a `row` past the last."""
+    """Some tokens of some prompts: one call of `prefill`. Padding has a `row` past the last.
+
+    Devices that share out the rows share out the chunk as well, and each reads into rows of its own: see `row_groups`.
+    """
 
     row: Int[Array, "batch"]
     tokens: Int[Array, "batch text"]
@@ -90,7 +96,7 @@ def abstract_state(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtyp
     shapes = jax.eval_shape(lambda: make_state(config, rows, slots, dtype))
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = ("batch", None, "kv_heads", None) if leaf.ndim == 4 else (None,) * leaf.ndim
+        names = _CACHE if leaf.ndim == 4 else (None,) * leaf.ndim
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(names, leaf.shape, mesh, rules))
 
     return jax.tree.map(placed, shapes)
@@ -145,16 +151,23 @@ def own_slots(layer: LayerCache, chunk: Chunk, slots: int, fresh: bool) -> Layer
     """The part of a layer's cache that a chunk reads and writes: one row for each of its prompts."""
 
     def own(whole: Float[Array, "rows slots kv_heads head_dim"]) -> Float[Array, "batch seen kv_heads head_dim"]:
-        batch = chunk.tokens.shape[0]
-        part = jnp.zeros((batch, slots, *whole.shape[2:]), whole.dtype) if fresh else _take(whole, chunk.row)
-        return constrain(part, "batch", None, "kv_heads", None)
+        if fresh:
+            part = jnp.zeros((chunk.tokens.shape[0], slots, *whole.shape[2:]), whole.dtype)
+            return constrain(part, *_CACHE)
+        take = lambda own, row: _take(own, local_index(row, "batch", whole.shape[0]))
+        return per_device(take, (_CACHE, ("batch",)), _CACHE, sum_over=())(whole, chunk.row)
 
     return jax.tree.map(own, layer)
 
 
 def put_slots(layer: LayerCache, part: LayerCache, chunk: Chunk) -> LayerCache:
     """The layer's cache with that part put back."""
-    put = lambda whole, part: whole.at[chunk.row, : part.shape[1]].set(part, mode="drop")
+
+    def put(whole: Array, part: Array) -> Array:
+        rows = whole.shape[0]
+        own = lambda whole, part, row: whole.at[local_index(row, "batch", rows), : part.shape[1]].set(part, mode="drop")
+        return per_device(own, (_CACHE, _CACHE, ("batch",)), _CACHE, sum_over=())(whole, part, chunk.row)
+
     return jax.tree.map(put, layer, part)
 
 

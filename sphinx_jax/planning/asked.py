@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+import sharding
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import ENCODE_PIXELS, bucket, power_of_two, prefill_tokens, slots_for
+from sphinx_jax.inference.engine import ENCODE_PIXELS
 from sphinx_jax.inference.programs import Programs
+from sphinx_jax.inference.row_groups import whole_groups
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import prompts_at_once
+from sphinx_jax.inference.shapes import bucket, power_of_two, prefill_tokens, slots_for
 from sphinx_jax.planning.jobs import Job
 
 STOP_STATES = 32
@@ -29,10 +32,13 @@ class Asked:
         self.piece = prefill_tokens(mesh)
         # The last chunk is padded, so that the cache may be longer than the context.
         slots = slots_for(context - config.image_words - 1, config.image_words, 1, context, self.piece)
+        groups = sharding.shards("batch", mesh)
+        rows = whole_groups(rows, groups)
         self.state = self.programs.abstract_state(rows, slots)
         self.sampling = jax.tree.map(lambda x: self.whole((), np.asarray(x).dtype), Sampling().values())
         self.stops = self.whole((STOP_STATES, vocab), jnp.int16)
-        self.batch = power_of_two(min(rows, prompts_at_once(context - config.image_words, self.piece)))
+        each = prompts_at_once(context - config.image_words, self.piece)
+        self.batch = groups * power_of_two(min(rows // groups, each))
         self.text = bucket(min(self.piece, context - config.image_words))
         self.reads_on = context - config.image_words > self.piece
         words = self.whole((vision.views, vision.view_words, config.language.dim), self._dtype) if vision else None

@@ -12,7 +12,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.engine import prefill_tokens
+from sphinx_jax.inference.shapes import prefill_tokens
 from sphinx_jax.kernels.quantized import Kind
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.planning.asked import Asked

@@ -41,8 +41,8 @@ def offload_jobs(
     reading("a prompt's beginning", asked.text, asked.words, fresh=True)
     if asked.reads_on:
         reading("reading on", asked.piece, None, fresh=False)
-    x, positions = hidden(rows, 1)
-    jobs.append(Job("begin one token", programs.begin_token(rows), (around, rest), (0, 1)))
+    x, positions = hidden(state.rows, 1)
+    jobs.append(Job("begin one token", programs.begin_token(state.rows), (around, rest), (0, 1)))
     jobs.append(Job("end one token", programs.end_token(rest), (around, rest, x, *ending), (0, 1)))
     one = programs.token_layer(state.cache[0])
     jobs.append(Job("a layer of one token", one, (layer, x, positions, state.cache[0]), (0, 3)))

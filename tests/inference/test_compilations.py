@@ -5,10 +5,10 @@ import numpy as np
 
 import sharding
 import sphinx_jax
-from sphinx_jax.inference.engine import bucket, power_of_two, slots_for
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import Session, serve
+from sphinx_jax.inference.shapes import bucket, power_of_two, slots_for
 
 ROWS, LONGEST, ANSWER, CONTEXT = 2, 70, 12, 128
 """So short that few shapes are possible: each takes a second to compile."""

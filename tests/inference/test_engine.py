@@ -8,16 +8,17 @@ import pytest
 
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
-from sphinx_jax.inference.engine import Engine, bucket, power_of_two
+from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import Sampling
 from sphinx_jax.inference.serving import Session, answer_all, prompts_at_once, serve
+from sphinx_jax.inference.shapes import bucket, power_of_two
 
 # All prompts are of one length bucket, and prompt and answer of one bucket of cache slots, so that the tests share
 # compiled programs: those take seconds, the answers milliseconds.
 NEW = 60
 SLOTS = 128
-MESHES = [{"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}]
+MESHES = [{"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]
 PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
 
 
@@ -66,14 +67,16 @@ def test_a_batch_gives_what_one_at_a_time_gives(model, images, answers):
         assert (alone.text, alone.tokens, alone.finish) == (answer.text, answer.tokens, answer.finish)
 
 
-def test_rows_are_refilled_as_answers_end(model):
-    """Four rows for nine requests that end at different times."""
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=str)
+def test_rows_are_refilled_as_answers_end(model, make_model, mesh):
+    """Four rows, on two replicas two on each, for nine requests that end at different times."""
     requests = [model.request(PROMPTS[i % 4], max_new_tokens=55 + i % 5) for i in range(9)]
-    ended = list(serve(model.engine, requests, Sampling(), rows=4))
+    ended = list(serve(make_model(**mesh).engine, requests, Sampling(), rows=4))
     assert sorted(index for index, _ in ended) == list(range(9))
     for index, completion in ended:
         (alone,) = answer_all(model.engine, [requests[index]], Sampling())
         assert completion == alone._replace(logprobs=completion.logprobs)
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
 
 
 def test_a_stream_gives_what_generate_gives(model, images, answers):
@@ -137,6 +140,16 @@ def test_a_prompt_read_in_pieces_is_the_same_prompt(model, images, answers, monk
     assert [chunk.length.tolist() for chunk in read[:2]] == [[20], [20]] and len(read) == 3
     together = model.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
     assert [a.tokens for a in together] == [a.tokens for a in answers]
+
+
+def test_replicas_read_on_where_they_began(make_model, images, answers, monkeypatch):
+    """In pieces, of which the longer prompts have more: each replica finds the rows that it read before."""
+    replicas = make_model(data=2, tensor=2)
+    monkeypatch.setattr(replicas.engine, "prefill_tokens", 20)
+    together = replicas.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    assert [a.tokens for a in together] == [a.tokens for a in answers]
+    texts = ["".join(replicas.stream(PROMPTS[i], with_pictures(images)[i], max_new_tokens=NEW)) for i in (0, 1)]
+    assert texts == [a.text for a in answers[:2]]
 
 
 def test_stop_strings_end_an_answer_before_they_begin(model, images, answers):

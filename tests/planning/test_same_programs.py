@@ -25,16 +25,18 @@ def shapes(tree):
     return [(np.shape(leaf), np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
 
 
-def test_the_engines_programs(model, monkeypatch):
-    """A prompt as long as the context: everything the engine compiles for it is in the plan, argument by argument."""
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_engines_programs(model, monkeypatch, replicas):
+    """Prompts as long as the context, one a replica: all that is compiled is in the plan, argument by argument."""
+    if replicas > 1:
+        model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(data=replicas), "float32", context=CONTEXT)
     ran = []
     original = Program.compile
     monkeypatch.setattr(Program, "compile", lambda self, args, mesh: ran.append(args) or original(self, args, mesh))
     tokens = model.tokenizer.encode("circle " * 1000, bos=True, eos=False)[: CONTEXT - model.config.image_words - 1]
-    picture = model.picture(np.zeros((64, 64, 3), np.uint8))
-    request = Request(tokens, picture, 1)
-    answer_all(model.engine, [request], Sampling())
-    jobs, _ = inference_jobs(model.config, None, model.engine.params, model.mesh, rows=1, context=CONTEXT)
+    picture = lambda i: model.picture(np.full((64, 64, 3), i, np.uint8))
+    answer_all(model.engine, [Request(tokens, picture(i), 1) for i in range(replicas)], Sampling())
+    jobs, _ = inference_jobs(model.config, None, model.engine.params, model.mesh, replicas, CONTEXT)
     planned = [shapes(job.args) for job in jobs]
     for args in filter(None, ran):
         assert shapes(args) in planned

@@ -96,3 +96,15 @@ def test_replicas_exchange_no_more_than_the_words_they_choose(program):
     assert [(c.count, c.bytes) for c in reduced] == [(2 * LAYERS, 2 * LAYERS * CONFIG.language.dim * 2)]
     # A token, its log-probability, and numbers that the loop ends with; the routers' scores would be 64 bytes a layer.
     assert sum(c.bytes for c in found if "data" in c.axes) <= 100
+
+
+@pytest.mark.parametrize("name", ["read a prompt's beginning", "read on"])
+@pytest.mark.parametrize("shape", [{"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_replicas_read_prompts_each_into_its_own_rows(program, shape, name):
+    """Of what they read they exchange nothing but the words chosen after it, whichever rows it goes into."""
+    mesh, _, text = program(shape, name, rows=8)
+    found = collectives(text, mesh)
+    reduced = [c for c in found if c.kind == "all-reduce" and c.axes == ("tensor",)]
+    assert sum(c.count for c in reduced) == 2 * LAYERS
+    # Two keys of one row and layer are 512 bytes.
+    assert sum(c.bytes for c in found if "data" in c.axes) <= 200
