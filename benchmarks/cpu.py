@@ -15,11 +15,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jobs import Ours, clock, training
+from jobs import Ours, rested, training
 
 from sphinx_jax import checkpoints
 from sphinx_jax.config import preset
@@ -67,12 +67,6 @@ def compare(name: str, quick: bool) -> Iterator[dict]:
         mine, peer = (statistics.median(side) for side in zip(*times, strict=True))
         found = {"preset": name, "job": label, "ratio": peer / mine, "tokens": own.tokens}
         yield found | {"ours_s": mine, "theirs_s": peer, "their_experts": best}
-
-
-def rested(run: Callable[[], object]) -> float:
-    """Seconds that it takes once threads of the other side, which wait for more by spinning, have gone to sleep."""
-    time.sleep(0.5)
-    return clock(run)
 
 
 def main() -> None:

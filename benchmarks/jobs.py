@@ -176,7 +176,13 @@ def made_up(abstract: Any) -> Any:
     return jax.tree.unflatten(structure, made)
 
 
-def clock(run: Callable[[], None]) -> float:
+def clock(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def rested(run: Callable[[], object]) -> float:
+    """Seconds that it takes once threads of the other side, which wait for more by spinning, have gone to sleep."""
+    time.sleep(0.5)
+    return clock(run)

@@ -16,8 +16,8 @@ from sphinx_jax.planning import inference_plan, training_batch, training_plan
 from sphinx_jax.training.recipe import Recipe
 
 CARD = "a100-80gb"
-"""Compiled for once; what it takes is then held against every card's memory. Hopper's programs keep no scores of
-attention and read longer pieces of a prompt: they take more to answer and less to train, and such cards have room."""
+"""Compiled for once; what it takes is then held against every card's memory. Hopper's programs read longer pieces of a
+prompt and take more to answer, for which such cards have room."""
 
 ANSWERING = {
     "sphinx-moe-1k": (2, 4, 8, 16),

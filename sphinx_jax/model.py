@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.config import LoraConfig, SphinxConfig
-from sphinx_jax.kernels.attention import Causal
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.language.cache import turn_mask, turn_positions
 from sphinx_jax.language.decoder import Decoder
 from sphinx_jax.vision.ensemble import Ensemble

@@ -60,18 +60,20 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def causal_attention():
-    """q [B, S, K, G, D], k and v [B, S, K, D], gradient of the output -> the output, gradients of q, k and v.
+def attention_reference():
+    """q [B, L, K, G, D], k and v [B, S, K, D], gradient of the output, seen [B or 1, L, S] -> the output, and the
+    gradients of q, k and v.
 
     float64, from the definition.
     """
 
     def reference(*args):
+        *arrays, seen = args
         # [B, K, G, L, D]
-        q, k, v, d_out = (np.moveaxis(np.asarray(x, np.float64), 1, -2) for x in args)
+        q, k, v, d_out = (np.moveaxis(np.asarray(x, np.float64), 1, -2) for x in arrays)
         k, v, scale = k[:, :, None], v[:, :, None], q.shape[-1] ** -0.5
         scores = q @ k.swapaxes(-1, -2) * scale
-        scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+        scores = np.where(np.asarray(seen)[:, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         d_weights = d_out @ v.swapaxes(-1, -2)
@@ -80,6 +82,12 @@ def causal_attention():
         return tuple(np.moveaxis(x, -2, 1) for x in (weights @ v, d_scores @ k, d_k, d_v))
 
     return reference
+
+
+@pytest.fixture(scope="session")
+def causal_attention(attention_reference):
+    """The same where query i sees keys 0 to i."""
+    return lambda q, *others: attention_reference(q, *others, np.tril(np.ones((1, q.shape[1], q.shape[1]), bool)))
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ from sphinx_jax.config import (
     preset,
 )
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
-from sphinx_jax.kernels import experts
+from sphinx_jax.kernels import attention, experts
 from sphinx_jax.model import SphinxMoE, bind
 
 # XLA counts the body of a loop once: the decoder's layers are held apart, and each stack of encoder blocks has one.
-# Every token goes to every expert, so that no count depends on the routing.
+# Every token goes to every expert, so that no count depends on the routing; and attention makes all scores at once.
 CONFIG = SphinxConfig(
     DecoderConfig(256, 512, 2, num_heads=8, num_kv_heads=4, num_experts=2, experts_per_token=2, vocab_size=512),
     VisionConfig(
@@ -37,6 +37,7 @@ BATCH, TEXT = 4, 64
 @pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
 def test_operations_are_what_the_compiler_counts(shape, monkeypatch):
     monkeypatch.setattr(experts, "choose_form", lambda *_: "every")
+    monkeypatch.setitem(attention._SCORE_BYTES, "cpu", (1 << 30, 1 << 20))
     mesh = sharding.make_mesh(**shape)
     graph, params = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs), mesh)
     placed = lambda dims, dtype: jax.ShapeDtypeStruct(

@@ -24,7 +24,7 @@ from sphinx_jax.inference import steps
 from sphinx_jax.inference.engine import CONTEXT, Engine
 from sphinx_jax.inference.requests import Picture
 from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.kernels.attention import Causal
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.language.attention import LayerCache
 from sphinx_jax.language.decoder import DecoderLayer
 from sphinx_jax.model import SphinxMoE, bind

@@ -16,7 +16,7 @@ from sharding import Rules, constrain, local_index, per_device, place
 from sphinx_jax.config import DecoderConfig
 from sphinx_jax.inference.sampling import SamplingValues, choose
 from sphinx_jax.inference.stopping import FIRST, STOPPED
-from sphinx_jax.kernels.attention import Causal
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.language.attention import LayerCache
 from sphinx_jax.language.cache import Cache, make_cache
 from sphinx_jax.model import SphinxMoE, bind

@@ -1,36 +1,36 @@
 """Attention over grouped queries: one function, its form chosen by platform, mask and sizes.
 
-- `flash` keeps no scores (see `flash`): on Hopper GPUs, where each query sees the keys up to its own (`Causal`).
 - `one query` reads keys and values where they lie: for decoding.
-- `scores` multiplies all queries by all keys, and is for everything else.
+- `flash` keeps no scores (see `flash`): on Hopper GPUs, where each query sees the keys up to its own (`Causal`).
+- `blocks` keeps none either (see `blockwise`), and is for everything else, but for scores that are few: those are made
+  all at once.
 """
 
 import importlib.metadata
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 import sharding
 from sharding import per_device
 from sphinx_jax.kernels import flash
+from sphinx_jax.kernels.blockwise import attention_in_blocks
+from sphinx_jax.kernels.mask import Causal, Mask, written_out
 from sphinx_jax.kernels.said import say_once
 
-
-class Causal(NamedTuple):
-    """Query i of a row stands at position start + i and sees keys 0 to its own. What lies past them may be anything."""
-
-    start: Int[Array, "batch"] | None = None
-    """None: queries and keys are of the same positions, from 0 on."""
-
-
-Mask = Bool[Array, "batch q_len kv_len"] | Causal | None
-"""True where a query may look; None: all see all."""
-
-Form = Literal["flash", "one query", "scores"]
+Form = Literal["one query", "flash", "blocks"]
 
 _HEADS, _KEYS = ("batch", None, "kv_heads", "queries", "head_dim"), ("batch", None, "kv_heads", None)
+_PAIRS = ("batch", None, None)
+
+_SCORE_BYTES = {"cpu": (1 << 20, 1 << 20), "gpu": (1 << 27, 1 << 25)}
+"""Of scores (float32) on one device: up to so many are made at once, and so many in a block, which stay in its cache.
+A GPU loses more time by starting a block's kernels than by moving a few megabytes."""
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512
+"""Queries of a block and keys: of larger ones, more is computed that a causal mask leaves out."""
 
 
 def attention(
@@ -50,19 +50,11 @@ def attention(
     if form == "flash":
         own = per_device(_flash_from, (_HEADS, _KEYS, _KEYS, ("batch",)), _HEADS, sum_over=())
         return own(q, k, v, mask.start)
-    if isinstance(mask, Causal):
-        start = jnp.zeros(1, jnp.int32) if mask.start is None else mask.start
-        mask = jnp.arange(k.shape[1]) <= (start[:, None] + jnp.arange(q.shape[1]))[:, :, None]
     if form == "one query":
-        mask = jnp.ones((q.shape[0], 1, k.shape[1]), bool) if mask is None else mask
-        own = per_device(_one_query, (_HEADS, _KEYS, _KEYS, ("batch", None, None)), _HEADS, sum_over=())
-        return own(q, k, v, mask)
-    scores_BKGQS = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
-    scores_BKGQS = scores_BKGQS * (q.shape[-1] ** -0.5)
-    if mask is not None:
-        scores_BKGQS = jnp.where(mask[:, None, None], scores_BKGQS, -jnp.inf)
-    weights_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights_BKGQS, v)
+        own = per_device(_one_query, (_HEADS, _KEYS, _KEYS, _PAIRS), _HEADS, sum_over=())
+        return own(q, k, v, written_out(mask, 1, k.shape[1]))
+    names = ("batch",) if isinstance(mask, Causal) else _PAIRS
+    return per_device(_blocks, (_HEADS, _KEYS, _KEYS, names), _HEADS, sum_over=())(q, k, v, mask)
 
 
 def _form(q: Array, k: Array, mask: Mask) -> Form:
@@ -71,7 +63,7 @@ def _form(q: Array, k: Array, mask: Mask) -> Form:
     hopper = isinstance(mask, Causal) and sharding.compute_capability() == "9.0" and not _miscompiles_masks()
     fits = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in flash.HEAD_DIMS
     # The scores of fewer are small.
-    return "flash" if hopper and fits and q.shape[1] >= flash.TILE else "scores"
+    return "flash" if hopper and fits and q.shape[1] >= flash.TILE else "blocks"
 
 
 def _miscompiles_masks() -> bool:
@@ -111,6 +103,28 @@ def _side_by_side(q):
 
 def _whole_tiles(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % flash.TILE), (0, 0), (0, 0)))
+
+
+def _blocks(q, k, v, mask):
+    """One device's heads: their scores all at once if they are few."""
+    batch, q_len, kv_heads, group, _ = q.shape
+    at_once, in_a_block = _SCORE_BYTES["cpu" if sharding.platform() == "cpu" else "gpu"]
+    bytes_of = lambda q_len, kv_len: 4 * batch * kv_heads * group * q_len * kv_len
+    if bytes_of(q_len, k.shape[1]) <= at_once:
+        return _all_at_once(q, k, v, mask)
+    size = _LARGEST_BLOCK
+    while bytes_of(size, size) > in_a_block and size > _SMALLEST_BLOCK:
+        size //= 2
+    return attention_in_blocks(q, k, v, mask, size)
+
+
+def _all_at_once(q, k, v, mask):
+    scores_BKGQS = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
+    scores_BKGQS = scores_BKGQS * (q.shape[-1] ** -0.5)
+    if mask is not None:
+        scores_BKGQS = jnp.where(written_out(mask, q.shape[1], k.shape[1])[:, None, None], scores_BKGQS, -jnp.inf)
+    weights_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights_BKGQS, v)
 
 
 def _one_query(q, k, v, mask):

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 import sharding
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.attention import Mask, attention
+from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.mask import Mask
 from sphinx_jax.kernels.project import project
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 

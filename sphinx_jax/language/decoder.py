@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.attention import Mask
+from sphinx_jax.kernels.mask import Mask
 from sphinx_jax.language.attention import Attention, LayerCache
 from sphinx_jax.language.cache import Cache
 from sphinx_jax.language.moe import MoE

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.kernels.attention import Causal, attention
+from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.kernels.said import say_once
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ from PIL import Image
 import sharding
 import sphinx_jax
 from sphinx_jax.checkpoints import accessory
-from sphinx_jax.kernels.attention import Causal
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.language.cache import make_cache
 from sphinx_jax.model import bind
 from tests.conftest import GOLDEN, mesh_name

@@ -13,7 +13,8 @@ import sharding
 from sharding.plan import compile_ahead
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.kernels import flash
-from sphinx_jax.kernels.attention import Causal, attention
+from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.planning.inference import inference_jobs
 
