@@ -1,19 +1,29 @@
-"""benchmarks/gpu.py where it can be checked without a GPU: which model fits a card, and the report of what was run."""
+"""Benchmarks where they can be checked in a moment: gpu.py without a GPU, others with next to nothing to do."""
 
+import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sphinx_jax.config import DecoderConfig
+from sphinx_jax.config import DecoderConfig, SphinxConfig
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def benchmark(monkeypatch):
+    """Imports a benchmark by name."""
+    before = set(sys.modules)
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    yield pytest.importorskip("gpu")
-    for name in ("gpu", "jobs"):
-        sys.modules.pop(name)
+    yield importlib.import_module
+    for name in ("attention", "gpu", "jobs", "meshes", "peer"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def gpu(benchmark):
+    return benchmark("gpu")
 
 
 def test_layers_that_fit(gpu):
@@ -50,3 +60,32 @@ def test_a_report_joins_both_sides_and_leaves_empty_what_was_not_run(gpu):
     ):
         assert line in text.splitlines()
     assert "22 layers to answer, no to train" in text
+
+
+def test_attention_beside_jaxs_and_torchs(benchmark, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+    attention = benchmark("attention")
+    monkeypatch.setattr(attention, "SIZES", (("nano", 2, 70),))
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--quick"])
+    attention.main()
+    *_, forwards, gradient = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in (forwards, gradient)] == [
+        ["| nano", "2 x 70", what] for what in ("forwards", "with its gradient")
+    ]
+    assert all(float(cell.strip(" |")) > 0 for row in (forwards, gradient) for cell in row[3:])
+
+
+def test_what_a_mesh_costs(benchmark, monkeypatch):
+    """Of two replicas each does half of the products, updates everything, and sends its gradients."""
+    meshes = benchmark("meshes")
+    language = DecoderConfig(32, 64, 1, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=64)
+    monkeypatch.setattr(meshes, "CONFIG", SphinxConfig(language, None))
+    monkeypatch.setattr(meshes, "ROWS", 2)
+    monkeypatch.setattr(meshes, "LENGTH", 16)
+    monkeypatch.setattr(meshes, "REPETITIONS", 1)
+    found = meshes.measure("data", 2, np.ones((2, 16), np.int32))
+    parameters = 2 * 64 * 32 + 32 * 4 * 24 + 32 * 32 + 4 * 3 * 32 * 64 + 32 * 4 + 3 * 32
+    # In float32, to both devices.
+    assert found["exchanged_mib"] == pytest.approx(2 * 4 * parameters / 2**20, rel=0.01)
+    assert found["products"] == pytest.approx(1, abs=0.01)
+    assert min(found["step_s"], found["one_device_s"], found["exchange_s"]) > 0
