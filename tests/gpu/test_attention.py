@@ -1,4 +1,4 @@
-"""Causal attention as a Hopper GPU computes it, against float64 on the CPU."""
+"""Attention as a GPU computes it, in a Hopper's kernels and in blocks, against float64 on the CPU."""
 
 import logging
 
@@ -9,6 +9,7 @@ import pytest
 
 import sharding
 from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.blockwise import attention_in_blocks
 from sphinx_jax.kernels.mask import Causal
 from sphinx_jax.kernels.said import say_once
 
@@ -43,10 +44,7 @@ def test_later_pieces(later_attention, caplog, start, length, slots):
         found = later(start, q, jnp.where(past, jnp.nan, k), jnp.where(past, jnp.nan, v))
     reference = later_attention(start, q, k, v)
     assert found.dtype == jnp.bfloat16
-    size = lambda x: np.linalg.norm(np.moveaxis(x, 1, 0).reshape(length, -1), axis=1)
-    wrong = np.asarray(found, np.float64) - reference
-    assert np.linalg.norm(wrong) < 1e-2 * np.linalg.norm(reference)
-    assert np.all(size(wrong) < 2e-2 * (size(reference) + np.median(size(reference))))
+    near_everywhere(found, reference)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +73,32 @@ def test_causal(causal_attention, caplog, length, head_dim, dtype):
     assert f"attention of {length} queries on gpu: flash" in caplog.text
     for found, reference in zip(ours, causal_attention(q, k, v, d_out), strict=True):
         assert found.dtype == dtype
-        wrong = np.asarray(found, np.float64) - reference
-        assert np.linalg.norm(wrong) < 1e-2 * np.linalg.norm(reference)
-        # Nor does a single position hide among the others.
-        size = lambda x: np.linalg.norm(np.moveaxis(x, 1, 0).reshape(length, -1), axis=1)
-        assert np.all(size(wrong) < 2e-2 * (size(reference) + np.median(size(reference))))
+        near_everywhere(found, reference)
+
+
+def near_everywhere(found, reference):
+    """Within rounding as a whole, nor does a single position hide among the others."""
+    wrong = np.asarray(found, np.float64) - reference
+    assert np.linalg.norm(wrong) < 1e-2 * np.linalg.norm(reference)
+    size = lambda x: np.linalg.norm(np.moveaxis(x, 1, 0).reshape(x.shape[1], -1), axis=1)
+    assert np.all(size(wrong) < 2e-2 * (size(reference) + np.median(size(reference))))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [512, 1000])
+def test_in_blocks(attention_reference, length, packed):
+    """On any GPU: of 128 positions, with half of them left out, or two texts side by side."""
+    text = np.arange(length) // 300 if packed else np.zeros(length, int)
+    seen = np.tril(text[:, None] == text)[None].repeat(2, axis=0)
+    mask = jnp.asarray(seen) if packed else Causal()
+    rng = np.random.default_rng(length)
+    heads, keys = (2, length, 2, 2, 128), (2, length, 2, 128)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (heads, keys, keys, heads))
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, gradients = jax.vjp(lambda *qkv: attention_in_blocks(*qkv, mask, 128), q, k, v)
+        return out, *gradients(d_out)
+
+    for found, reference in zip(run(q, k, v, d_out), attention_reference(q, k, v, d_out, seen), strict=True):
+        near_everywhere(found, reference)
