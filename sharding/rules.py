@@ -263,10 +263,12 @@ def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def vary_like(made: jax.Array, *args: jax.Array) -> jax.Array:
-    """`made` of `args` by a kernel, inside `per_device`: each device's own where an argument is, as jax cannot know."""
+def vary_like(made: Any, *args: jax.Array) -> Any:
+    """`made` by a kernel or for a loop, one array or a tree, inside `per_device`: each device's own where an argument
+    is, as jax cannot know.
+    """
     axes = set().union(*(jax.typeof(arg).manual_axis_type.varying for arg in args))
-    return _vary(made, axes)
+    return jax.tree.map(lambda x: _vary(x, axes), made)
 
 
 def _gather(x: jax.Array, names: tuple[str | None, ...], s: P, gather: tuple[str, ...]) -> jax.Array:

@@ -16,7 +16,8 @@ ROWS = 64
 """Requests answered at the same time, unless the user says otherwise; the cache grows with it."""
 
 PREFILL_ROWS = 16
-"""Prompts read at once at most, by each group of devices that has rows of its own."""
+"""Prompts read at once at most, by each group of devices that has rows of its own; with pictures, whose words every
+device has, by all of them together."""
 
 READ_TOKENS = 8192
 """Tokens of all prompts that such a group reads at once, pictures aside, at most: memory grows with them."""
@@ -25,10 +26,12 @@ STEPS = 64
 """Tokens chosen between two looks of the host at who is done, which is also how soon Ctrl-C is heard."""
 
 
-def prompts_at_once(tokens: int, piece: int) -> int:
-    """How many prompts of up to so many tokens, read in pieces of `piece`, a group reads at once: a power of two."""
-    most = READ_TOKENS // min(bucket(tokens), piece)
-    return min(PREFILL_ROWS, 1 << (most.bit_length() - 1))
+def prompts_at_once(tokens: int, piece: int, groups: int, pictures: bool) -> int:
+    """How many prompts of up to so many tokens, read in pieces of `piece`, each group reads at once: a power of two."""
+    most = min(PREFILL_ROWS, READ_TOKENS // min(bucket(tokens), piece))
+    if pictures:
+        most = min(most, max(1, PREFILL_ROWS // groups))
+    return 1 << (most.bit_length() - 1)
 
 
 def serve(
@@ -37,8 +40,8 @@ def serve(
     """(index of the request, its answer), in the order in which they end.
 
     `rows` are answered at a time, or as few more as devices that share them out need to have as many each; as some end,
-    others take their rows. Requests are taken from the
-    iterable as they are needed. One that does not fit the context raises UserError.
+    others take their rows. Requests are taken from the iterable as they are needed. One that does not fit the context
+    raises UserError.
     """
     stops = check_stops(stops)
     table = engine.stop_table(stops)
@@ -115,7 +118,8 @@ class _Queue:
         if not self._waiting or self._waiting[0][2] > state.slots:
             return []
         engine = self._engine
-        each = prompts_at_once(len(self._waiting[0][1].tokens), engine.prefill_tokens)
+        first = self._waiting[0][1]
+        each = prompts_at_once(len(first.tokens), engine.prefill_tokens, engine.groups, first.picture is not None)
         rows = take_turns(free, engine.groups, state.rows, each)
         like = lambda entry: (entry[1].picture is None, bucket(len(entry[1].tokens)), entry[2] <= state.slots)
         chosen = [entry for entry in self._waiting if like(entry) == like(self._waiting[0])][: len(rows)]

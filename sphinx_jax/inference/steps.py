@@ -59,7 +59,8 @@ _CACHE = ("batch", None, "kv_heads", None)
 class Chunk(NamedTuple):
     """Some tokens of some prompts: one call of `prefill`. Padding has a `row` past the last.
 
-    Devices that share out the rows share out the chunk as well, and each reads into rows of its own: see `row_groups`.
+    Groups of devices that share out the rows share out the chunk as well, and each reads into rows of its own: both are
+    multiples of their number, and `row_groups.deal` says what stands where.
     """
 
     row: Int[Array, "batch"]

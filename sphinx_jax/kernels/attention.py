@@ -7,6 +7,7 @@
 """
 
 import importlib.metadata
+import math
 from typing import Literal
 
 import jax
@@ -26,11 +27,11 @@ _HEADS, _KEYS = ("batch", None, "kv_heads", "queries", "head_dim"), ("batch", No
 _PAIRS = ("batch", None, None)
 
 _SCORE_BYTES = {"cpu": (1 << 20, 1 << 20), "gpu": (1 << 27, 1 << 25)}
-"""Of scores (float32) on one device: up to so many are made at once, and so many in a block, which stay in its cache.
-A GPU loses more time by starting a block's kernels than by moving a few megabytes."""
+"""Of scores (float32) on one device: up to so many are made all at once, or else so many at a time. Timed on a CPU, but
+on no GPU: there attention is to take little memory beside all else, in kernels that are worth starting."""
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512
-"""Queries of a block and keys: of larger ones, more is computed that a causal mask leaves out."""
+"""Queries of a block, and keys. Of larger ones, more is computed that a causal mask leaves out."""
 
 
 def attention(
@@ -106,16 +107,26 @@ def _whole_tiles(x):
 
 
 def _blocks(q, k, v, mask):
-    """One device's heads: their scores all at once if they are few."""
+    """One device's heads: their scores all at once if they are few, or else of some rows, and blocks, at a time."""
     batch, q_len, kv_heads, group, _ = q.shape
-    at_once, in_a_block = _SCORE_BYTES["cpu" if sharding.platform() == "cpu" else "gpu"]
-    bytes_of = lambda q_len, kv_len: 4 * batch * kv_heads * group * q_len * kv_len
-    if bytes_of(q_len, k.shape[1]) <= at_once:
+    at_once, at_a_time = _SCORE_BYTES["cpu" if sharding.platform() == "cpu" else "gpu"]
+    row_bytes = lambda most: 4 * kv_heads * group * min(q_len, most) * min(k.shape[1], most)
+    if batch * row_bytes(math.inf) <= at_once:
         return _all_at_once(q, k, v, mask)
     size = _LARGEST_BLOCK
-    while bytes_of(size, size) > in_a_block and size > _SMALLEST_BLOCK:
+    while row_bytes(size) > at_a_time and size > _SMALLEST_BLOCK:
         size //= 2
-    return attention_in_blocks(q, k, v, mask, size)
+    fitting = max(1, at_a_time // row_bytes(size))
+    rows = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
+    if rows == batch:
+        return attention_in_blocks(q, k, v, mask, size)
+    # A mask may be the same for all rows.
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (q, k, v, _for_each_row(mask, batch)))
+    return jax.lax.map(lambda part: attention_in_blocks(*part, size), parts).reshape(q.shape)
+
+
+def _for_each_row(mask, batch):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), mask)
 
 
 def _all_at_once(q, k, v, mask):

@@ -1,8 +1,8 @@
 """Attention in blocks of queries and keys, none of whose scores are kept, in plain XLA: for every platform.
 
-For each block of queries a loop over the blocks of keys that any of them sees keeps a running maximum, sum and output
-of the softmax (https://arxiv.org/abs/2112.05682); the gradient computes the scores once more
-(https://arxiv.org/abs/2307.08691, algorithm 2). A causal mask leaves half of the blocks out.
+For each block of queries a loop over blocks of keys, from the first that any of them sees to the last, keeps a running
+maximum, sum and output of the softmax (https://arxiv.org/abs/2112.05682); the gradient computes the scores once more
+(https://arxiv.org/abs/2307.08691, algorithm 2). Of long texts a causal mask leaves half of the blocks out.
 """
 
 import functools
@@ -31,14 +31,14 @@ _UNSEEN = -1e30
 def attention_in_blocks(q: Queries, k: Keys, v: Keys, mask: Mask, size: int) -> Queries:
     """softmax(q k' / sqrt(head_dim)) v in blocks of up to `size` queries and keys.
 
-    Scores, softmax and sums are float32.
+    Scores, softmax and sums are float32. Has a gradient, but no forward-mode derivative.
     """
     return _forward(q, k, v, mask, size)[0]
 
 
 def _forward(q: Queries, k: Keys, v: Keys, mask: Mask, size: int) -> tuple[Queries, tuple]:
     work = _Work(q, k, mask, size)
-    q_blocks, k_blocks, v_blocks = work.queries(q), work.keys(k), work.keys(_finite(v, q.shape[1], mask))
+    q_blocks, k_blocks, v_blocks = work.queries(q), work.keys(k), work.keys(v)
 
     def step(i, j, carry):
         out, maximum, total = (_at(x, i) for x in carry)
@@ -51,8 +51,8 @@ def _forward(q: Queries, k: Keys, v: Keys, mask: Mask, size: int) -> tuple[Queri
         return tuple(_put(x, i, new) for x, new in zip(carry, (out, new_maximum, total), strict=True))
 
     rows = jnp.zeros(q_blocks.shape[:-1], jnp.float32)
-    begin = (jnp.zeros(q_blocks.shape, jnp.float32), rows + 2 * _UNSEEN, rows)
-    out, maximum, total = work.loop(step, _varying(begin, q, k, v))
+    begin = (jnp.zeros(q_blocks.shape, jnp.float32), rows + _UNSEEN, rows)
+    out, maximum, total = work.loop(step, vary_like(begin, q, k, v))
     out = work.whole(out / total[..., None]).astype(v.dtype)
     return out, (q, k, v, mask, out, maximum + jnp.log(total))
 
@@ -60,7 +60,7 @@ def _forward(q: Queries, k: Keys, v: Keys, mask: Mask, size: int) -> tuple[Queri
 def _gradient(size: int, residuals: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys, None]:
     q, k, v, mask, out, lse = residuals
     work = _Work(q, k, mask, size)
-    q_blocks, k_blocks, v_blocks = work.queries(q), work.keys(k), work.keys(_finite(v, q.shape[1], mask))
+    q_blocks, k_blocks, v_blocks = work.queries(q), work.keys(k), work.keys(v)
     # What the softmax takes off each row of the scores' gradient.
     delta = work.queries(jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True))
     d_out = work.queries(d_out.astype(v.dtype))
@@ -78,7 +78,7 @@ def _gradient(size: int, residuals: tuple, d_out: Queries) -> tuple[Queries, Key
         return d_q, d_k, d_v
 
     begin = tuple(jnp.zeros(blocks.shape, jnp.float32) for blocks in (q_blocks, k_blocks, v_blocks))
-    gradients = work.loop(step, _varying(begin, q, k, v))
+    gradients = work.loop(step, vary_like(begin, q, k, v))
     return *(work.whole(d).astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None
 
 
@@ -113,46 +113,59 @@ class _Work:
         return _product("bkgqd,bksd->bkgqs", q, k) * self.scale
 
     def sees(self, i: Array, j: Array) -> Bool[Array, "rows #kv_heads #group #q_size kv_size"]:
-        """Which query of block i sees which key of block j. Keys that only fill up the last block are seen by none but
-        queries that do so, too.
-        """
+        """Which query of block i sees which key of block j: none what only fills up the last block."""
         keys = j * self._kv_size + jnp.arange(self._kv_size)
+        there = (keys < self._kv_len)[None, None, None, None]
         if self._mask is None:
-            return (keys < self._kv_len)[None, None, None, None]
+            return there
         if isinstance(self._mask, Causal):
             start = jnp.zeros(1, jnp.int32) if self._mask.start is None else self._mask.start
             queries = start[:, None] + i * self._q_size + jnp.arange(self._q_size)
-            return (keys <= queries[..., None])[:, None, None]
+            return there & (keys <= queries[..., None])[:, None, None]
         return _at(_at(self._seen_pairs, i), j)[:, None, None]
 
     def loop(self, step: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
-        """step(i, j, carry) for each block i of queries and each block j of keys that it may see, in this order."""
-        numbers = self._blocks_seen()
-        ends = numbers.cumsum()
+        """step(i, j, carry) for each pair of a block i of queries and a block j of keys in `pairs`."""
+        i, j, number = self.pairs()
+        i, j = jnp.asarray(i), jnp.asarray(j)
+        return lax.fori_loop(0, number, lambda n, carry: step(_at(i, n), _at(j, n), carry), carry)
+
+    def pairs(self) -> tuple[Array | np.ndarray, Array | np.ndarray, Array | int]:
+        """Blocks of queries, the blocks of keys from the first to the last that each sees, and how many such pairs.
+
+        Past that number the arrays say nothing. Where no start and no mask that is an array decides, the number is
+        known when the program is compiled: a GPU then goes on by itself.
+        """
+        first, last = self._range_seen()
+        ends = (last - first).cumsum()
         rounds = np.arange(self._query_blocks * self._key_blocks)
         i = (rounds[:, None] >= ends).sum(axis=1).clip(max=self._query_blocks - 1)
-        j = rounds - (ends - numbers)[i]
-        i, j = jnp.asarray(i), jnp.asarray(j)
-        # Where no start and no mask that is an array decides, their number is known here: a GPU then goes on by itself.
-        last = ends[-1] if isinstance(ends, jax.Array) else int(ends[-1])
-        return lax.fori_loop(0, last, lambda n, carry: step(_at(i, n), _at(j, n), carry), carry)
+        number = ends[-1] if isinstance(ends, jax.Array) else int(ends[-1])
+        return i, rounds - (ends - last)[i], number
 
-    def _blocks_seen(self) -> Int[Array | np.ndarray, "query_blocks"]:
-        """For each block of queries, how many blocks of keys, from the first on, hold all that it sees."""
-        past = (np.arange(self._query_blocks) + 1) * self._q_size
+    def _range_seen(self) -> tuple[Int[Array | np.ndarray, "query_blocks"], Int[Array | np.ndarray, "query_blocks"]]:
+        """For each block of queries the first block of keys that any of it sees in any row, and the one past the last.
+
+        The first is 0 unless the mask is an array.
+        """
+        past = np.minimum((np.arange(self._query_blocks) + 1) * self._q_size, self._q_len)
+        nothing = np.zeros_like(past)
         if self._mask is None:
-            return np.full_like(past, self._key_blocks)
+            return nothing, nothing + self._key_blocks
         if not isinstance(self._mask, Causal):
-            any_seen = self._seen_pairs.any(axis=(2, 3, 4))
-            return jnp.max(jnp.where(any_seen, jnp.arange(self._key_blocks) + 1, 0), axis=1)
+            seen, number = self._seen_pairs.any(axis=(2, 3, 4)), np.arange(self._key_blocks)
+            first = jnp.where(seen, number, self._key_blocks).min(axis=1)
+            # Of a block of which none sees any, if there is one, the range is empty.
+            return first, jnp.where(seen, number + 1, first[:, None]).max(axis=1)
         if self._mask.start is None:
-            return np.minimum(-(-past // self._kv_size), self._key_blocks)
-        return jnp.minimum(-(-(jnp.max(self._mask.start) + past) // self._kv_size), self._key_blocks)
+            return nothing, np.minimum(-(-past // self._kv_size), self._key_blocks)
+        return nothing, jnp.minimum(-(-(jnp.max(self._mask.start) + past) // self._kv_size), self._key_blocks)
 
 
 def _even(length: int, size: int) -> int:
-    """Of so many blocks as `size` would make, the least size that does: a multiple of 16, as tensor cores want it."""
-    return -(-math.ceil(length / math.ceil(length / size)) // 16) * 16
+    """Of equal blocks, as few as `size` allows: the length if it is one, else a multiple of 16 for the processor."""
+    blocks = math.ceil(length / size)
+    return length if blocks == 1 else -(-math.ceil(length / blocks) // 16) * 16
 
 
 def _cut(x: Array, axis: int, size: int) -> Array:
@@ -170,18 +183,5 @@ def _put(blocks: Array, i: Array, block: Array) -> Array:
     return lax.dynamic_update_index_in_dim(blocks, block, i, axis=0)
 
 
-def _finite(v: Keys, q_len: int, mask: Mask) -> Keys:
-    """Zero where no query looks: zero times what is not finite would be NaN."""
-    if not isinstance(mask, Causal) or mask.start is None:
-        return v
-    seen = jnp.arange(v.shape[1]) < (mask.start + q_len)[:, None]
-    return jnp.where(seen[:, :, None, None], v, 0)
-
-
 def _product(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
-
-def _varying(made: tuple | Array, *args: Array) -> tuple | Array:
-    """What a loop begins with, each device's own as what comes out of it is."""
-    return jax.tree.map(lambda x: vary_like(x, *args), made)

@@ -7,14 +7,14 @@ from jaxtyping import Array, Bool, Int
 
 
 class Causal(NamedTuple):
-    """Query i of a row stands at position start + i and sees keys 0 to its own. What lies past them may be anything."""
+    """Query i of a row stands at position start + i and sees keys 0 to its own; what lies past them must be finite."""
 
     start: Int[Array, "batch"] | None = None
     """None: queries and keys are of the same positions, from 0 on."""
 
 
 Mask = Bool[Array, "batch q_len kv_len"] | Causal | None
-"""True where a query may look; None: all see all."""
+"""True where a query may look, which is somewhere for each; None: all see all."""
 
 
 def written_out(mask: Mask, q_len: int, kv_len: int) -> Bool[Array, "#batch q_len kv_len"]:

@@ -37,7 +37,7 @@ class Asked:
         self.state = self.programs.abstract_state(rows, slots)
         self.sampling = jax.tree.map(lambda x: self.whole((), np.asarray(x).dtype), Sampling().values())
         self.stops = self.whole((STOP_STATES, vocab), jnp.int16)
-        each = prompts_at_once(context - config.image_words, self.piece)
+        each = prompts_at_once(context - config.image_words, self.piece, groups, vision is not None)
         self.batch = groups * power_of_two(min(rows // groups, each))
         self.text = bucket(min(self.piece, context - config.image_words))
         self.reads_on = context - config.image_words > self.piece

@@ -275,7 +275,12 @@ def test_buckets_waste_at_most_half():
 @pytest.mark.parametrize("piece", [512, 2048])
 def test_prompts_read_at_once_take_bounded_memory(piece):
     for n in range(1, 3000):
-        prompts = prompts_at_once(n, piece)
+        prompts = prompts_at_once(n, piece, groups=1, pictures=True)
         assert power_of_two(prompts) == prompts <= 16
         # Twice as many would be too many.
         assert prompts * min(bucket(n), piece) <= 8192 and (prompts == 16 or 2 * prompts * min(bucket(n), piece) > 8192)
+        assert prompts_at_once(n, piece, groups=8, pictures=False) == prompts
+        for groups in (2, 3, 8, 32):
+            # The words of pictures are on every device.
+            each = prompts_at_once(n, piece, groups, pictures=True)
+            assert power_of_two(each) == each <= prompts and (each == 1 or groups * each <= 16)

@@ -11,7 +11,7 @@ import sharding
 from sharding.plan import compile_ahead, largest_values
 from sphinx_jax.kernels import attention as attention_module
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.blockwise import attention_in_blocks
+from sphinx_jax.kernels.blockwise import _Work, attention_in_blocks
 from sphinx_jax.kernels.mask import Causal
 
 
@@ -68,25 +68,63 @@ def test_values_and_gradients(attention_reference, case, dtype, within):
 
 @pytest.mark.parametrize("length", [5, 40])
 def test_texts_read_on_from_their_own_starts(later_attention, length):
-    """In a cache in which anything may lie past a row's end."""
+    """In a cache in which others may have left anything past a row's end."""
     start, slots = np.array([0, 33, 77]), 150
     q, k, v, _ = drawn(length, slots, batch=3)
     past = (np.arange(slots) >= (start + length)[:, None])[:, :, None, None]
     masked = lambda start, q, k, v: attention_in_blocks(q, k, v, Causal(start), 32)
-    ours = jax.jit(masked)(start, q, jnp.where(past, jnp.nan, k), jnp.where(past, jnp.nan, v))
+    ours = jax.jit(masked)(start, q, jnp.where(past, 1e4, k), jnp.where(past, -1e4, v))
     assert far(ours, later_attention(start, q, k, v)) < 1e-6
 
 
-def test_a_query_that_sees_nothing_harms_no_other(attention_reference):
-    """It is the average of what there is, and no NaN, in whose gradient all would be."""
-    seen = packed(100)
-    args = drawn(100, 100)
-    masked = jnp.asarray(seen).at[:, 50].set(False)
-    ours = with_gradients(lambda *qkv: attention_in_blocks(*qkv, masked, 32), *args[:3], args[3].at[:, 50].set(0))
-    references = attention_reference(*args[:3], args[3].at[:, 50].set(0), seen)
-    others = np.arange(100) != 50
-    assert far(ours[0][:, others], references[0][:, others]) < 1e-6
-    assert all(far(*pair) < 1e-6 for pair in zip(ours[1:], references[1:], strict=True))
+def test_nobody_sees_what_fills_up_the_last_block(attention_reference):
+    """Queries past the last key see all there are."""
+    args = drawn(16, 40)
+    seen = np.arange(40) <= 30 + np.arange(16)[:, None]
+    ours = with_gradients(lambda *qkv: attention_in_blocks(*qkv, Causal(jnp.array([30, 30])), 16), *args)
+    assert all(far(*pair) < 1e-6 for pair in zip(ours, attention_reference(*args, seen[None]), strict=True))
+
+
+MASKS = {
+    "causal": (Causal(), np.tril(np.ones((1, 100, 100), bool))),
+    "later": (Causal(np.array([0, 40])), np.arange(170) <= np.array([[[0]], [[40]]]) + np.arange(100)[:, None]),
+    "everything": (None, EVERYTHING),
+    "packed": (packed(100), packed(100)),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_blocks_that_nobody_sees_are_left_out(case):
+    """Of keys before the first that some row's query of a block sees, and behind the last."""
+    mask, seen = MASKS[case]
+    mask = jax.tree.map(jnp.asarray, mask)
+    q, k, *_ = drawn(*seen.shape[1:])
+    i, j, number = _Work(q, k, mask, 16).pairs()
+    size = [16 * -(-n // (16 * -(-n // 16))) for n in seen.shape[1:]]
+    expected = []
+    for block, queries in enumerate(range(0, seen.shape[1], size[0])):
+        (keys,) = np.nonzero(seen[:, queries : queries + size[0]].any(axis=(0, 1)))
+        expected += [(block, other) for other in range(keys[0] // size[1], keys[-1] // size[1] + 1)]
+    assert list(zip(i.tolist(), j.tolist(), strict=True))[: int(number)] == expected
+    assert isinstance(number, int) == (case in ("causal", "everything"))
+
+
+@pytest.mark.parametrize("case", ["causal", "everything", "of each row", "of all"])
+def test_some_rows_at_a_time(attention_reference, monkeypatch, case):
+    """Two of four, whose scores take up what there may be at once."""
+    texts = np.concatenate([packed(100), np.tril(np.ones((2, 100, 100), bool))])
+    mask, seen = {"of each row": (texts, texts), "of all": (texts[:1], texts[:1])}.get(case) or CASES[case]
+    mask = jnp.asarray(mask) if isinstance(mask, np.ndarray) else mask
+    q_len, kv_len = seen.shape[1:]
+    monkeypatch.setitem(attention_module._SCORE_BYTES, "cpu", (1 << 10, 4 * 2 * 6 * q_len * kv_len))
+    rows = []
+    monkeypatch.setattr(
+        attention_module, "attention_in_blocks", lambda *args: rows.append(len(args[0])) or attention_in_blocks(*args)
+    )
+    args = drawn(q_len, kv_len, batch=4)
+    ours = jax.jit(lambda *args: with_gradients(lambda *qkv: attention(*qkv, mask), *args))(*args)
+    assert set(rows) == {2}
+    assert all(far(*pair) < 1e-6 for pair in zip(ours, attention_reference(*args, seen), strict=True))
 
 
 @pytest.mark.parametrize("case", ["causal", "everything", "packed"])

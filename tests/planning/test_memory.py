@@ -100,7 +100,7 @@ def test_remat_and_accumulation_change_memory_as_planned(tmp_path):
     whole, *others = map(json.loads, done.stdout.splitlines())
     for step in (whole, *others):
         # What the program's threads work on is in no plan, nor what malloc keeps; and not all of a buffer may be used.
-        assert abs(step["measured"] - step["planned"]) < 128 * 2**20
+        assert abs(step["measured"] - step["planned"]) < whole["planned"] / 10
     for said, step in zip(STEPS[1:], others, strict=True):
         saved = whole["planned"] - step["planned"]
         assert saved > whole["planned"] / 2

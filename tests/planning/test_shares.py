@@ -101,10 +101,18 @@ def test_replicas_exchange_no_more_than_the_words_they_choose(program):
 @pytest.mark.parametrize("name", ["read a prompt's beginning", "read on"])
 @pytest.mark.parametrize("shape", [{"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_replicas_read_prompts_each_into_its_own_rows(program, shape, name):
-    """Of what they read they exchange nothing but the words chosen after it, whichever rows it goes into."""
+    """Of what they read they exchange nothing but the words chosen after it, whichever rows it goes into.
+
+    Beside the weights along fsdp, which decoding a word gathers as well.
+    """
     mesh, _, text = program(shape, name, rows=8)
     found = collectives(text, mesh)
     reduced = [c for c in found if c.kind == "all-reduce" and c.axes == ("tensor",)]
     assert sum(c.count for c in reduced) == 2 * LAYERS
     # Two keys of one row and layer are 512 bytes.
     assert sum(c.bytes for c in found if "data" in c.axes) <= 200
+    gathered = lambda found: sum(c.bytes for c in found if c.kind == "all-gather" and c.axes == ("fsdp",))
+    if "fsdp" in shape:
+        _, _, word = program(shape, rows=8)
+        # The last word of each row goes through the head once more; keys of a chunk are megabytes.
+        assert 0 <= gathered(found) - gathered(collectives(word, mesh)) <= 2 * CONFIG.language.dim
