@@ -2,8 +2,7 @@
 
 `lax.ragged_dot` multiplies every row by every expert's matrix on CPU and on most GPUs, so this is a loop over the
 experts that were chosen, and for each a loop over blocks of its rows. Trip counts follow the routing: no row is
-dropped. A block is taken through the whole expert, gate to output, while
-it lies in cache.
+dropped. A block is taken through the whole expert, gate to output, while it lies in cache.
 
 On a GPU a matrix that is chosen at run time is copied out of its stack once for all blocks, as XLA's products take no
 such slice. Newer compilers' take one that is fixed in the program (`sharding.reads_slices_in_place`): with `in_place`
