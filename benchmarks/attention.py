@@ -18,7 +18,7 @@ from jobs import rested
 import sharding  # noqa: F401  sets jax up
 from sphinx_jax.config import DecoderConfig, preset
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.mask import Causal
+from sphinx_jax.kernels.attention_mask import Causal
 
 try:
     from peer import torch

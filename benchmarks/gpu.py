@@ -30,7 +30,7 @@ from jobs import Job, Ours, clock, made_up, training
 
 import sharding
 from sphinx_jax.config import DecoderConfig, SphinxConfig
-from sphinx_jax.kernels.experts import choose_form, experts_sum, has_kernels
+from sphinx_jax.kernels.moe import choose_implementation, has_kernels, moe_ffn
 
 PARTS = ("inference", "transformers", "training", "transformers training", "experts")
 
@@ -178,7 +178,7 @@ def experts(sizes: Sizes) -> Iterator[dict]:
         chosen = jnp.asarray(random.random((tokens, config.num_experts)).argsort(-1)[:, :k], jnp.int32)
         weights = jnp.full((tokens, k), 1 / k, dtype)
         kernels = has_kernels(x, w_in)
-        usual = choose_form(jax.default_backend(), tokens, k, config.num_experts, kernels)
+        usual = choose_implementation(jax.default_backend(), tokens, k, config.num_experts, kernels)
         # The others are far from any use: reading one matrix a word, or eight experts' work on thousands.
         forms = {usual} | ({"groups"} if kernels else set()) | ({"chosen"} if tokens <= 8 else set())
         forms |= ({"every"} if tokens <= 256 else set()) | ({"blocks", "ragged_dot"} if tokens == 2048 else set())
@@ -190,7 +190,7 @@ def experts(sizes: Sizes) -> Iterator[dict]:
 
 def form_seconds(form: str, x: jax.Array, chosen: jax.Array, weights: jax.Array, *matrices: jax.Array) -> dict:
     """`form` is one of ours, or jax's own product of rows by groups."""
-    ours = lambda x, *matrices: experts_sum(x, chosen, weights, *matrices, form)
+    ours = lambda x, *matrices: moe_ffn(x, chosen, weights, *matrices, form)
     stock = lambda x, *matrices: by_ragged_dot(x, chosen, weights, *matrices)
     forward, mesh = stock if form == "ragged_dot" else ours, sharding.make_mesh()
     gradient = jax.grad(lambda *args: jnp.sum(forward(*args).astype(jnp.float32)), argnums=(0, 1, 2))

@@ -22,13 +22,13 @@ from PIL import Image
 
 import sharding
 from sphinx_jax.config import SphinxConfig, preset, sphinx_moe
-from sphinx_jax.data.skipped import SkipLog
-from sphinx_jax.data.task import YamlData, YamlOptions
+from sphinx_jax.data.skipped_records import SkippedRecords
+from sphinx_jax.data.tasks import YamlData, YamlOptions
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.training.loop import normalised, put
 from sphinx_jax.training.optimizer import adamw
-from sphinx_jax.training.state import init_state
 from sphinx_jax.training.step import make_loss, make_train_step
+from sphinx_jax.training.train_state import init_state
+from sphinx_jax.training.trainer import normalised, put
 
 PEAK_FLOPS, USED, TEXT_WORDS = 989e12, 0.4, 221
 """An H100's dense bfloat16 peak, a good share of it, and text beside 291 image words: 512 positions."""
@@ -48,8 +48,8 @@ def write_data(folder: Path, count: int) -> Path:
 
 
 def pipeline(file: Path, config: SphinxConfig, workers: int, batch_size: int) -> Callable[[], dict[str, np.ndarray]]:
-    options = YamlOptions(max_length=config.image_words + TEXT_WORDS, workers=workers)
-    task = YamlData(file, config, None, SkipLog(0.0), options)
+    options = YamlOptions(max_length=config.num_image_tokens + TEXT_WORDS, workers=workers)
+    task = YamlData(file, config, None, SkippedRecords(0.0), options)
     batches = task.batches(batch_size, seed=0)
     return lambda: next(batches)
 
@@ -67,7 +67,7 @@ def consumer(config: SphinxConfig, batch: dict[str, np.ndarray]) -> Callable[[],
     placed = put({name: x for name, x in batch.items() if name != "examples"}, mesh)
 
     def run() -> None:
-        with sharding.use(mesh):
+        with sharding.mesh_context(mesh):
             held[0], metrics = step(held[0], placed)
             metrics["loss"].block_until_ready()
 
@@ -92,7 +92,7 @@ def needed_by_eight_gpus() -> float:
     experts = sum(leaf.size for leaf in jax.tree.leaves(params["language"]["layers"]["ffn"]) if leaf.ndim > 3)
     language = config.language
     at_work = size(params["language"]) - experts * (1 - language.experts_per_token / language.num_experts)
-    decoder = 6 * at_work * (config.image_words + TEXT_WORDS)
+    decoder = 6 * at_work * (config.num_image_tokens + TEXT_WORDS)
     # Each encoder's transformer or trunk works on 257 places, the Q-Former's own included.
     encoders = 2 * size(params["vision"]) * 257
     return 8 * PEAK_FLOPS * USED / (decoder + encoders)

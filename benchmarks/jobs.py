@@ -15,19 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sharding
-from sharding.plan import memory_of
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops
 from sphinx_jax.inference import steps
+from sphinx_jax.inference.bucketing import bucket, prefill_tokens
 from sphinx_jax.inference.programs import Programs
-from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.shapes import bucket, prefill_tokens
+from sphinx_jax.inference.sampling import SamplingParams
+from sphinx_jax.memory_plan.aot import memory_of
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.program import TrainProgram, train_program
-from sphinx_jax.training.recipe import Recipe
-from sphinx_jax.training.state import init_state
+from sphinx_jax.training.train_config import TrainConfig
+from sphinx_jax.training.train_state import init_state
 
-DECODED, CONTEXT = 32, 223
+DECODED, MAX_MODEL_LEN = 32, 223
 """Tokens that a decoding repetition adds, and that stand in the cache before: 256 slots, with the one after."""
 
 
@@ -48,11 +48,11 @@ class Ours:
 
     def __init__(self, config: SphinxConfig, dtype: str):
         self.config, self.mesh, self.vocab = config, sharding.make_mesh(), config.language.vocab_size
-        make = lambda rngs: SphinxMoE(config, apart=True, rngs=rngs)
+        make = lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs)
         self.graph, self.abstract = sharding.abstract_params(make, self.mesh, dtype=jnp.dtype(dtype))
         self.params = made_up(self.abstract)
         self._programs = Programs(config, self.graph, self.vocab, self.mesh, jnp.dtype(dtype))
-        self._sampling, self._stops = Sampling().values(), jnp.ones((32, self.vocab), jnp.int16)
+        self._sampling, self._stops = SamplingParams().values(), jnp.ones((32, self.vocab), jnp.int16)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         args = (self.params, tokens, None)
@@ -103,11 +103,17 @@ class Ours:
 
     def decode(self, rows: int) -> Job:
         """DECODED tokens for each of `rows` answers."""
-        slots = CONTEXT + DECODED + 1
+        slots = MAX_MODEL_LEN + DECODED + 1
         empty = self._programs.abstract_state(rows, slots)
         make = self._programs.new_state(rows, slots).compile((), self.mesh)
         each = lambda value, dtype=np.int32: np.full(rows, value, dtype)
-        begun = {"length": each(CONTEXT), "token": each(5), "count": each(0), "limit": each(10**6), "stop": each(1)}
+        begun = {
+            "length": each(MAX_MODEL_LEN),
+            "token": each(5),
+            "count": each(0),
+            "limit": each(10**6),
+            "stop": each(1),
+        }
         begin = lambda state: state._replace(done=each(False, bool), **begun)
         args = lambda state: (self.params, state, self._sampling, self._stops, np.int32(DECODED), np.int32(0))
         program = self._programs.decode(empty).compile(args(begin(empty)), self.mesh)
@@ -118,9 +124,9 @@ class Ours:
             kept.append(jax.block_until_ready(program(*args(begin(state)))))
             assert int(kept[0].count[0]) == DECODED
 
-        one = Work(rows, 1, CONTEXT + DECODED // 2, 1)
+        one = Work(rows, 1, MAX_MODEL_LEN + DECODED // 2, 1)
         flops = forward_flops(self.config, self.abstract, self.mesh, one)["language"].total
-        read = decode_bytes(self.config, self.abstract, self.mesh, rows, CONTEXT + DECODED // 2).total
+        read = decode_bytes(self.config, self.abstract, self.mesh, rows, MAX_MODEL_LEN + DECODED // 2).total
         return Job(run, rows * DECODED, DECODED * flops, DECODED * read, memory_of(program).total)
 
 
@@ -135,9 +141,9 @@ class Step(NamedTuple):
 def training_step(config: SphinxConfig, tokens: np.ndarray, dtype: str, mesh: Mesh | None = None) -> Step:
     """Optimizer steps on one batch, computing in `dtype`, on `mesh` or one device; weights and moments are float32."""
     mesh = mesh or sharding.make_mesh()
-    program = train_program(config, Recipe(steps=1000, batch_size=len(tokens), dtype=dtype), mesh)
+    program = train_program(config, TrainConfig(steps=1000, batch_size=len(tokens), dtype=dtype), mesh)
     step = sharding.Program(program.step, (0,), rules=program.rules, slices_in_place=True)
-    placed = jax.device_put(tokens, sharding.place(("batch", None), tokens.shape, mesh))
+    placed = jax.device_put(tokens, sharding.named_sharding(("batch", None), tokens.shape, mesh))
     batch = {"tokens": placed, "labels": placed}
     compiled = step.compile((program.state, batch), mesh)
     kept = [init_state(made_up(program.params), program.optimizer, mesh)]

@@ -22,9 +22,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sphinx_jax.checkpoints import accessory, torch_files
-from sphinx_jax.checkpoints.config_files import mistral_values
-from sphinx_jax.checkpoints.language_entries import language_entries
+from sphinx_jax.checkpoints.formats import accessory
+from sphinx_jax.checkpoints.formats.config_files import mistral_values
+from sphinx_jax.checkpoints.io import torch_files
+from sphinx_jax.checkpoints.mapping.language import language_entries
 from sphinx_jax.config import DecoderConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -47,7 +48,7 @@ def write_synthetic(path: Path, config: DecoderConfig, shards: int) -> None:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(mistral_values(config)))
     (path / "meta.json").write_text(json.dumps({"llama_type": "mixtral_sparse"}))
-    entries = language_entries(config, "sparse", apart=True, prefix="llma.")
+    entries = language_entries(config, "sparse", unstacked=True, prefix="llma.")
     shapes = {entry.name: (entry.shard_shape(shards), BFLOAT16) for entry in entries}
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(BFLOAT16)
     for i in range(shards):
@@ -104,11 +105,11 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(path: Path, apart: bool, dtype: str | None) -> tuple[float, int, int]:
+def measure(path: Path, unstacked: bool, dtype: str | None) -> tuple[float, int, int]:
     """Seconds of one load onto all devices, host memory at its peak, and bytes of the largest leaf."""
     with HostMemory() as memory:
         start = time.perf_counter()
-        loaded = accessory.load(path, dtype=dtype, apart=apart)
+        loaded = accessory.load(path, dtype=dtype, unstacked=unstacked)
         jax.block_until_ready(loaded.params)
         seconds = time.perf_counter() - start
     return seconds, memory.peak, max(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))

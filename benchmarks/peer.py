@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jobs import CONTEXT, DECODED, clock
+from jobs import DECODED, MAX_MODEL_LEN, clock
 
 from sphinx_jax.config import DecoderConfig
 
@@ -86,7 +86,7 @@ class Theirs:
         return run
 
     def decode(self, rows: int) -> Run:
-        ids = torch.full((rows, CONTEXT), 5, device=self.model.device)
+        ids = torch.full((rows, MAX_MODEL_LEN), 5, device=self.model.device)
         with torch.no_grad():
             past = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 

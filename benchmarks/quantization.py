@@ -31,7 +31,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     exact, whole = None, bytes_of("sphinx-moe", None, mesh)
     for kind in KINDS:
-        model = sphinx_jax.load(sphinx_jax.SHIPPED, mesh, "float32", context=256, quantize=kind)
+        model = sphinx_jax.load(sphinx_jax.SHIPPED, mesh, "float32", max_model_len=256, quantize=kind)
         overall, open_questions = accuracy(model)
         tokens = np.random.default_rng(0).integers(3, 400, (8, 32)).astype(np.int32)
         scores = np.asarray(model.logits(tokens))
@@ -94,7 +94,7 @@ def accuracy(model: sphinx_jax.Sphinx) -> tuple[float, float]:
 
 
 def bytes_of(name: str, kind: str | None, mesh: jax.sharding.Mesh) -> int:
-    make = lambda rngs: SphinxMoE(preset(name), apart=True, rngs=rngs)
+    make = lambda rngs: SphinxMoE(preset(name), unstacked=True, rngs=rngs)
     _, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
     return sharding.bytes_per_device(abstract_quantized_params(params, kind) if kind else params)
 

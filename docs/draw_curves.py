@@ -55,7 +55,7 @@ def train(out: Path, processes: int, axes: dict[str, int]) -> Path:
     """One run in `out`, started as a user would start it."""
     argv = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--steps", str(STEPS), "--log-every", "1"]
     # Fewer pictures are held out, which nothing here looks at.
-    argv += ["--tuning"]
+    argv += ["--validation-split"]
     devices = 1
     for axis, size in axes.items():
         argv += [f"--mesh.{axis}", str(size)]

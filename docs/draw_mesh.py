@@ -13,7 +13,7 @@ from sphinx_jax.language.decoder import Decoder
 
 WIDTH, HEIGHT, GAP, TOP = 262, 142, 14, 64
 # What to say of a device: label, path of a parameter, which of its dimensions, and what one index of it counts for.
-ROWS = [
+MAX_NUM_SEQS = [
     ("experts", ("layers", "ffn", "w_in"), 1, 1),
     ("hidden", ("layers", "ffn", "w_in"), 4, 1),
     ("heads", ("layers", "attention", "wqkv"), 2, 4),
@@ -39,7 +39,7 @@ def main() -> None:
         parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{fill}" stroke="#667"/>')
         title = f"device {device.id}: fsdp {fsdp}, expert {expert}, tensor {tensor}"
         parts.append(text(x + 10, y + 22, title, 12, "bold"))
-        for row, (label, path, dim, scale) in enumerate(ROWS):
+        for row, (label, path, dim, scale) in enumerate(MAX_NUM_SEQS):
             leaf = params
             for key in path:
                 leaf = leaf[key]

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 from sharding import MeshShape
-from sharding.plan import GPUS, Plan, find_gpu, has_gpu_compiler
 from sphinx_jax.config import preset
-from sphinx_jax.planning import inference_plan, training_batch, training_plan
-from sphinx_jax.training.recipe import Recipe
+from sphinx_jax.hardware import GPUS, find_gpu
+from sphinx_jax.memory_plan.aot import has_gpu_compiler
+from sphinx_jax.memory_plan.inference import inference_plan
+from sphinx_jax.memory_plan.report import Plan
+from sphinx_jax.memory_plan.training import training_batch, training_plan
+from sphinx_jax.training.train_config import TrainConfig
 
 CARD = "a100-80gb"
 """Compiled for once; what it takes is then held against every card's memory. Hopper's programs read longer pieces of a
@@ -48,7 +51,7 @@ def answering() -> list[Plan]:
     for name, counts in ANSWERING.items():
         for count in counts:
             shape = MeshShape(tensor=min(count, 8), expert=max(count // 8, 1))
-            size = {"dtype": "bfloat16", "rows": 1, "context": 4096}
+            size = {"dtype": "bfloat16", "max_num_seqs": 1, "max_model_len": 4096}
             plans.append(inference_plan(name, preset(name), find_gpu(CARD), shape, **size))
             print(plans[-1].job, count, file=sys.stderr)
     return plans
@@ -57,7 +60,7 @@ def answering() -> list[Plan]:
 def smaller() -> list[Plan]:
     plans = []
     for way in SMALLER:
-        size = {"dtype": "bfloat16", "rows": 1, "context": 4096}
+        size = {"dtype": "bfloat16", "max_num_seqs": 1, "max_model_len": 4096}
         config, card = preset("sphinx-moe-1k"), find_gpu(CARD)
         plans.append(inference_plan("sphinx-moe-1k", config, card, MeshShape(), **size, **way))
         print(plans[-1].job, way, file=sys.stderr)
@@ -67,10 +70,12 @@ def smaller() -> list[Plan]:
 def training() -> list[Plan]:
     plans = []
     for name, shape, batch, moments, stage in TRAINING:
-        recipe = Recipe(steps=1000, batch_size=batch, stage=stage, dtype="bfloat16", remat="block", moments=moments)
+        train_config = TrainConfig(
+            steps=1000, batch_size=batch, stage=stage, dtype="bfloat16", remat="block", moments=moments
+        )
         config = preset(name)
-        shapes = training_batch(config, recipe, 2048)
-        plans.append(training_plan(name, config, find_gpu(CARD), shape, recipe, shapes))
+        shapes = training_batch(config, train_config, 2048)
+        plans.append(training_plan(name, config, find_gpu(CARD), shape, train_config, shapes))
         print(plans[-1].job, shape.size, file=sys.stderr)
     return plans
 
@@ -81,7 +86,7 @@ def rows(plans: list[Plan], what: dict[int, str]) -> list[str]:
     lines = []
     for i, plan in enumerate(plans):
         fits = [gpu.name for gpu in cards if dataclasses.replace(plan, gpu=gpu).fits]
-        size = plan.per_device
+        size = plan.sharded_map
         held = size["parameters_bytes"] + size["optimizer_bytes"] + size["kv_cache_bytes"] + size["inputs_bytes"]
         made = size["gradients_bytes"] + size["temporaries_bytes"]
         numbers = " | ".join(f"{value / 2**30:.2f}" for value in (held, made, size["total_bytes"]))

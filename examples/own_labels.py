@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import train
-from sphinx_jax import SHIPPED, commandline
+from sphinx_jax import SHIPPED
+from sphinx_jax.cli import common, train
 
 QUESTION = "what pattern is in the image?"
 PATTERNS = {
@@ -51,8 +51,8 @@ def main(folder: str = "patterns") -> int:
         draw(Path(folder))
     argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "240"]
     # Without mixing, batches of neighbours in length would each hold one label.
-    argv += ["--mix-lengths", "--max-length", "96", "--batch-size", "32", "--lr", "1e-3"]
-    return commandline.run(train.main, argv)
+    argv += ["--no-group-by-length", "--max-length", "96", "--batch-size", "32", "--lr", "1e-3"]
+    return common.run(train.main, argv)
 
 
 if __name__ == "__main__":

@@ -3,34 +3,40 @@
 Knows nothing of any model: names of axes in, places on devices out.
 """
 
-import sharding.start  # noqa: F401  before anything else imports jax
-
-# isort: split
-from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
-from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
-from sharding.processes import NO_PROCESSES, Processes, check_processes, each_from_first, from_first, start_processes
-from sharding.program import Program
-from sharding.rules import (
+from sharding.axis_rules import (
     DEFAULT_RULES,
     SEQUENCE_PARALLEL_RULES,
-    LayoutError,
     Rule,
     Rules,
+    named_sharding,
+    num_shards,
+    partition_spec,
+)
+from sharding.context import (
     compute_capability,
     constrain,
     device_count,
-    local_index,
+    mesh_context,
     multiprocessors,
-    per_device,
-    place,
     platform,
     reads_slices_in_place,
-    shards,
-    spec,
-    use,
-    vary_like,
 )
-from sharding.xla_options import compiler_options
+from sharding.errors import LayoutError
+from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
+from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
+from sharding.processes import (
+    NO_PROCESSES,
+    Processes,
+    barrier,
+    broadcast_each_from_primary,
+    broadcast_from_primary,
+    check_processes,
+    is_primary_process,
+    start_processes,
+)
+from sharding.program import Program
+from sharding.sharded_map import local_index, pvary_like, sharded_map
+from sharding.xla_flags import compiler_options
 
 __all__ = [
     "AXES",
@@ -44,6 +50,9 @@ __all__ = [
     "Rule",
     "Rules",
     "abstract_params",
+    "barrier",
+    "broadcast_each_from_primary",
+    "broadcast_from_primary",
     "bytes_per_device",
     "check_processes",
     "compiler_options",
@@ -51,21 +60,20 @@ __all__ = [
     "constrain",
     "default_mesh_shape",
     "device_count",
-    "each_from_first",
-    "from_first",
     "init_params",
+    "is_primary_process",
     "local_index",
     "make_mesh",
+    "mesh_context",
     "multiprocessors",
-    "per_device",
-    "place",
+    "named_sharding",
+    "num_shards",
+    "partition_spec",
     "platform",
+    "pvary_like",
     "reads_slices_in_place",
+    "sharded_map",
     "shardings_of",
-    "shards",
     "simulate_devices",
-    "spec",
     "start_processes",
-    "use",
-    "vary_like",
 ]

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from sharding.rules import DEFAULT_RULES, Rules, place
+from sharding.axis_rules import DEFAULT_RULES, Rules, named_sharding
 
 Params = dict[str, Any]
 
@@ -28,7 +28,7 @@ def abstract_params(
 
     def leaf(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         value = variable.get_value()
-        sharding = place(variable.get_metadata()["out_sharding"], value.shape, mesh, rules)
+        sharding = named_sharding(variable.get_metadata()["out_sharding"], value.shape, mesh, rules)
         return jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=sharding)
 
     is_variable = lambda x: isinstance(x, nnx.Variable)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 from jax.sharding import Mesh
 
 from sharding.errors import LayoutError
@@ -133,7 +133,7 @@ def check_processes(mesh: Mesh) -> None:
         )
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_primary(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, in all of them: the others do not call it, and raise what it raised.
 
     All processes must call this at the same point of the program, as with anything that they do together. What is
@@ -157,8 +157,19 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def each_from_first(items: Iterable[T]) -> Iterator[T]:
+def broadcast_each_from_primary(items: Iterable[T]) -> Iterator[T]:
     """The first process's items, one by one as they are asked for, in all processes."""
     source = iter(items)
-    while (item := from_first(lambda: next(source, None))) is not None:
+    while (item := broadcast_from_primary(lambda: next(source, None))) is not None:
         yield item
+
+
+def is_primary_process() -> bool:
+    """Whether this process writes what only one may write: process 0."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns in every process once all have reached it; at once where there is only one."""
+    if jax.process_count() > 1:
+        sync_global_devices(name)

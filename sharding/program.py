@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from sharding.rules import DEFAULT_RULES, Rules, use
-from sharding.xla_options import Options, compiler_options
+from sharding.axis_rules import DEFAULT_RULES, Rules
+from sharding.context import mesh_context
+from sharding.xla_flags import Options, compiler_options
 
 
 class Program(NamedTuple):
     """`donate` numbers the arguments whose memory the results may take; `out_shardings` None leaves it to XLA.
 
     `slices_in_place` is for programs whose time goes into products with matrices of a stack: they are read where they
-    lie, if the compiler can (`xla_options.SLICES_IN_PLACE`).
+    lie, if the compiler can (`xla_flags.SLICES_IN_PLACE`).
     """
 
     function: Callable
@@ -25,7 +26,7 @@ class Program(NamedTuple):
 
     def trace(self, args: tuple, mesh: Mesh) -> jax.stages.Traced:
         """Traced for `args`, arrays or ShapeDtypeStructs, with the layout of `mesh`."""
-        with use(mesh, self.rules, self.slices_in_place):
+        with mesh_context(mesh, self.rules, self.slices_in_place):
             jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
             return jitted.trace(*args)
 

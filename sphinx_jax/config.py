@@ -113,13 +113,13 @@ class QFormerConfig:
 class VisionConfig:
     """Which encoders look at a picture, at what input size and in how many views.
 
-    `image_size` is the side in pixels of the square picture handed to the model. `views` is 1 (the
+    `image_size` is the side in pixels of the square picture handed to the model. `num_crops` is 1 (the
     whole) or 5 (the whole and its four quarters). An encoder that is None is absent. CLIP, ConvNeXt
     and DINOv2 must give the same number of words, since their channels are concatenated.
     """
 
     image_size: int = 512
-    views: Literal[1, 5] = 1
+    num_crops: Literal[1, 5] = 1
     clip: ClipConfig | None = ClipConfig()
     convnext: ConvNextConfig | None = ConvNextConfig()
     dino: DinoConfig | None = DinoConfig()
@@ -130,7 +130,7 @@ class VisionConfig:
         return sum(e.channels for e in (self.clip, self.convnext, self.dino) if e is not None)
 
     @property
-    def ensemble_words(self) -> int:
+    def num_patch_tokens(self) -> int:
         """Words of the concatenated encoders: a square grid and one class word before it."""
         grids = {
             name: side
@@ -149,14 +149,14 @@ class VisionConfig:
         return self.convnext.image_size // (4 * 2 ** (len(self.convnext.depths) - 1))
 
     @property
-    def view_words(self) -> int:
+    def tokens_per_crop(self) -> int:
         """Words of one view, without the learned start and end vectors."""
-        return self.ensemble_words + (self.qformer.num_queries if self.qformer else 0)
+        return self.num_patch_tokens + (self.qformer.num_queries if self.qformer else 0)
 
     @property
-    def image_words(self) -> int:
+    def num_image_tokens(self) -> int:
         """Sequence positions that one picture takes, start and end vectors included."""
-        return self.views * (self.view_words + 2)
+        return self.num_crops * (self.tokens_per_crop + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +168,8 @@ class SphinxConfig:
     balance_weight: float = 0.1
 
     @property
-    def image_words(self) -> int:
-        return self.vision.image_words if self.vision else 0
+    def num_image_tokens(self) -> int:
+        return self.vision.num_image_tokens if self.vision else 0
 
     @property
     def image_size(self) -> int:
@@ -235,7 +235,7 @@ def sphinx_moe() -> SphinxConfig:
 
 def sphinx_moe_1k() -> SphinxConfig:
     """SPHINX-MoE-1k as published: five views of 1,024 pixels, 1,455 image words."""
-    return SphinxConfig(vision=VisionConfig(image_size=1024, views=5), balance_weight=0.01)
+    return SphinxConfig(vision=VisionConfig(image_size=1024, num_crops=5), balance_weight=0.01)
 
 
 def mixtral_8x7b() -> SphinxConfig:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from sharding import DEFAULT_RULES, Rules, spec
+from sharding import DEFAULT_RULES, Rules, partition_spec
 from sphinx_jax.config import SphinxConfig, VisionConfig
 from sphinx_jax.kernels.quantized import Quantized
 
@@ -56,7 +56,7 @@ def forward_flops(
     batch = _batch_split(work.sequences, mesh, rules)
     pairs = work.sequences * work.length * work.keys
     attended = 4.0 * pairs * language.num_heads * language.head_dim * language.num_layers
-    heads = spec(("kv_heads", "queries"), (language.num_kv_heads, language.queries_per_kv), mesh, rules)
+    heads = partition_spec(("kv_heads", "queries"), (language.num_kv_heads, language.queries_per_kv), mesh, rules)
     products = _products(config, {"language": params["language"]}, work, work.sequences, batch, mesh)
     costs = {"language": products + _split(attended, _factor(heads, mesh) * batch)}
     if config.vision is not None and work.pictures:
@@ -84,11 +84,11 @@ def decode_bytes(
         busiest += size / _model_split(leaf, mesh) * (chosen(own_rows) if is_expert else 1)
     itemsize = params["language"]["embedding"]["table"].dtype.itemsize
     cached = 2.0 * language.num_layers * keys * language.num_kv_heads * language.head_dim * itemsize
-    kv = spec(("kv_heads",), (language.num_kv_heads,), mesh, rules)
+    kv = partition_spec(("kv_heads",), (language.num_kv_heads,), mesh, rules)
     return Cost(total + rows * cached, busiest + own_rows * cached / _factor(kv, mesh))
 
 
-def share_of_parameters(params: Any) -> float:
+def fraction_of_parameters(params: Any) -> float:
     """The part of all parameters that the busiest device holds."""
     leaves = [leaf for _, leaf in _with_paths(params)]
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
@@ -125,7 +125,7 @@ def _vision_rows(config: SphinxConfig, path: Path) -> float:
     if leaf not in ("kernel", "qkv", "out", "q", "kv", "gate_up", "depthwise"):
         return 0
     if path[1] == "visual_proj":
-        return vision.ensemble_words
+        return vision.num_patch_tokens
     if path[1] == "qformer_proj":
         return vision.qformer.num_queries
     encoder = getattr(vision, path[1])
@@ -142,12 +142,12 @@ def _vision_rows(config: SphinxConfig, path: Path) -> float:
 
 def _vision_flops(config: SphinxConfig, params: Any, mesh: Mesh, work: Work, rules: Rules) -> Cost:
     vision = config.vision
-    views = work.pictures * vision.views
-    batch = _batch_split(views, mesh, rules)
-    cost = _products(config, {"vision": params}, work, views, batch, mesh)
+    num_crops = work.pictures * vision.num_crops
+    batch = _batch_split(num_crops, mesh, rules)
+    cost = _products(config, {"vision": params}, work, num_crops, batch, mesh)
     for layers, queries, keys, width, heads in _vision_attention(vision):
-        split = _factor(spec(("vision_heads",), (heads,), mesh, rules), mesh)
-        cost += _split(4.0 * views * layers * queries * keys * width, split * batch)
+        split = _factor(partition_spec(("vision_heads",), (heads,), mesh, rules), mesh)
+        cost += _split(4.0 * num_crops * layers * queries * keys * width, split * batch)
     return cost
 
 
@@ -167,7 +167,7 @@ def _vision_attention(vision: VisionConfig) -> list[tuple[int, int, int, int, in
 
 def _batch_split(count: int, mesh: Mesh, rules: Rules) -> int:
     """Over how many devices a batch of `count` is split."""
-    return _factor(spec(("batch",), (count,), mesh, rules), mesh)
+    return _factor(partition_spec(("batch",), (count,), mesh, rules), mesh)
 
 
 def _model_split(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> int:

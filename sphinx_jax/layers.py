@@ -1,7 +1,7 @@
 """Linear, norm and embedding with named axes, and the loop over like layers.
 
 Every parameter is made by `param`, which writes the logical name of each dimension beside it;
-`sharding.rules` turns those names into places on a mesh. Modules compute in the dtype of their
+`sharding.axis_rules` turns those names into places on a mesh. Modules compute in the dtype of their
 input: mixed precision is a cast of the parameters, done once by the caller.
 """
 
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.config import LoraConfig
-from sphinx_jax.kernels.project import project
+from sphinx_jax.kernels.linear import matmul
 
 # Placing parameters is the business of sharding.init, from abstract shapes; with eager sharding
 # Flax refuses a named parameter made outside a mesh.
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (out_dim,), names[1:], nnx.initializers.zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = project(x, self.kernel[...].astype(x.dtype))
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -114,16 +114,18 @@ class LowRank(nnx.Module):
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "..."]:
         """What is added to x W of a single matrix, the dimensions of its input as one."""
         a, b = self.factors(x.dtype)
-        return project(project(x, a.reshape(-1, a.shape[-1])), b)
+        return matmul(matmul(x, a.reshape(-1, a.shape[-1])), b)
 
 
-def make_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, apart: bool = False) -> nnx.Module:
+def make_layers(
+    make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, unstacked: bool = False
+) -> nnx.Module:
     """`count` like layers: one module whose arrays are stacked along a leading "layers" axis, or a list.
 
     Stacked layers run as one scan and compile once, which training wants. Held apart, no layer's
     weights are copied out of a stack, which decoding wants.
     """
-    if apart:
+    if unstacked:
         return nnx.List([make(rngs) for _ in range(count)])
     stacked = nnx.vmap(make, in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     return nnx.split_rngs(splits=count)(stacked)(rngs)

@@ -13,24 +13,24 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints.loaded import Loaded, Params
+from sphinx_jax.checkpoints.loaded_model import Loaded, Params
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import DEFAULT_TEMPLATE, Conversation
 from sphinx_jax.data.images import open_image, padded_resize, to_rgb
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.batch import Progress, answer_file
+from sphinx_jax.inference.batch_file import Progress, answer_file
 from sphinx_jax.inference.chat import Chat
-from sphinx_jax.inference.engine import CONTEXT, Engine
-from sphinx_jax.inference.offload import OffloadEngine, in_host_memory
-from sphinx_jax.inference.requests import Completion, Picture, Request
-from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.serving import ROWS, Session, answer_all
-from sphinx_jax.inference.stopping import check_stops
+from sphinx_jax.inference.engine import MAX_MODEL_LEN, Engine
+from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
+from sphinx_jax.inference.requests import Completion, PreparedImage, Request
+from sphinx_jax.inference.sampling import SamplingParams
+from sphinx_jax.inference.serving import MAX_NUM_SEQS, Session, answer_all
+from sphinx_jax.inference.stop_strings import check_stops
 from sphinx_jax.kernels.quantized import GROUP, Kind, Quantized
 from sphinx_jax.quantization import quantized
 
-ImageLike = Image.Image | str | Path | np.ndarray | Picture
+ImageLike = Image.Image | str | Path | np.ndarray | PreparedImage
 """A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
 or what `Sphinx.picture` made of one, which saves the scaling when it is used again."""
 
@@ -40,7 +40,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     *,
-    context: int = CONTEXT,
+    max_model_len: int = MAX_MODEL_LEN,
     quantize: Kind | None = None,
     offload: bool = False,
     prepare: Callable[["Sphinx"], None] | None = None,
@@ -48,7 +48,7 @@ def load(
     """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
 
     `mesh` is what it is laid out on, by default all devices; `dtype` "bfloat16" or "float32", by default as
-    stored; `context` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
+    stored; `max_model_len` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
     "int4" keeps the decoder's matrices in few bits, each rounded as soon as it is read; `offload` keeps its layers in
     host memory, and on the devices two of them at a time (see `inference.offload`). `prepare` is called with the model
     while its weights are being read, to compile what it will be asked (see `Sphinx.prepare`); with `quantize` or
@@ -64,23 +64,25 @@ def load(
 
     prepared: list[Sphinx] = []
 
-    def meanwhile(promised: Loaded) -> None:
-        prepared.append(Sphinx(promised, context))
+    def on_abstract_model(promised: Loaded) -> None:
+        prepared.append(Sphinx(promised, max_model_len))
         prepare(prepared[0])
 
     # Parameters that are kept in another form are not those that are promised.
     as_read = prepare if not (quantize or offload) else None
-    loaded = checkpoints.load(path, mesh, dtype, apart=True, keep=keep, meanwhile=as_read and meanwhile)
+    loaded = checkpoints.load(
+        path, mesh, dtype, unstacked=True, keep=keep, on_abstract_model=as_read and on_abstract_model
+    )
     if not prepared:
-        return Sphinx(loaded, context, offload)
-    prepared[0].receive(loaded.params)
+        return Sphinx(loaded, max_model_len, offload)
+    prepared[0].set_params(loaded.params)
     return prepared[0]
 
 
 class Sphinx:
     """`config`, `tokenizer` and `mesh` of a loaded model, and what it can do."""
 
-    def __init__(self, loaded: Loaded, context: int = CONTEXT, offload: bool = False):
+    def __init__(self, loaded: Loaded, max_model_len: int = MAX_MODEL_LEN, offload: bool = False):
         if loaded.tokenizer_bytes is None:
             raise UserError("the checkpoint has no tokenizer.model; copy the model's own beside the weights")
         self.config: SphinxConfig = loaded.config
@@ -88,9 +90,9 @@ class Sphinx:
         self.tokenizer = Tokenizer(loaded.tokenizer_bytes)
         self._params = loaded.params
         if offload:
-            self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, context)
+            self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
         else:
-            self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, context)
+            self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
 
     def prepare(self, prompt: str, image: bool, *, max_new_tokens: int = 512, stop: Sequence[str] = ()) -> None:
         """Compile what `stream` takes for this question, with a picture or without one, and run nothing.
@@ -98,17 +100,17 @@ class Sphinx:
         For `prepare` of `load`, when there are no weights yet.
         """
         size = self.config.vision.image_size if image else 0
-        picture = Picture.of(np.zeros((size, size, 3), np.float32)) if image else None
+        picture = PreparedImage.of(np.zeros((size, size, 3), np.float32)) if image else None
         request = self.request(prompt, picture, max_new_tokens=max_new_tokens)
         self.engine.prepare(request, check_stops(self.stops(stop)))
 
-    def receive(self, params: Params) -> None:
+    def set_params(self, params: Params) -> None:
         """The weights that were promised."""
         self._params = self.engine.params = params
 
-    def picture(self, image: ImageLike) -> Picture:
+    def picture(self, image: ImageLike) -> PreparedImage:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
-        if isinstance(image, Picture):
+        if isinstance(image, PreparedImage):
             return image
         if self.config.vision is None:
             raise UserError("this model reads text only; leave the picture out, or load a checkpoint with encoders")
@@ -118,14 +120,14 @@ class Sphinx:
         elif not isinstance(image, Image.Image):
             image = np.asarray(image)
             if image.dtype == np.float32 and image.shape == (size, size, 3):
-                return Picture.of(image)
+                return PreparedImage.of(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
                 raise UserError(
                     f"an image must be a PIL image, a path, uint8[height, width, 3] or float32[{size}, {size}, 3], "
                     f"got {image.dtype}{list(image.shape)}"
                 )
             image = Image.fromarray(image)
-        return Picture.of(padded_resize(to_rgb(image), size))
+        return PreparedImage.of(padded_resize(to_rgb(image), size))
 
     def logits(
         self, tokens: Int[np.ndarray, "batch text"], images: Iterable[ImageLike] | None = None
@@ -134,7 +136,7 @@ class Sphinx:
         pictures = None if images is None else [self.picture(image) for image in images]
         return self.engine.logits(np.asarray(tokens, np.int32), pictures)
 
-    def encode_images(self, images: Iterable[ImageLike]) -> Float[Array, "batch views words dim"]:
+    def encode_images(self, images: Iterable[ImageLike]) -> Float[Array, "batch crops tokens dim"]:
         """The pictures as words of the language model, without the start and end vectors."""
         return jnp.stack(self.engine.encode([self.picture(image) for image in images]))
 
@@ -172,15 +174,15 @@ class Sphinx:
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         raw: bool = False,
-        rows: int = ROWS,
+        max_num_seqs: int = MAX_NUM_SEQS,
         **sampling: float,
     ) -> list[Completion]:
         """Like `generate`, with tokens, their log-probabilities, and why each answer ended.
 
         `prompts` are questions, put into the conversation template; with `raw` they are taken as they are, and
         nothing but EOS and `stop` ends the answer. `images` gives each prompt its picture, or None.
-        `sampling` are the fields of `Sampling`: temperature, top_p, top_k, repetition_penalty. An answer depends on
-        its own prompt, picture and seed alone; give a list of seeds to draw several for one prompt. At most `rows`
+        `sampling` are the fields of `SamplingParams`: temperature, top_p, top_k, repetition_penalty. An answer depends on
+        its own prompt, picture and seed alone; give a list of seeds to draw several for one prompt. At most `max_num_seqs`
         are answered at a time.
         Raises UserError on a prompt that does not fit the context, or an option outside its range.
         """
@@ -196,7 +198,7 @@ class Sphinx:
             self.request(prompt, image, max_new_tokens=max_new_tokens, seed=number, raw=raw)
             for prompt, image, number in zip(prompts, images, seeds, strict=True)
         )
-        return answer_all(self.engine, requests, Sampling(**sampling), self.stops(stop, raw), rows)
+        return answer_all(self.engine, requests, SamplingParams(**sampling), self.stops(stop, raw), max_num_seqs)
 
     def stream(
         self,
@@ -211,8 +213,8 @@ class Sphinx:
     ) -> Iterator[str]:
         """The text that `generate` gives, piece by piece as it comes."""
         request = self.request(prompt, image, max_new_tokens=max_new_tokens, seed=seed, raw=raw)
-        session = Session(self.engine, self.engine.slots_needed(request))
-        return session.stream(request, Sampling(**sampling), self.stops(stop, raw))
+        session = Session(self.engine, self.engine.cache_len_needed(request))
+        return session.stream(request, SamplingParams(**sampling), self.stops(stop, raw))
 
     def chat(
         self,
@@ -228,7 +230,7 @@ class Sphinx:
             self.engine,
             None if image is None else self.picture(image),
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(**sampling),
+            sampling=SamplingParams(**sampling),
             seed=seed,
             stop=tuple(stop),
         )
@@ -241,7 +243,7 @@ class Sphinx:
         max_new_tokens: int = 512,
         seed: int = 0,
         stop: Sequence[str] = (),
-        rows: int = ROWS,
+        max_num_seqs: int = MAX_NUM_SEQS,
         logprobs: bool = False,
         **sampling: float,
     ) -> Iterator[Progress]:
@@ -252,9 +254,9 @@ class Sphinx:
             Path(out),
             self.picture,
             lambda prompt, picture: self.request(prompt, picture, max_new_tokens=max_new_tokens, seed=seed),
-            sampling=Sampling(**sampling),
+            sampling=SamplingParams(**sampling),
             stops=self.stops(stop),
-            rows=rows,
+            max_num_seqs=max_num_seqs,
             logprobs=logprobs,
         )
 

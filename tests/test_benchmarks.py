@@ -77,10 +77,10 @@ def test_attention_beside_jaxs_and_torchs(benchmark, monkeypatch, capsys):
 
 def test_what_a_mesh_costs(benchmark, monkeypatch):
     """Of two replicas each does half of the products, updates everything, and sends its gradients."""
-    meshes = benchmark("meshes")
+    meshes = benchmark("mesh_scaling")
     language = DecoderConfig(32, 64, 1, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=64)
     monkeypatch.setattr(meshes, "CONFIG", SphinxConfig(language, None))
-    monkeypatch.setattr(meshes, "ROWS", 2)
+    monkeypatch.setattr(meshes, "MAX_NUM_SEQS", 2)
     monkeypatch.setattr(meshes, "LENGTH", 16)
     monkeypatch.setattr(meshes, "REPETITIONS", 1)
     found = meshes.measure("data", 2, np.ones((2, 16), np.int32))

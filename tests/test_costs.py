@@ -15,8 +15,8 @@ from sphinx_jax.config import (
     VisionConfig,
     preset,
 )
-from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, share_of_parameters
-from sphinx_jax.kernels import attention, experts
+from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, fraction_of_parameters
+from sphinx_jax.kernels import attention, moe
 from sphinx_jax.model import SphinxMoE, bind
 
 # XLA counts the body of a loop once: the decoder's layers are held apart, and each stack of encoder blocks has one.
@@ -36,17 +36,17 @@ BATCH, TEXT = 4, 64
 
 @pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
 def test_operations_are_what_the_compiler_counts(shape, monkeypatch):
-    monkeypatch.setattr(experts, "choose_form", lambda *_: "every")
+    monkeypatch.setattr(moe, "choose_implementation", lambda *_: "every")
     monkeypatch.setitem(attention._SCORE_BYTES, "cpu", (1 << 30, 1 << 20))
     mesh = sharding.make_mesh(**shape)
-    graph, params = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs), mesh)
+    graph, params = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh)
     placed = lambda dims, dtype: jax.ShapeDtypeStruct(
-        dims, dtype, sharding=sharding.place(("batch", *[None] * (len(dims) - 1)), dims, mesh)
+        dims, dtype, sharding=sharding.named_sharding(("batch", *[None] * (len(dims) - 1)), dims, mesh)
     )
     args = (params, placed((BATCH, TEXT), jnp.int32), placed((BATCH, 128, 128, 3), jnp.float32))
     forward = sharding.Program(lambda params, tokens, images: bind(graph, params)(tokens, images)[0])
     counted = forward.compile(args, mesh).cost_analysis()["flops"]
-    length = TEXT + CONFIG.image_words
+    length = TEXT + CONFIG.num_image_tokens
     ours = sum(forward_flops(CONFIG, params, mesh, Work(BATCH, length, length, TEXT, BATCH)).values(), Cost(0, 0))
     # XLA counts norms, activations and softmax too.
     assert 0.95 * counted < ours.busiest < counted
@@ -56,7 +56,7 @@ def test_bytes_of_decoding():
     """Mixtral-8x7B, one row: two of eight experts, everything else but the embedding, and the cache."""
     config = preset("mixtral-8x7b")
     mesh = sharding.make_mesh(tensor=8)
-    make = lambda rngs: SphinxMoE(config, apart=True, rngs=rngs)
+    make = lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs)
     params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)[1]
     read = decode_bytes(config, params, mesh, rows=1, keys=4096)
     attention = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096
@@ -73,7 +73,7 @@ def test_bytes_of_decoding():
 def test_one_device_holds_and_does_its_share(shape):
     """All four encoders included. 16 and 32 devices are in tests/planning, which has so many."""
     config, mesh = preset("sphinx-moe-1k"), sharding.make_mesh(**shape)
-    params = sharding.abstract_params(lambda rngs: SphinxMoE(config, apart=True, rngs=rngs), mesh)[1]
-    assert share_of_parameters(params) <= 1.02 / mesh.size
+    params = sharding.abstract_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh)[1]
+    assert fraction_of_parameters(params) <= 1.02 / mesh.size
     flops = sum(forward_flops(config, params, mesh, Work(1, 4096, 4096, 1, 1)).values(), Cost(0, 0))
     assert flops.busiest <= 1.05 * flops.total / mesh.size

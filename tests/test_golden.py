@@ -7,11 +7,11 @@ import optax
 import pytest
 
 import sharding
-from sphinx_jax.checkpoints import accessory
-from sphinx_jax.checkpoints.language_entries import language_entries
-from sphinx_jax.checkpoints.vision_entries import vision_entries
+from sphinx_jax.checkpoints.formats import accessory
+from sphinx_jax.checkpoints.mapping.language import language_entries
+from sphinx_jax.checkpoints.mapping.vision import vision_entries
 from sphinx_jax.model import bind
-from sphinx_jax.training.optimizer import ENCODERS, adamw, decays, learns, map_with_path
+from sphinx_jax.training.optimizer import ENCODERS, adamw, decays, is_trainable, map_with_path
 from sphinx_jax.training.step import next_tokens
 from tests.conftest import mesh_name
 from tests.vision.test_golden import pictures
@@ -30,7 +30,7 @@ class Run:
         self.expected, self.inputs = golden(f"{variant}/expected.npz"), golden(f"{variant}/inputs.npz")
         self.facts = golden(f"{variant}/expected.json")
         self.mesh = sharding.make_mesh(**shape)
-        loaded = accessory.load(directory, self.mesh, "float32", apart=True)
+        loaded = accessory.load(directory, self.mesh, "float32", unstacked=True)
         self.graph, self.config, params = loaded.graph, loaded.config, loaded.params
         # Everything but the encoders learns in the original's second stage.
         self.encoders = {name: params["vision"].pop(name) for name in ENCODERS}
@@ -39,7 +39,7 @@ class Run:
         self.tokens = jnp.asarray(self.inputs["examples"][:, :used])
         self.labels = jnp.asarray(self.inputs["labels"][:, : used + 1])
         self.images = jnp.asarray(pictures(variant))
-        with sharding.use(self.mesh):
+        with sharding.mesh_context(self.mesh):
             self.gradient = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
             (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params, self.encoders, self.images))
 
@@ -56,7 +56,7 @@ class Run:
 
     def published(self, tree):
         """Blocks of a parameter tree under the original's names."""
-        entries = language_entries(self.config.language, "sparse", apart=True, prefix="llma.")
+        entries = language_entries(self.config.language, "sparse", unstacked=True, prefix="llma.")
         entries += vision_entries(self.config.vision, self.config.language.dim)
         named = {}
         for entry in entries:
@@ -153,7 +153,7 @@ def test_four_optimizer_steps(run):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
 
-    with sharding.use(run.mesh):
+    with sharding.mesh_context(run.mesh):
         params, state = run.params, optimizer.init(run.params)
         for step in trajectory["steps"]:
             (total, out), grads = run.gradient(params, run.encoders, run.images)
@@ -183,14 +183,16 @@ def test_what_learns(run, golden):
         "language": sets["mixtral_sparse_ens:no_visual"]["trainable"],
     }
     for stage, names in expected.items():
-        flags = map_with_path(lambda path, leaf, stage=stage: np.full(leaf.shape, learns(path, stage)), run.params)
+        flags = map_with_path(
+            lambda path, leaf, stage=stage: np.full(leaf.shape, is_trainable(path, stage)), run.params
+        )
         assert {name for name, flag in run.published(flags).items() if flag.all()} == set(names)
-        assert not any(learns(("vision", encoder, "kernel"), stage) for encoder in ENCODERS)
+        assert not any(is_trainable(("vision", encoder, "kernel"), stage) for encoder in ENCODERS)
 
 
 @pytest.mark.parametrize("variant", ["ens", "ens5"])
 def test_two_shards_hold_what_one_holds(variant, mesh, golden_checkpoint):
-    one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, apart=True) for shards in (1, 2))
+    one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, unstacked=True) for shards in (1, 2))
     assert one.config == two.config
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one.params, two.params)
     assert all(jax.tree.leaves(same))
@@ -207,7 +209,7 @@ def test_text_without_a_picture(run):
         balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]]).mean()
         return logits, losses.sum(where=counted) / counted.sum(), balance
 
-    with sharding.use(run.mesh):
+    with sharding.mesh_context(run.mesh):
         logits, words, balance = jax.device_get(blind(run.params, run.encoders))
     last = logits[:, -8:]
     close(last[..., ::125], e["textonly_logits_cols"])

@@ -10,7 +10,7 @@ import pytest
 import sharding
 from sphinx_jax.config import SphinxConfig, nano
 from sphinx_jax.errors import UserError
-from sphinx_jax.language.cache import turn_positions
+from sphinx_jax.language.kv_cache import segment_positions
 from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.training.step import make_loss
 from tests.conftest import MESHES, mesh_name
@@ -27,12 +27,12 @@ def make(rngs):
 def make_batch():
     keys = jax.random.split(jax.random.key(1), 2)
     tokens = jax.random.randint(keys[0], (BATCH, TEXT), 3, 64)
-    turns = jnp.array([[0] * 4 + [1] * 5 + [2] * 5] * BATCH)
+    segment_ids = jnp.array([[0] * 4 + [1] * 5 + [2] * 5] * BATCH)
     labels = jnp.where(jnp.arange(TEXT) % 3 == 0, tokens, 0)
     return {
         "tokens": tokens,
         "labels": labels,
-        "turns": turns,
+        "segment_ids": segment_ids,
         "images": jax.random.normal(keys[1], (BATCH, 64, 64, 3)),
     }
 
@@ -52,7 +52,7 @@ def run(mesh):
         (value, _), grads = jax.value_and_grad(lambda p: loss({"model": p}, batch), has_aux=True)(params)
         return value, grads, bind(graph, params)(batch["tokens"], batch["images"])[0]
 
-    with sharding.use(mesh):
+    with sharding.mesh_context(mesh):
         value, grads, logits = jax.jit(both)(params)
     return float(value), jax.tree.map(np.asarray, grads), np.asarray(logits)
 
@@ -90,16 +90,16 @@ def test_turns_are_as_if_asked_alone(one_device):
     """Two questions in one sequence after a shared beginning score as each does by itself."""
     graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     batch = make_batch()
-    forward = jax.jit(lambda tokens, turns: bind(graph, params)(tokens, batch["images"], turns)[0])
-    together = forward(batch["tokens"], batch["turns"])
+    forward = jax.jit(lambda tokens, segment_ids: bind(graph, params)(tokens, batch["images"], segment_ids)[0])
+    together = forward(batch["tokens"], batch["segment_ids"])
     second = jnp.concatenate([batch["tokens"][:, :4], batch["tokens"][:, 9:]], axis=1)
     alone = forward(second, jnp.zeros_like(second))
     np.testing.assert_allclose(together[:, 9:], alone[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_turn_positions():
-    turns = jnp.array([[0, 0, 1, 1, 1, 2, 2, 5, 5]])
-    np.testing.assert_array_equal(turn_positions(turns), [[0, 1, 2, 3, 4, 2, 3, 2, 3]])
+    segment_ids = jnp.array([[0, 0, 1, 1, 1, 2, 2, 5, 5]])
+    np.testing.assert_array_equal(segment_positions(segment_ids), [[0, 1, 2, 3, 4, 2, 3, 2, 3]])
 
 
 def test_picture_stands_after_the_first_token():
@@ -107,9 +107,9 @@ def test_picture_stands_after_the_first_token():
     model, batch = bind(graph, params), make_batch()
     words = model.encode_images(batch["images"])
     x = model.embed(batch["tokens"], words)
-    assert CONFIG.image_words == 4 * 4 + 1 + 2
+    assert CONFIG.num_image_tokens == 4 * 4 + 1 + 2
     assert words.shape == (BATCH, 1, 17, CONFIG.language.dim)
-    assert x.shape[1] == TEXT + CONFIG.image_words
+    assert x.shape[1] == TEXT + CONFIG.num_image_tokens
     table = params["language"]["embedding"]["table"]
     np.testing.assert_array_equal(x[:, 0], table[batch["tokens"][:, 0]])
     np.testing.assert_array_equal(x[:, 1], jnp.broadcast_to(params["vision"]["start"], x[:, 1].shape))

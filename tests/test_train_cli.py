@@ -9,16 +9,15 @@ import jax
 import pytest
 
 import sphinx_jax
-import train
-from sphinx_jax import checkpoints, commandline
-from sphinx_jax.training import export
+from sphinx_jax import checkpoints
+from sphinx_jax.cli import common, export, train
 
-QUICK = ["--tuning", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
+QUICK = ["--validation-split", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
 EIGHT = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
 
 
 def call(*argv):
-    return commandline.run(train.main, list(map(str, argv)))
+    return common.run(train.main, list(map(str, argv)))
 
 
 def losses(out):
@@ -112,11 +111,11 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
 
 def test_a_checkpoint_is_exported(run, tmp_path, capsys):
     """The newest is what the run wrote at its end; another is another; one that is gone is said."""
-    export_it = lambda *argv: commandline.run(export.main, list(map(str, argv)))
+    export_it = lambda *argv: common.run(export.main, list(map(str, argv)))
     assert export_it(run, tmp_path / "newest") == 0
     assert export_it(run, tmp_path / "second", "--step", 2) == 0
     newest, second, final = (
-        checkpoints.load(path, apart=False).params for path in (tmp_path / "newest", tmp_path / "second", run)
+        checkpoints.load(path, unstacked=False).params for path in (tmp_path / "newest", tmp_path / "second", run)
     )
     same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
     assert same(newest, final) and not same(second, final)
@@ -135,7 +134,7 @@ def test_only_the_stage_learns(run, tmp_path):
     assert call(*argv) == 0
     shutil.rmtree(out / "checkpoints" / "4")
     assert call(*argv, "--resume") == 0
-    before, after = (checkpoints.load(path, apart=False).params for path in (run, out))
+    before, after = (checkpoints.load(path, unstacked=False).params for path in (run, out))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     changed = {path[:2] for path, flag in jax.tree_util.tree_leaves_with_path(same) if not flag}
     assert {tuple(key.key for key in path) for path in changed} == {

@@ -12,10 +12,11 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from sharding import make_mesh
-from sphinx_jax.checkpoints import accessory, lora, mixtral, native, stream
-from sphinx_jax.checkpoints.loaded import Loaded, Params, abstract_model
-from sphinx_jax.checkpoints.opened import Opened, match
-from sphinx_jax.checkpoints.writing import check_new
+from sphinx_jax.checkpoints import lora, reader
+from sphinx_jax.checkpoints.formats import accessory, mixtral, native
+from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model
+from sphinx_jax.checkpoints.source import CheckpointSource, match
+from sphinx_jax.checkpoints.writer import check_new
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
@@ -26,7 +27,7 @@ FORMATS = ("native", *_FOREIGN)
 """What can be written. "mixtral" is Hugging Face's layout and holds the language part alone."""
 
 
-def open(path: str | os.PathLike) -> Opened:
+def open(path: str | os.PathLike) -> CheckpointSource:
     """The checkpoint in a directory, whatever its format; no weight is read.
 
     Raises UserError if there is none, or what can be seen of it without reading is damaged.
@@ -52,18 +53,18 @@ def load(
     path: str | os.PathLike,
     mesh: Mesh | None = None,
     dtype: str | None = None,
-    apart: bool = True,
-    keep: stream.Keep | None = None,
-    meanwhile: stream.Meanwhile | None = None,
+    unstacked: bool = True,
+    keep: reader.Keep | None = None,
+    on_abstract_model: reader.Meanwhile | None = None,
 ) -> Loaded:
     """The model of a checkpoint of any format on `mesh` (None: all devices).
 
-    `dtype` is "bfloat16", "float32", or None for as stored. `apart` holds the decoder's layers as a list, for
+    `dtype` is "bfloat16", "float32", or None for as stored. `unstacked` holds the decoder's layers as a list, for
     decoding, instead of stacked, for training. `keep` makes of each parameter, as soon as it is read, what is kept
-    of it. `meanwhile` is called beside the reading, with the model as it will be but for `keep`, its parameters
+    of it. `on_abstract_model` is called beside the reading, with the model as it will be but for `keep`, its parameters
     abstract. Raises UserError that names everything missing, unexpected, mis-shaped or damaged; nothing is loaded then.
     """
-    return stream.load(open(path), mesh, dtype, apart, keep, meanwhile)
+    return reader.load(open(path), mesh, dtype, unstacked, keep, on_abstract_model)
 
 
 def save(
@@ -111,10 +112,10 @@ def convert(
     tokenizer_bytes = opened.tokenizer_bytes
     _check(format, shards, tokenizer_bytes)
     if format == "native":
-        loaded = stream.load(opened, None, dtype, False)
+        loaded = reader.load(opened, None, dtype, False)
         native.save(path, loaded.config, loaded.params, tokenizer_bytes)
         return
-    parts = match(opened, apart=True)
-    _, abstract = abstract_model(opened.config, make_mesh(), dtype, apart=True)
-    with stream.Reader(opened, parts, abstract, dtype) as reader:
-        _FOREIGN[format].write(Path(path), opened.config, reader, tokenizer_bytes, shards)
+    parts = match(opened, unstacked=True)
+    _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True)
+    with reader.Reader(opened, parts, abstract, dtype) as opened_reader:
+        _FOREIGN[format].write(Path(path), opened.config, opened_reader, tokenizer_bytes, shards)

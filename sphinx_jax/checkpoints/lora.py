@@ -19,12 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from sphinx_jax.adapters import SUFFIX, Params
-from sphinx_jax.checkpoints.loaded import abstract_adapters
-from sphinx_jax.checkpoints.opened import Adapters, Opened, read_json
-from sphinx_jax.checkpoints.writing import write_json
+from sphinx_jax.checkpoints.loaded_model import abstract_adapters
+from sphinx_jax.checkpoints.source import Adapters, CheckpointSource, read_json
+from sphinx_jax.checkpoints.writer import write_json
 from sphinx_jax.config import LoraConfig, LoraTargets, SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.lora_params import SUFFIX, Params
 
 _FORMAT, _VERSION = "sphinx-jax-lora", 1
 _RECORD = "lora.json"
@@ -42,7 +42,7 @@ class Record:
     lora: LoraConfig
 
 
-def write_record(directory: Path, base: Opened, lora: LoraConfig) -> None:
+def write_record(directory: Path, base: CheckpointSource, lora: LoraConfig) -> None:
     """Write DIRECTORY/lora.json: adapters of the sizes of `lora`, trained on `base`."""
     described = {"format": _FORMAT, "version": _VERSION, "base": str(base.path), "fingerprint": fingerprint(base)}
     write_json(directory / _RECORD, described | dataclasses.asdict(lora))
@@ -67,7 +67,9 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path / _RECORD} is damaged, restore it from a copy: {error}") from error
 
 
-def open_directory(path: Path, open_base: Callable[[Path], Opened], state: Path | None = None) -> Opened:
+def open_directory(
+    path: Path, open_base: Callable[[Path], CheckpointSource], state: Path | None = None
+) -> CheckpointSource:
     """The base of the adapters in `path`, with them; `state` is a training checkpoint to take them from instead.
 
     Raises UserError if the base has gone or has changed, or the run has not ended and there is no `state`.
@@ -97,7 +99,7 @@ def save(path: Path, adapters: Params) -> None:
         checkpointer.save(path.absolute() / "adapters", args=ocp.args.PyTreeSave(adapters), force=True)
 
 
-def fingerprint(opened: Opened) -> str:
+def fingerprint(opened: CheckpointSource) -> str:
     """Of a checkpoint's small tensors, and of adapters that it has itself."""
     digest = hashlib.sha256()
     for entry in opened.entries(True):

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from sphinx_jax.data.conversation import Conversation
-from sphinx_jax.data.skipped import BadRecord, SkipLog
+from sphinx_jax.data.skipped_records import BadRecord, SkippedRecords
 from sphinx_jax.errors import UserError
 
 
@@ -55,7 +55,7 @@ class Annotations:
         return Annotations(tuple(items), groups)
 
 
-def read(config: str | Path, skipped: SkipLog) -> Annotations:
+def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
     """The items that a `data.yaml` names, in the original's order, less the malformed ones, which are `skipped`.
 
     Raises UserError, which names file and entry, if a file is missing or malformed, on unknown keys and roles, on a

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sphinx_jax.data.skipped import BadRecord
+from sphinx_jax.data.skipped_records import BadRecord
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 
-NOT_LEARNED = 0
+IGNORE_INDEX = 0
 """The label of a token that is not learned: the id of <unk>, which byte fallback never produces."""
 
 PADDING = 0
@@ -90,7 +90,7 @@ class Segment(NamedTuple):
     """A stretch of a conversation's text, and whether the model is to learn to say it."""
 
     text: str
-    learned: bool
+    has_loss: bool
 
 
 class Example(NamedTuple):
@@ -165,12 +165,12 @@ class Conversation:
         that case labels the human's).
         """
         tokens, labels = [], []
-        for i, (text, learned) in enumerate(self.segments()):
+        for i, (text, has_loss) in enumerate(self.segments()):
             ids = tokenizer.encode_segment(text) if i else tokenizer.encode(text, bos=True, eos=False)
             tokens += ids
-            labels += ids if learned else [NOT_LEARNED] * len(ids)
+            labels += ids if has_loss else [IGNORE_INDEX] * len(ids)
         tokens.append(tokenizer.eos_id)
-        labels.append(NOT_LEARNED)
+        labels.append(IGNORE_INDEX)
         return Example(np.asarray(tokens, np.int32), np.asarray(labels, np.int32))
 
 
@@ -194,28 +194,28 @@ def _read_turn(turn: Any, where: str, number: int) -> Turn:
     return Turn(role, text.replace("<image>", ""))
 
 
-def fit(example: Example, max_length: int, image_words: int, where: str) -> Example:
-    """`example` cut or padded to the text positions that `image_words` leave of `max_length`.
+def fit(example: Example, max_length: int, num_image_tokens: int, where: str) -> Example:
+    """`example` cut or padded to the text positions that `num_image_tokens` leave of `max_length`.
 
     Raises BadRecord, which begins with `where`, if nothing to learn is left; UserError if no text has room.
     """
-    length = max_length - image_words
+    length = max_length - num_image_tokens
     if length < 1:
         raise UserError(
-            f"{where}: the picture takes {image_words} positions and the limit is {max_length}, which leaves no room "
-            f"for text; raise the maximum length above {image_words}"
+            f"{where}: the picture takes {num_image_tokens} positions and the limit is {max_length}, which leaves no room "
+            f"for text; raise the maximum length above {num_image_tokens}"
         )
     tokens, labels = (array[:length] for array in example)
-    if not (labels != NOT_LEARNED).any():
-        first = (example.labels != NOT_LEARNED).argmax()
+    if not (labels != IGNORE_INDEX).any():
+        first = (example.labels != IGNORE_INDEX).argmax()
         reason = (
             f"the first answer begins at position {first}, the limit leaves {length} for text; raise the maximum length"
-            if (example.labels != NOT_LEARNED).any()
+            if (example.labels != IGNORE_INDEX).any()
             else "it has no answer; add a turn from the assistant"
         )
         raise BadRecord(where, f"{where}: nothing left to learn: {reason}")
     missing = length - len(tokens)
     return Example(
         np.pad(tokens, (0, missing), constant_values=PADDING),
-        np.pad(labels, (0, missing), constant_values=NOT_LEARNED),
+        np.pad(labels, (0, missing), constant_values=IGNORE_INDEX),
     )

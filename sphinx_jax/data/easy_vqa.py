@@ -1,7 +1,7 @@
 """easy-vqa: 5,000 drawn pictures of one coloured shape, and 48,248 questions about them.
 
 The data is synthetic and comes in the wheel of PyPI's `easy-vqa` 1.0. Several questions of one picture
-train as turns of one sequence; each turn sees the shared beginning and itself (`language.cache.turn_mask`),
+train as turns of one sequence; each turn sees the shared beginning and itself (`language.cache.segment_mask`),
 so it is trained exactly as if it were asked alone.
 """
 
@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from sphinx_jax.data.conversation import NOT_LEARNED, PADDING, Conversation
+from sphinx_jax.data.conversation import IGNORE_INDEX, PADDING, Conversation
 from sphinx_jax.data.dataset import Batch, batches
 from sphinx_jax.data.images import open_image
 from sphinx_jax.data.tokenizer import Tokenizer
@@ -241,7 +241,7 @@ def sequence(
     Turns that no longer fit are left out.
     """
     tokens = np.full(max_length, PADDING, np.int32)
-    labels = np.full(max_length, NOT_LEARNED, np.int32)
+    labels = np.full(max_length, IGNORE_INDEX, np.int32)
     numbers = np.full(max_length, padding_turn, np.int32)
     end = len(table.beginning)
     tokens[:end], numbers[:end] = table.beginning, 0
@@ -278,7 +278,7 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """An endless, resumable iterator of training batches; the same seed gives the same batches.
 
-    Each batch: "images" uint8[B, 64, 64, 3], augmented; "tokens", "labels" and "turns" int32[B, max_length] as
+    Each batch: "images" uint8[B, 64, 64, 3], augmented; "tokens", "labels" and "segment_ids" int32[B, max_length] as
     `sequence` makes them, of up to `turns_per_picture` questions drawn at random; "shape" and "colour" int32[B],
     the places in SHAPES and COLOURS, or -1 where the questions do not tell; "examples" int[B], the places in `records`.
     Raises UserError if `max_length` has no room for a single question.
@@ -302,7 +302,7 @@ def train_batches(
             "images": augment(records.images[indices], random),
             "tokens": tokens,
             "labels": labels,
-            "turns": numbers,
+            "segment_ids": numbers,
             "shape": shape[indices],
             "colour": colour[indices],
             "examples": np.asarray(indices),

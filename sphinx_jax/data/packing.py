@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sphinx_jax.data.conversation import NOT_LEARNED, PADDING, Example
+from sphinx_jax.data.conversation import IGNORE_INDEX, PADDING, Example
 
 
 def pack(lengths: Sequence[int], room: int) -> list[tuple[int, ...]]:
@@ -41,19 +41,19 @@ def pack(lengths: Sequence[int], room: int) -> list[tuple[int, ...]]:
 class Packed(NamedTuple):
     """A sequence of conversations, and the number of each token's conversation: 1, 2, ...; the padding's is last.
 
-    No conversation has number 0, the beginning that all see, so `language.cache.turn_mask` lets each see itself only
-    and `turn_positions` starts each at 0.
+    No conversation has number 0, the beginning that all see, so `language.cache.segment_mask` lets each see itself only
+    and `segment_positions` starts each at 0.
     """
 
     tokens: Int[np.ndarray, "length"]
     labels: Int[np.ndarray, "length"]
-    turns: Int[np.ndarray, "length"]
+    segment_ids: Int[np.ndarray, "length"]
 
 
 def join(examples: Sequence[Example], length: int) -> Packed:
     """The examples one after another, cut or padded to `length`."""
     tokens, labels = (np.concatenate(part) for part in zip(*examples, strict=True))
-    turns = np.repeat(np.arange(1, len(examples) + 1), [len(example.tokens) for example in examples])
+    segment_ids = np.repeat(np.arange(1, len(examples) + 1), [len(example.tokens) for example in examples])
     fill = lambda array, value: np.pad(array[:length], (0, max(length - len(array), 0)), constant_values=value)
-    joined = (fill(tokens, PADDING), fill(labels, NOT_LEARNED), fill(turns, len(examples) + 1))
+    joined = (fill(tokens, PADDING), fill(labels, IGNORE_INDEX), fill(segment_ids, len(examples) + 1))
     return Packed(*(part.astype(np.int32) for part in joined))

@@ -14,8 +14,8 @@ from rich.console import Console
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.engine import Engine
-from sphinx_jax.inference.requests import Picture, Request
-from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.requests import PreparedImage, Request
+from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.inference.serving import Session
 
 
@@ -31,9 +31,9 @@ class Chat:
     def __init__(
         self,
         engine: Engine,
-        picture: Picture | None = None,
+        picture: PreparedImage | None = None,
         *,
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_new_tokens: int = 512,
         seed: int = 0,
         stop: tuple[str, ...] = (),
@@ -43,9 +43,9 @@ class Chat:
         self._engine = engine
         self._max_new_tokens, self._sampling, self._seed, self._stop = max_new_tokens, sampling, seed, stop
         # Padding of the last piece of a prompt may reach past the context.
-        self._session = Session(engine, engine.context + engine.prefill_tokens)
+        self._session = Session(engine, engine.max_model_len + engine.prefill_tokens)
 
-    def reset(self, picture: Picture | None) -> None:
+    def reset(self, picture: PreparedImage | None) -> None:
         """Forget the turns and look at another picture, or at none."""
         self.turns, self.picture = [], picture
 
@@ -85,7 +85,7 @@ HELP = """\
 /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def chat_on_terminal(chat: Chat, image: Path | None, look: Callable[[Path], Picture]) -> None:
+def chat_on_terminal(chat: Chat, image: Path | None, look: Callable[[Path], PreparedImage]) -> None:
     """Ask and answer until /quit or the end of input. What goes wrong is told, and the chat goes on."""
     # Importing it gives `input` arrow keys and a history.
     import readline  # noqa: F401
@@ -117,7 +117,7 @@ def chat_on_terminal(chat: Chat, image: Path | None, look: Callable[[Path], Pict
 
 
 def _obey(
-    chat: Chat, command: str, argument: str, image: Path | None, look: Callable[[Path], Picture], console: Console
+    chat: Chat, command: str, argument: str, image: Path | None, look: Callable[[Path], PreparedImage], console: Console
 ) -> Path | None:
     """Do what a command says; the path of the picture from then on."""
     match command:

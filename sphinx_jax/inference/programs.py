@@ -22,18 +22,20 @@ class Programs:
         self._config, self.graph, self._vocab_size, self._mesh, self._dtype = config, graph, vocab_size, mesh, dtype
         self.everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def abstract_state(self, rows: int, slots: int) -> steps.State:
+    def abstract_state(self, num_seqs: int, cache_len: int) -> steps.State:
         """Shapes and shardings of the state that `new_state` makes."""
-        return steps.abstract_state(self._config.language, rows, slots, self._dtype, self._mesh, sharding.DEFAULT_RULES)
+        return steps.abstract_state(
+            self._config.language, num_seqs, cache_len, self._dtype, self._mesh, sharding.DEFAULT_RULES
+        )
 
-    def new_state(self, rows: int, slots: int) -> Program:
+    def new_state(self, num_seqs: int, cache_len: int) -> Program:
         """() -> empty rows."""
-        make = lambda: steps.make_state(self._config.language, rows, slots, self._dtype)
-        return Program(make, (), sharding.shardings_of(self.abstract_state(rows, slots)))
+        make = lambda: steps.make_state(self._config.language, num_seqs, cache_len, self._dtype)
+        return Program(make, (), sharding.shardings_of(self.abstract_state(num_seqs, cache_len)))
 
-    def prefill(self, state: steps.State, fresh: bool) -> Program:
+    def prefill(self, state: steps.State, first_chunk: bool) -> Program:
         """params, state, chunk, words, sampling, stops -> state; see `steps.prefill`."""
-        function = lambda *args: steps.prefill(self.graph, self._vocab_size, fresh, *args)
+        function = lambda *args: steps.prefill(self.graph, self._vocab_size, first_chunk, *args)
         return Program(function, (1,), sharding.shardings_of(state), slices_in_place=True)
 
     def decode(self, state: steps.State) -> Program:
@@ -46,7 +48,7 @@ class Programs:
 
         def function(
             params: dict, images: Float[Array, "batch size size 3"]
-        ) -> tuple[Float[Array, "views words dim"], ...]:
+        ) -> tuple[Float[Array, "crops tokens dim"], ...]:
             return tuple(bind(self.graph, params).encode_images(images))
 
         return Program(function, (), self.everywhere)

@@ -15,14 +15,14 @@ Pixels = UInt8[np.ndarray, "size size 3"] | Float[np.ndarray, "size size 3"]
 """A square picture of the encoders' size: 0 to 255, or float32 with CLIP's mean and deviation taken out."""
 
 
-class Picture(NamedTuple):
+class PreparedImage(NamedTuple):
     """A picture, and a digest of its content."""
 
     pixels: Pixels
     digest: bytes
 
     @classmethod
-    def of(cls, pixels: Pixels) -> "Picture":
+    def of(cls, pixels: Pixels) -> "PreparedImage":
         return cls(pixels, hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16).digest())
 
     def normalised(self) -> Float[np.ndarray, "size size 3"]:
@@ -35,7 +35,7 @@ class Request:
     """One prompt. Equal requests give equal texts, whatever else is served beside them."""
 
     tokens: Sequence[int]
-    picture: Picture | None = None
+    picture: PreparedImage | None = None
     max_new_tokens: int = 512
     seed: int = 0
 

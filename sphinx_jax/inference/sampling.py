@@ -14,7 +14,7 @@ from sphinx_jax.kernels.argmax import argmax
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. Raises UserError on a value outside its range."""
 
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class Sampling:
 
 
 class SamplingValues(NamedTuple):
-    """`Sampling` on the device."""
+    """`SamplingParams` on the device."""
 
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
@@ -54,18 +54,18 @@ class SamplingValues(NamedTuple):
 
 
 def penalised(
-    logits: Float[Array, "rows vocab"], seen: Bool[Array, "rows vocab"], penalty: Float[Array, ""]
-) -> Float[Array, "rows vocab"]:
+    logits: Float[Array, "num_seqs vocab"], seen: Bool[Array, "num_seqs vocab"], penalty: Float[Array, ""]
+) -> Float[Array, "num_seqs vocab"]:
     """Scores of tokens seen before, moved towards less probable (CTRL, https://arxiv.org/abs/1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def nucleus(
-    logits: Float[Array, "rows vocab"],
+    logits: Float[Array, "num_seqs vocab"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
     top_k: Int[Array, ""] = 0,
-) -> tuple[Float[Array, "rows vocab"], Int[Array, "rows vocab"]]:
+) -> tuple[Float[Array, "num_seqs vocab"], Int[Array, "num_seqs vocab"]]:
     """Probabilities in falling order, those left out at zero and the rest scaled to sum to 1; and their tokens.
 
     A token is left out if the more probable ones reach more than `top_p` without it, so that the first always
@@ -83,12 +83,12 @@ def nucleus(
 
 
 def choose(
-    logits: Float[Array, "rows vocab"],
-    seen: Bool[Array, "rows vocab"],
-    seeds: UInt32[Array, "rows 2"],
-    count: Int[Array, "rows"],
+    logits: Float[Array, "num_seqs vocab"],
+    seen: Bool[Array, "num_seqs vocab"],
+    seeds: UInt32[Array, "num_seqs 2"],
+    count: Int[Array, "num_seqs"],
     sampling: SamplingValues,
-) -> Int[Array, "rows"]:
+) -> Int[Array, "num_seqs"]:
     """The next token of each row.
 
     A row's draw depends on its own two seed words and on how many tokens it has chosen (`count`), never on its
@@ -96,7 +96,7 @@ def choose(
     """
     logits = penalised(logits, seen, sampling.repetition_penalty)
 
-    def draw() -> Int[Array, "rows"]:
+    def draw() -> Int[Array, "num_seqs"]:
         def noise(seed: UInt32[Array, "2"], n: Int[Array, ""]) -> Float[Array, "vocab"]:
             key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), n)
             return jax.random.gumbel(key, logits.shape[-1:])

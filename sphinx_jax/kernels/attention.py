@@ -7,6 +7,7 @@
 """
 
 import importlib.metadata
+import logging
 import math
 from typing import Literal
 
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import sharding
-from sharding import per_device
-from sphinx_jax.kernels import flash
-from sphinx_jax.kernels.blockwise import attention_in_blocks
-from sphinx_jax.kernels.mask import Causal, Mask, written_out
-from sphinx_jax.kernels.said import say_once
+from sharding import sharded_map
+from sharding.log_once import log_once
+from sphinx_jax.kernels import attention_flash
+from sphinx_jax.kernels.attention_blockwise import attention_in_blocks
+from sphinx_jax.kernels.attention_mask import Causal, Mask, written_out
+
+log = logging.getLogger(__name__)
 
 Form = Literal["one query", "flash", "blocks"]
 
@@ -45,26 +48,26 @@ def attention(
     Scores and softmax are float32. Keys and values are never repeated: the group is a dimension of the query alone.
     """
     form = _form(q, k, mask)
-    say_once(f"attention of {q.shape[1]} queries on {sharding.platform()}: {form}")
+    log_once(log, f"attention of {q.shape[1]} queries on {sharding.platform()}: {form}")
     if form == "flash" and mask.start is None:
-        return per_device(_flash, (_HEADS, _KEYS, _KEYS), _HEADS, sum_over=())(q, k, v)
+        return sharded_map(_flash, (_HEADS, _KEYS, _KEYS), _HEADS, sum_over=())(q, k, v)
     if form == "flash":
-        own = per_device(_flash_from, (_HEADS, _KEYS, _KEYS, ("batch",)), _HEADS, sum_over=())
+        own = sharded_map(_flash_from, (_HEADS, _KEYS, _KEYS, ("batch",)), _HEADS, sum_over=())
         return own(q, k, v, mask.start)
     if form == "one query":
-        own = per_device(_one_query, (_HEADS, _KEYS, _KEYS, _PAIRS), _HEADS, sum_over=())
+        own = sharded_map(_one_query, (_HEADS, _KEYS, _KEYS, _PAIRS), _HEADS, sum_over=())
         return own(q, k, v, written_out(mask, 1, k.shape[1]))
     names = ("batch",) if isinstance(mask, Causal) else _PAIRS
-    return per_device(_blocks, (_HEADS, _KEYS, _KEYS, names), _HEADS, sum_over=())(q, k, v, mask)
+    return sharded_map(_blocks, (_HEADS, _KEYS, _KEYS, names), _HEADS, sum_over=())(q, k, v, mask)
 
 
 def _form(q: Array, k: Array, mask: Mask) -> Form:
     if q.shape[1] == 1:
         return "one query"
     hopper = isinstance(mask, Causal) and sharding.compute_capability() == "9.0" and not _miscompiles_masks()
-    fits = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in flash.HEAD_DIMS
+    fits = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in attention_flash.HEAD_DIMS
     # The scores of fewer are small.
-    return "flash" if hopper and fits and q.shape[1] >= flash.TILE else "blocks"
+    return "flash" if hopper and fits and q.shape[1] >= attention_flash.TILE else "blocks"
 
 
 def _miscompiles_masks() -> bool:
@@ -78,13 +81,13 @@ def _miscompiles_masks() -> bool:
         return False
     wrong = (12, 8) <= tuple(map(int, version.split("."))) < (12, 9, 86)
     if wrong:
-        say_once(f"nvidia-cuda-nvcc-cu12 {version} gets masks wrong: 12.9.86 or newer makes attention faster")
+        log_once(log, f"nvidia-cuda-nvcc-cu12 {version} gets masks wrong: 12.9.86 or newer makes attention faster")
     return wrong
 
 
 def _flash(q, k, v):
     """One device's heads, the length filled up to whole tiles: what is past the end, no real query sees."""
-    out = flash.flash_attention(*map(_whole_tiles, (_side_by_side(q), k, v)))
+    out = attention_flash.flash_attention(*map(_whole_tiles, (_side_by_side(q), k, v)))
     return out[:, : q.shape[1]].reshape(q.shape)
 
 
@@ -93,7 +96,7 @@ def _flash_from(q, k, v, start):
     # Slots past the end hold what a row said before: zero times what is not finite would be NaN.
     seen = jnp.arange(v.shape[1]) < (start + q.shape[1])[:, None]
     v = jnp.where(seen[:, :, None, None], v, 0)
-    out = flash.flash_attention_from(start, *map(_whole_tiles, (_side_by_side(q), k, v)))
+    out = attention_flash.flash_attention_from(start, *map(_whole_tiles, (_side_by_side(q), k, v)))
     return out[:, : q.shape[1]].reshape(q.shape)
 
 
@@ -103,7 +106,7 @@ def _side_by_side(q):
 
 
 def _whole_tiles(x):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % flash.TILE), (0, 0), (0, 0)))
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % attention_flash.TILE), (0, 0), (0, 0)))
 
 
 def _blocks(q, k, v, mask):

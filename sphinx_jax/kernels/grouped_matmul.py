@@ -336,4 +336,4 @@ def _launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return sharding.vary_like(run(*args), *args)
+    return sharding.pvary_like(run(*args), *args)

@@ -11,8 +11,8 @@ import sharding
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.mask import Mask
-from sphinx_jax.kernels.project import project
+from sphinx_jax.kernels.attention_mask import Mask
+from sphinx_jax.kernels.linear import matmul
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """With a cache, this call's keys and values are written at `positions` before they are read."""
         x = constrain(x, "batch", "sequence", None)
-        qkv = project(x, self.wqkv[...].astype(x.dtype))
+        qkv = matmul(x, self.wqkv[...].astype(x.dtype))
         if self.wqkv_lora is not None:
             qkv += self.wqkv_lora(x)
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)

@@ -8,15 +8,15 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.mask import Mask
+from sphinx_jax.kernels.attention_mask import Mask
 from sphinx_jax.language.attention import Attention, LayerCache
-from sphinx_jax.language.cache import Cache
+from sphinx_jax.language.kv_cache import Cache
 from sphinx_jax.language.moe import MoE
 from sphinx_jax.layers import Embedding, Linear, RMSNorm, make_layers, run_layers
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then h + moe(norm(h))."""
+    """x + attention(norm(x)), then h + moe_ffn(norm(h))."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
@@ -40,11 +40,13 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The language half. `apart` holds the layers as a list, for decoding, instead of stacked."""
+    """The language half. `unstacked` holds the layers as a list, for decoding, instead of stacked."""
 
-    def __init__(self, config: DecoderConfig, *, apart: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, *, unstacked: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs
+    ):
         self.embedding = Embedding(config.vocab_size, config.dim, rngs=rngs)
-        self.layers = make_layers(lambda r: DecoderLayer(config, lora, rngs=r), config.num_layers, rngs, apart)
+        self.layers = make_layers(lambda r: DecoderLayer(config, lora, rngs=r), config.num_layers, rngs, unstacked)
         self.norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.head = Linear(config.dim, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs)
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sharding import constrain, local_index, per_device
+from sharding import constrain, local_index, sharded_map
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.expert_blocks import WIn, WOut
-from sphinx_jax.kernels.experts import experts_sum
+from sphinx_jax.kernels.moe import moe_ffn
+from sphinx_jax.kernels.moe_sorted_blocks import WIn, WOut
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
@@ -82,7 +82,7 @@ class MoE(nnx.Module):
         factors = ()
         if self.w_in_lora is not None:
             factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
-        compute = per_device(
+        compute = sharded_map(
             functools.partial(_local_experts_sum, logits.shape[-1]),
             in_names=(
                 ("batch", "residual", None),
@@ -121,4 +121,4 @@ def _local_experts_sum(
     """
     dim, k = x.shape[-1], experts.shape[-1]
     local = local_index(experts.reshape(-1, k), "experts", num_experts)
-    return experts_sum(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out, factors=factors).reshape(x.shape)
+    return moe_ffn(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out, factors=factors).reshape(x.shape)

@@ -3,51 +3,20 @@
 python -m sphinx_jax.training.export runs/mine best --step 800
 """
 
-import dataclasses
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tyro
 from jax.sharding import Mesh
 
 import sharding
-from sphinx_jax import checkpoints, commandline
-from sphinx_jax.checkpoints import lora, stream
+from sphinx_jax import checkpoints
+from sphinx_jax.checkpoints import lora, reader
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Export one checkpoint of a run."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's directory, the run finished or not."""
-    destination: tyro.conf.Positional[Path]
-    """Directory to write; it must not exist, or be empty."""
-    step: int | None = None
-    """Which checkpoint; the newest by default."""
-    format: Literal["native", "accessory", "mixtral"] = "native"
-    """What to write; mixtral is Hugging Face's layout of the language part."""
-    shards: int | None = None
-    """Number of files: of accessory 1 by default, of mixtral as many as make 5 GB each."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parse and export; returns the exit code."""
-    options = commandline.parse(Options, argv, "python -m sphinx_jax.training.export", __doc__)
-    config, tokenizer_bytes = read_description(options.run)
-    step = choose_step(options.run, options.step)
-    weights = read_weights(options.run, step, config, sharding.make_mesh())
-    checkpoints.save(options.destination, config, weights, tokenizer_bytes, options.format, options.shards)
-    print(f"wrote the weights of step {step} to {options.destination}")
-    return 0
 
 
 def write_description(run: Path, config: SphinxConfig, tokenizer_bytes: bytes) -> None:
@@ -79,7 +48,7 @@ def read_weights(run: Path, step: int, config: SphinxConfig, mesh: Mesh) -> dict
     """The model's parameters of a checkpoint on `mesh`, adapters added to their base; no optimizer state is read."""
     state = (run / "checkpoints" / str(step) / "state").absolute()
     if lora.is_lora(run):
-        return stream.load(lora.open_directory(run, checkpoints.open, state), mesh, None, apart=False).params
+        return reader.load(lora.open_directory(run, checkpoints.open, state), mesh, None, unstacked=False).params
     _, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     described = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
     target = {"params": {"model": jax.tree.map(described, abstract)}}
@@ -88,7 +57,3 @@ def read_weights(run: Path, step: int, config: SphinxConfig, mesh: Mesh) -> dict
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(state, args=request)["params"]["model"]
-
-
-if __name__ == "__main__":
-    sys.exit(commandline.run(main, sys.argv[1:]))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from sphinx_jax.checkpoints.writing import is_lead
+from sharding import is_primary_process
 
 
 class RunLog:
@@ -31,19 +31,19 @@ class RunLog:
         console: Console | None = None,
     ):
         """`peak_flops` is what the devices could do in a second, if that is known."""
-        self.console = console or Console(stderr=True, quiet=not is_lead())
+        self.console = console or Console(stderr=True, quiet=not is_primary_process())
         file = directory / "metrics.jsonl"
         # Lines of steps that a resumed run takes again would stand there twice.
         kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= first_step]
-        if is_lead():
+        if is_primary_process():
             rewritten = file.with_suffix(".partial")
             rewritten.write_text("".join(f"{line}\n" for line in kept))
             rewritten.replace(file)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """What was logged last, in this process or before it."""
-        self._lines = file.open("a") if is_lead() else None
+        self._lines = file.open("a") if is_primary_process() else None
         self._board = None
-        if is_lead() and importlib.util.find_spec("tensorboardX"):
+        if is_primary_process() and importlib.util.find_spec("tensorboardX"):
             self._board = _board_writer(directory / "tensorboard")
         whole = lambda width: Column(no_wrap=True, min_width=width)
         self._progress = Progress(

@@ -36,14 +36,14 @@ def decays(path: Path) -> bool:
     return not (leaf == "scale" and module not in ("visual_norm", "qformer_norm"))
 
 
-Stage = Literal["everything", "mm_stage2", "mm_stage1", "language", "lora"]
+Stage = Literal["all", "mm_stage2", "mm_stage1", "language", "lora"]
 """What learns: all; all but the encoders; the projection of the encoders' words and the image markers; the decoder;
 nothing but adapters beside the model."""
 
 ENCODERS = ("clip", "convnext", "dino", "qformer")
 
 
-def learns(path: Path, stage: Stage) -> bool:
+def is_trainable(path: Path, stage: Stage) -> bool:
     """Whether a parameter of the model learns in a stage of the original's training.
 
     In `mm_stage1` the Q-Former's projection stays as it is, as in the original.
@@ -55,7 +55,7 @@ def learns(path: Path, stage: Stage) -> bool:
         return part == "language"
     if stage == "mm_stage1":
         return part == "vision" and member in ("visual_proj", "visual_norm", "start", "end")
-    return stage == "everything" or part == "language" or member not in ENCODERS
+    return stage == "all" or part == "language" or member not in ENCODERS
 
 
 def map_with_path(function: Callable[[Path, Array], object], tree: object) -> object:

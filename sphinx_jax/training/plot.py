@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from sphinx_jax import commandline
+from sphinx_jax.cli import common
 from sphinx_jax.errors import UserError
 
 WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 420, 260, 62, 24, 34, 40
@@ -36,7 +36,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Parse and draw; returns the exit code."""
-    options = commandline.parse(Options, argv, "python -m sphinx_jax.training.plot", __doc__)
+    options = common.parse(Options, argv, "python -m sphinx_jax.training.plot", __doc__)
     if options.out.suffix != ".svg":
         raise UserError(f"--out {options.out}: must end in .svg")
     runs = {str(run): read(run) for run in options.runs}
@@ -146,4 +146,4 @@ def text(x: float, y: float, said: str, anchor: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(commandline.run(main, sys.argv[1:]))
+    sys.exit(common.run(main, sys.argv[1:]))

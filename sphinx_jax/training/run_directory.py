@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from sharding import barrier, is_primary_process
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora
-from sphinx_jax.checkpoints.writing import is_lead, wait_for_all
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
 
@@ -66,13 +66,13 @@ def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) ->
 
 def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:
     """Make `out`, empty unless resuming, and write down what was asked for: one process, once all have looked at it."""
-    wait_for_all("looked at the run directory")
-    if is_lead():
+    barrier("looked at the run directory")
+    if is_primary_process():
         if overwrite and out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "options.json").write_text(json.dumps(options, indent=2, default=str) + "\n")
-    wait_for_all("made the run directory")
+    barrier("made the run directory")
 
 
 def tokenizer_bytes(out: Path, resume: bool) -> bytes | None:

@@ -9,12 +9,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sphinx_jax.adapters import join
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.data.conversation import NOT_LEARNED
+from sphinx_jax.data.conversation import IGNORE_INDEX
 from sphinx_jax.kernels.argmax import argmax
+from sphinx_jax.lora_params import join
 from sphinx_jax.model import bind
-from sphinx_jax.training.attributes import attribute_losses
+from sphinx_jax.training.auxiliary_probe import probe_losses
 
 Batch = dict[str, Array]
 Params = dict[str, Any]
@@ -45,7 +45,7 @@ def next_tokens(
     # Shifted are the labels and what is found, not the scores: those are the largest array there is.
     targets = jnp.roll(labels, -1, axis=1)
     losses, likeliest = _cross_entropy(logits, targets), argmax(logits)
-    return losses[:, :-1], (likeliest == targets)[:, :-1], (targets != NOT_LEARNED)[:, :-1]
+    return losses[:, :-1], (likeliest == targets)[:, :-1], (targets != IGNORE_INDEX)[:, :-1]
 
 
 @jax.custom_vjp
@@ -91,13 +91,13 @@ def make_loss(
     config: SphinxConfig,
     *,
     flags: Any = None,
-    attribute_weight: float = 0.0,
+    aux_loss_weight: float = 0.0,
     remat: str = "none",
     dtype: Any = None,
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]:
     """The training loss of a batch: next-word loss, balance loss, and the loss on attributes if it has a weight.
 
-    The batch holds `tokens` and `labels` int[B, T]; where there are any, `turns` int[B, T] and `images`
+    The batch holds `tokens` and `labels` int[B, T]; where there are any, `segment_ids` int[B, T] and `images`
     float[B, S, S, 3]; and for the loss on attributes `shape` and `colour` int[B].
     `params` holds "model", "attributes", and "adapters" if there are any. `flags` says which of the model's parameters
     learn (None: all); no gradient is computed for the others.
@@ -107,10 +107,14 @@ def make_loss(
     def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         weights = join(params["model"], params.get("adapters", {}))
         if flags is not None:
-            weights = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), weights, flags)
+            weights = jax.tree.map(
+                lambda p, is_trainable: p if is_trainable else jax.lax.stop_gradient(p), weights, flags
+            )
         if dtype is not None:
             weights = jax.tree.map(lambda p: p.astype(dtype), weights)
-        logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("turns"), remat=remat)
+        logits, record = bind(graph, weights)(
+            batch["tokens"], batch.get("images"), batch.get("segment_ids"), remat=remat
+        )
         losses, right, counted = next_tokens(logits, batch["labels"])
         words = losses.sum(where=counted) / jnp.maximum(counted.sum(), 1)
         correct, asked = answers(right, counted)
@@ -123,9 +127,9 @@ def make_loss(
             "expert_share": routing.share.mean(axis=0),
         }
         total = words + config.balance_weight * balance
-        if attribute_weight:
-            extra, extra_metrics = attribute_losses(params["attributes"], record["words"], batch)
-            total, metrics = total + attribute_weight * extra, metrics | extra_metrics
+        if aux_loss_weight:
+            extra, extra_metrics = probe_losses(params["attributes"], record["words"], batch)
+            total, metrics = total + aux_loss_weight * extra, metrics | extra_metrics
         return total, metrics
 
     return loss
@@ -135,9 +139,9 @@ def make_train_step(
     loss: Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]],
     optimizer: optax.GradientTransformation,
     shardings: Params,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
 ) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
-    """state, batch, frozen -> next state, metrics. With `accumulate` > 1 the batch is worked through in so many parts.
+    """state, batch, frozen -> next state, metrics. With `grad_accum_steps` > 1 the batch is worked through in so many parts.
 
     `frozen` are parameters that the loss needs beside those of the state, which alone are differentiated. Gradients
     are held to the `shardings` of the latter, so that with fsdp each device keeps only its part of them.
@@ -150,14 +154,14 @@ def make_train_step(
             (_, metrics), grads = gradient(state.params, part)
             return jax.lax.with_sharding_constraint(grads, shardings), metrics
 
-        if accumulate == 1:
+        if grad_accum_steps == 1:
             grads, metrics = one(batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            parts = jax.tree.map(lambda x: x.reshape(grad_accum_steps, -1, *x.shape[1:]), batch)
             add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, one(part)), None)
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)))
             summed, _ = jax.lax.scan(add, zeros, parts)
-            grads, metrics = jax.tree.map(lambda x: x / accumulate, summed)
+            grads, metrics = jax.tree.map(lambda x: x / grad_accum_steps, summed)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
@@ -176,7 +180,7 @@ def make_eval_step(
 
     def evaluate(params: Params, batch: Batch):
         weights = jax.tree.map(lambda p: p.astype(dtype), params)
-        logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("turns"))
+        logits, record = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("segment_ids"))
         _, right, counted = next_tokens(logits, batch["labels"])
         return *answers(right, counted), record["layers"]["routing"].share
 

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 from sharding import constrain
 from sphinx_jax.config import DinoConfig
 from sphinx_jax.layers import LayerNorm, Linear, fan_in_normal, make_layers, param
+from sphinx_jax.vision.crops import resize
 from sphinx_jax.vision.transformer import Block, Tokens, run_blocks
-from sphinx_jax.vision.views import resize
 
 NORM_EPS = 1e-6
 
@@ -53,9 +53,9 @@ class DinoV2(nnx.Module):
 
     def positions(self) -> Float[Array, "length width"]:
         """The learned positions, resized from the grid they were learned for to that of this input size."""
-        learned = self.tokens.positions[...].astype(jnp.float32)
-        places = learned[1:].reshape(1, self.position_grid, self.position_grid, -1)
+        has_loss = self.tokens.positions[...].astype(jnp.float32)
+        places = has_loss[1:].reshape(1, self.position_grid, self.position_grid, -1)
         # The 0.1 guarded PyTorch's output size against rounding, and moves every sample a little: the
         # published weights have only ever seen positions moved like that.
         places = resize(places, self.grid, scale=(self.grid + 0.1) / self.position_grid)
-        return jnp.concatenate([learned[:1], places.reshape(self.grid**2, -1)])
+        return jnp.concatenate([has_loss[:1], places.reshape(self.grid**2, -1)])

@@ -9,9 +9,9 @@ from sphinx_jax.config import VisionConfig
 from sphinx_jax.layers import LayerNorm, Linear, param
 from sphinx_jax.vision.clip_vit import ClipViT
 from sphinx_jax.vision.convnext import ConvNext
+from sphinx_jax.vision.crops import encoder_inputs
 from sphinx_jax.vision.dinov2 import DinoV2
 from sphinx_jax.vision.qformer import QFormer
-from sphinx_jax.vision.views import encoder_inputs
 
 NORM_EPS = 1e-5
 JOINED = ("clip", "convnext", "dino")
@@ -46,7 +46,7 @@ class Ensemble(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
-    ) -> Float[Array, "batch views words dim"]:
+    ) -> Float[Array, "batch crops tokens dim"]:
         """Words of pictures normalised with CLIP's mean and deviation.
 
         A view's words are the Q-Former's, then one for each place of the other encoders' common grid.
@@ -64,13 +64,13 @@ class Ensemble(nnx.Module):
             joined = jnp.concatenate([features[name] for name in JOINED if name in features], axis=-1)
             words.append(self.visual_norm(self.visual_proj(joined)))
         crops = jnp.concatenate(words, axis=1)
-        return constrain(crops.reshape(-1, self.config.views, *crops.shape[1:]), "batch", None, None, None)
+        return constrain(crops.reshape(-1, self.config.num_crops, *crops.shape[1:]), "batch", None, None, None)
 
-    def between_markers(self, words: Float[Array, "batch views words dim"]) -> Float[Array, "batch image_words dim"]:
+    def between_markers(self, words: Float[Array, "batch crops tokens dim"]) -> Float[Array, "batch image_tokens dim"]:
         """Each view between the learned start and end vectors; image_words is views x (words + 2)."""
-        batch, views, _, dim = words.shape
+        batch, num_crops, _, dim = words.shape
         start, end = (
-            jnp.broadcast_to(vector[...].astype(words.dtype), (batch, views, 1, dim))
+            jnp.broadcast_to(vector[...].astype(words.dtype), (batch, num_crops, 1, dim))
             for vector in (self.start, self.end)
         )
         return jnp.concatenate([start, words, end], axis=2).reshape(batch, -1, dim)

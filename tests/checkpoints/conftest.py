@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sphinx_jax.checkpoints import safetensors_files, torch_files
+from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -92,13 +92,13 @@ def ours():
             "ffn_norm": {"scale": get("ffn_norm")},
         }
 
-    def make(w: dict[str, np.ndarray], apart: bool) -> dict:
+    def make(w: dict[str, np.ndarray], unstacked: bool) -> dict:
         layers = [layer(w, i) for i in range(LANGUAGE.num_layers)]
         return {
             "language": {
                 "embedding": {"table": w["tok_embeddings.weight"]},
                 "head": {"kernel": w["output.weight"].T},
-                "layers": dict(enumerate(layers)) if apart else jax.tree.map(lambda *x: np.stack(x), *layers),
+                "layers": dict(enumerate(layers)) if unstacked else jax.tree.map(lambda *x: np.stack(x), *layers),
                 "norm": {"scale": w["norm.weight"]},
             }
         }

@@ -10,7 +10,9 @@ import pytest
 
 import sharding
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints import accessory, torch_files
+from sphinx_jax.checkpoints import loaded_model
+from sphinx_jax.checkpoints.formats import accessory
+from sphinx_jax.checkpoints.io import torch_files
 from sphinx_jax.config import PRESETS, nano
 from sphinx_jax.errors import UserError
 
@@ -22,16 +24,16 @@ def test_reads_both_forms_at_any_number_of_shards(accessory_directory, weights, 
     loaded = accessory.load(path, sharding.make_mesh(tensor=2))
     assert loaded.config == config
     assert loaded.tokenizer_bytes == b"a tokenizer"
-    same(loaded.params, ours(weights(), apart=False))
+    same(loaded.params, ours(weights(), unstacked=False))
 
 
 @pytest.mark.parametrize("shards", [1, 8])
 def test_every_mesh_gets_the_same_numbers(accessory_directory, weights, ours, same, mesh, shards):
     path = accessory_directory(shards=shards)
-    same(accessory.load(path, mesh, apart=True).params, ours(weights(), apart=True))
+    same(accessory.load(path, mesh, unstacked=True).params, ours(weights(), unstacked=True))
     stacked = accessory.load(path, mesh, "float32").params
-    same(stacked, jax.tree.map(lambda x: x.astype(np.float32), ours(weights(), apart=False)))
-    _, abstract = checkpoints.loaded.abstract_model(accessory.open_directory(path).config, mesh, None, False)
+    same(stacked, jax.tree.map(lambda x: x.astype(np.float32), ours(weights(), unstacked=False)))
+    _, abstract = loaded_model.abstract_model(accessory.open_directory(path).config, mesh, None, False)
     assert sharding.shardings_of(stacked) == sharding.shardings_of(abstract)
 
 
@@ -176,7 +178,7 @@ def test_nans_are_named_and_nothing_is_loaded(accessory_directory, weights, shar
     w = weights()
     w["layers.1.feed_forward.experts.5.w3.weight"][-1, -1] = value
     path = accessory_directory(w, shards)
-    for kwargs in ({}, {"dtype": "float32"}, {"apart": False}):
+    for kwargs in ({}, {"dtype": "float32"}, {"unstacked": False}):
         assert re.search(r"llma\.layers\.1\.feed_forward\.w3 holds NaNs", _error(path, **kwargs))
 
 

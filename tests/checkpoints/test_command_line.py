@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax import checkpoints, commandline
-from sphinx_jax.checkpoints import __main__ as program
+from sphinx_jax import checkpoints
+from sphinx_jax.cli import common
+from sphinx_jax.cli import convert as program
 
 
 def run(*arguments) -> int:
-    return commandline.run(program.main, [str(argument) for argument in arguments])
+    return common.run(program.main, [str(argument) for argument in arguments])
 
 
 def test_convert_through_every_format(golden_checkpoint, same, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 import sharding
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints import mixtral, safetensors_files
+from sphinx_jax.checkpoints.formats import mixtral
+from sphinx_jax.checkpoints.io import safetensors_files
 from sphinx_jax.errors import UserError
 
 
@@ -20,7 +21,7 @@ def test_mistrals_consolidated_files(mistral_directory, weights, ours, same, con
     loaded = checkpoints.load(mistral_directory(style, suffix, files), sharding.make_mesh(expert=4))
     assert loaded.config == config
     assert loaded.tokenizer_bytes is None
-    same(loaded.params, ours(weights(), apart=True))
+    same(loaded.params, ours(weights(), unstacked=True))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -37,9 +38,9 @@ def test_hugging_face_goes_round(
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
         assert written[name].tobytes() == tensor.tobytes(), name
-    loaded = checkpoints.load(path, mesh, apart=False)
+    loaded = checkpoints.load(path, mesh, unstacked=False)
     assert (loaded.config, loaded.tokenizer_bytes) == (config, b"a tokenizer")
-    same(loaded.params, ours(weights(), apart=False))
+    same(loaded.params, ours(weights(), unstacked=False))
 
 
 @pytest.fixture

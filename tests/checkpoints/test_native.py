@@ -11,13 +11,14 @@ import pytest
 
 import sharding
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints import native
+from sphinx_jax.checkpoints import loaded_model
+from sphinx_jax.checkpoints.formats import native
 from sphinx_jax.errors import UserError
 
 
-def put(tree, mesh, config, apart):
+def put(tree, mesh, config, unstacked):
     """A numpy tree, laid out on the mesh as the model lays it out."""
-    _, abstract = checkpoints.loaded.abstract_model(config, mesh, None, apart)
+    _, abstract = loaded_model.abstract_model(config, mesh, None, unstacked)
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, abstract)
 
 
@@ -26,11 +27,11 @@ MESHES = [{}, {"tensor": 2}, {"expert": 2, "fsdp": 2}, {"data": 2, "fsdp": 2, "t
 
 def test_from_mesh_to_mesh_and_back(weights, ours, same, config, tmp_path):
     """1, 2, 4 and 8 devices and back, each writing for the next; stacked and apart by turns."""
-    wanted = {apart: ours(weights(dtype=np.dtype("float32")), apart) for apart in (False, True)}
+    wanted = {unstacked: ours(weights(dtype=np.dtype("float32")), unstacked) for unstacked in (False, True)}
     params = put(wanted[False], sharding.make_mesh(), config, False)
     for i, shape in enumerate(MESHES):
         native.save(tmp_path / str(i), config, params, b"a tokenizer")
-        loaded = native.load(tmp_path / str(i), sharding.make_mesh(**shape), apart=i % 3 != 0)
+        loaded = native.load(tmp_path / str(i), sharding.make_mesh(**shape), unstacked=i % 3 != 0)
         assert (loaded.config, loaded.tokenizer_bytes) == (config, b"a tokenizer")
         assert dict(loaded.mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | shape
         same(loaded.params, wanted[i % 3 != 0])
@@ -43,11 +44,11 @@ def test_every_mesh_in_every_form_and_type(weights, ours, same, config, tmp_path
     path = tmp_path / "native"
     native.save(path, config, put(exact, sharding.make_mesh(tensor=2, fsdp=2), config, not stacked), b"a tokenizer")
     assert json.loads((path / "config.json").read_text())["stacked"] is stacked
-    for apart in (False, True):
-        same(native.load(path, mesh, apart=apart).params, ours(weights(), apart))
-    wide = native.load(path, mesh, "float32", apart=False)
+    for unstacked in (False, True):
+        same(native.load(path, mesh, unstacked=unstacked).params, ours(weights(), unstacked))
+    wide = native.load(path, mesh, "float32", unstacked=False)
     same(wide.params, jax.tree.map(lambda x: x.astype(np.float32), ours(weights(), False)))
-    _, abstract = checkpoints.loaded.abstract_model(config, mesh, None, False)
+    _, abstract = loaded_model.abstract_model(config, mesh, None, False)
     assert sharding.shardings_of(wide.params) == sharding.shardings_of(abstract)
 
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from sphinx_jax.checkpoints import torch_files
+from sphinx_jax.checkpoints.io import torch_files
 from sphinx_jax.errors import UserError
 
 STORED = zipfile.ZIP_STORED

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sphinx_jax.data import accessory_yaml
-from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def write(folder, entries):
 
 
 def read(config, max_skipped=0.0):
-    return accessory_yaml.read(config, SkipLog(max_skipped))
+    return accessory_yaml.read(config, SkippedRecords(max_skipped))
 
 
 def test_order_pictures_and_groups_are_the_originals(reference, tmp_path):
@@ -141,7 +141,7 @@ def test_malformed_records_are_passed_over(tmp_path):
     lines[10:10] = ['{"conv', json.dumps({"conversations": [{"from": "human"}]})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = write(tmp_path, [{"type": "t", "path": str(tmp_path / "a.jsonl")}])
-    skipped = SkipLog(0.02)
+    skipped = SkippedRecords(0.02)
     assert sorted(int(item.id) for item in accessory_yaml.read(config, skipped).items) == list(range(98))
     assert (len(skipped), skipped.total) == (2, 100)
     with pytest.raises(UserError, match=r"2 of 100 .*--max-skipped 0.01.*the first is .*a.jsonl, line 11: not valid"):

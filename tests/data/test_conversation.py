@@ -53,9 +53,9 @@ def test_text_tokens_and_labels(name, items, mixtral):
     item = items[name]
     conversation = Conversation.from_record(item["source"], name)
     assert conversation.text() == item["text"]
-    learned = [segment.text for segment in conversation.segments() if segment.learned]
-    assert [text.removeprefix(" ") for text in learned] == item["to_predict"]
-    assert [mixtral.encode_segment(text) for text in learned] == item["to_predict_tokens"]
+    has_loss = [segment.text for segment in conversation.segments() if segment.has_loss]
+    assert [text.removeprefix(" ") for text in has_loss] == item["to_predict"]
+    assert [mixtral.encode_segment(text) for text in has_loss] == item["to_predict_tokens"]
     example = conversation.example(mixtral)
     assert example.tokens.tolist() == item["tokens"] == item["untruncated"]["input"]
     if name in with_echo:
@@ -120,8 +120,8 @@ def test_templates(reference):
         template = TEMPLATES[name]
         conversation = Conversation.from_pairs([("Q one", "A one"), ("Q two", None)], template)
         assert conversation.prompt() == case["process"]["conv"], name
-        learned = [segment.text for segment in conversation.segments() if segment.learned]
-        assert [text.removeprefix(" ") for text in learned] == case["process"]["to_predict"], name
+        has_loss = [segment.text for segment in conversation.segments() if segment.has_loss]
+        assert [text.removeprefix(" ") for text in has_loss] == case["process"]["to_predict"], name
         assert template.response_end_signal == case["response_end_signal"], name
     assert TEMPLATES["default"].response_end_signal == reference["response_end_signal"]
 

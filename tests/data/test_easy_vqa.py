@@ -11,17 +11,17 @@ import pytest
 from sphinx_jax.data import easy_vqa
 from sphinx_jax.data.easy_vqa import Question
 from sphinx_jax.errors import UserError
-from sphinx_jax.language.cache import turn_mask, turn_positions
+from sphinx_jax.language.kv_cache import segment_mask, segment_positions
 
 
 def test_splits(train, held_out):
     assert (len(train), len(held_out)) == (4000, 1000)
     assert sum(map(len, train.questions)) == 38_575 and sum(map(len, held_out.questions)) == 9_673
     assert train.images.shape == (4000, 64, 64, 3) and train.images.dtype == np.uint8
-    tuning, validation = easy_vqa.load("tuning"), easy_vqa.load("validation")
-    assert (len(tuning), len(validation)) == (3600, 400)
-    assert sorted(tuning.ids + validation.ids) == list(train.ids)
-    for record in (validation[0], validation[-1], tuning[17]):
+    validation_split, validation = easy_vqa.load("tuning"), easy_vqa.load("validation")
+    assert (len(validation_split), len(validation)) == (3600, 400)
+    assert sorted(validation_split.ids + validation.ids) == list(train.ids)
+    for record in (validation[0], validation[-1], validation_split[17]):
         original = train[train.ids.index(record.id)]
         assert original.questions == record.questions
         np.testing.assert_array_equal(original.image, record.image)
@@ -114,15 +114,15 @@ def test_a_turn_has_the_tokens_it_has_alone(train, small, table):
         prompt = small.encode(asked, bos=True, eos=False)
         whole = small.encode(f"{asked} {question.answer}\n###", bos=True, eos=False)
         assert [*table.beginning, *tokens] == whole
-        learned = whole[len(prompt) :]
-        assert labels.tolist() == [0] * (len(tokens) - len(learned)) + learned
+        has_loss = whole[len(prompt) :]
+        assert labels.tolist() == [0] * (len(tokens) - len(has_loss)) + has_loss
 
 
 def test_turns_of_one_sequence_train_as_if_asked_alone(small, table):
     chosen = [3, 200, 3, 77]
     length = len(table.beginning) + sum(len(table.tokens[turn]) for turn in chosen) + 5
     tokens, labels, turns = easy_vqa.sequence(table, chosen, length, padding_turn=9)
-    seen, positions = np.array(turn_mask(turns[None]))[0], np.array(turn_positions(turns[None]))[0]
+    seen, positions = np.array(segment_mask(turns[None]))[0], np.array(segment_positions(turns[None]))[0]
     for number, turn in enumerate(chosen, start=1):
         alone = [*table.beginning, *table.tokens[turn]]
         last = np.flatnonzero(turns == number)[-1]
@@ -159,15 +159,15 @@ def test_batches(make, train, small):
         batch = next(batches)
         assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
             "images": ("uint8", (16, 64, 64, 3)),
-            **dict.fromkeys(("tokens", "labels", "turns"), ("int32", (16, 120))),
+            **dict.fromkeys(("tokens", "labels", "segment_ids"), ("int32", (16, 120))),
             **dict.fromkeys(("shape", "colour"), ("int32", (16,))),
             "examples": ("int64", (16,)),
         }
-        learned = batch["labels"] != 0
-        assert (batch["labels"][learned] == batch["tokens"][learned]).all()
-        assert set(np.unique(batch["turns"])) <= {0, 1, 2, 3, 4, 5}
+        has_loss = batch["labels"] != 0
+        assert (batch["labels"][has_loss] == batch["tokens"][has_loss]).all()
+        assert set(np.unique(batch["segment_ids"])) <= {0, 1, 2, 3, 4, 5}
         for tokens, turns, shape, colour in zip(
-            *(batch[k] for k in ("tokens", "turns", "shape", "colour")), strict=True
+            *(batch[k] for k in ("tokens", "segment_ids", "shape", "colour")), strict=True
         ):
             texts = [small.decode(tokens[turns == turn].tolist()) for turn in range(1, turns.max() + 1) if turn < 5]
             told = [Question(*_read(text)) for text in texts if text]

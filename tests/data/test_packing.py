@@ -10,9 +10,9 @@ from flax import nnx
 
 from sphinx_jax import config
 from sphinx_jax.data import accessory_yaml
-from sphinx_jax.data.conversation_batches import ItemReader, packed_rows, train_batches
+from sphinx_jax.data.batching import ItemReader, packed_rows, train_batches
 from sphinx_jax.data.packing import join, pack
-from sphinx_jax.data.skipped import SkipLog
+from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.step import next_tokens
@@ -51,9 +51,9 @@ def texts(tmp_path, small):
     (tmp_path / "records.json").write_text(json.dumps(records))
     meta = [{"type": "text", "path": str(tmp_path / "records.json")}]
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"META": meta}))
-    skipped = SkipLog(0.0)
+    skipped = SkippedRecords(0.0)
     annotations = accessory_yaml.read(tmp_path / "data.yaml", skipped)
-    return annotations, ItemReader(small, LENGTH, image_size=0, image_words=0, skipped=skipped)
+    return annotations, ItemReader(small, LENGTH, image_size=0, num_image_tokens=0, skipped=skipped)
 
 
 def test_losses_are_those_of_the_conversations_alone(texts):
@@ -67,7 +67,7 @@ def test_losses_are_those_of_the_conversations_alone(texts):
         dim=32, hidden_dim=32, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=512
     )
     model = SphinxMoE(config.SphinxConfig(language=decoder, vision=None), rngs=nnx.Rngs(0))
-    losses, _, counted = next_tokens(model(packed["tokens"], turns=packed["turns"])[0], packed["labels"])
+    losses, _, counted = next_tokens(model(packed["tokens"], segment_ids=packed["segment_ids"])[0], packed["labels"])
     # Row by row and word by word, in the order in which the conversations stand in the batch.
     of_packed = np.asarray(losses)[np.asarray(counted)]
 
@@ -90,7 +90,7 @@ def test_what_is_too_long_is_cut(texts):
     assert row.tokens.tolist() == long.tokens[:50].tolist() and row.labels.tolist() == long.labels[:50].tolist()
     short = join([long, long], 400)
     both = 2 * len(long.tokens)
-    assert short.turns[[0, both // 2 - 1, both // 2, both - 1, both, 399]].tolist() == [1, 1, 2, 2, 3, 3]
+    assert short.segment_ids[[0, both // 2 - 1, both // 2, both - 1, both, 399]].tolist() == [1, 1, 2, 2, 3, 3]
     assert not short.tokens[both:].any() and not short.labels[both:].any()
 
 
@@ -98,6 +98,6 @@ def test_pictures_alone_cannot_be_packed(texts, tmp_path):
     (tmp_path / "records.json").write_text(
         json.dumps([{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}])
     )
-    annotations = accessory_yaml.read(tmp_path / "data.yaml", SkipLog(0.0))
+    annotations = accessory_yaml.read(tmp_path / "data.yaml", SkippedRecords(0.0))
     with pytest.raises(UserError, match="--pack: every conversation has a picture"):
         packed_rows(annotations, texts[1])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import sharding
+from sharding.log_once import log_once
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.blockwise import attention_in_blocks
-from sphinx_jax.kernels.mask import Causal
-from sphinx_jax.kernels.said import say_once
+from sphinx_jax.kernels.attention_blockwise import attention_in_blocks
+from sphinx_jax.kernels.attention_mask import Causal
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +67,7 @@ def test_causal(causal_attention, caplog, length, head_dim, dtype):
     heads, keys = (batch, length, 2, 2, head_dim), (batch, length, 2, head_dim)
     q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (heads, keys, keys, heads))
     q = 3 * q
-    say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         ours = with_gradients(q, k, v, d_out)
     assert f"attention of {length} queries on gpu: flash" in caplog.text

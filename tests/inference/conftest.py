@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.checkpoints.loaded import Loaded
+from sphinx_jax.checkpoints.loaded_model import Loaded
 from sphinx_jax.config import ClipConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.tokenizer import train_tokenizer
@@ -38,9 +38,9 @@ def tokenizer_bytes() -> bytes:
 
 
 @functools.cache
-def tiny_model(context: int = 512, **mesh_shape: int) -> Sphinx:
+def tiny_model(max_model_len: int = 512, **mesh_shape: int) -> Sphinx:
     mesh = sharding.make_mesh(**mesh_shape)
-    graph, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs), mesh)
+    graph, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh)
     random = np.random.default_rng(0)
 
     # Drawn by numpy: the program that draws them on the device takes longer to compile than these tests to run.
@@ -50,12 +50,12 @@ def tiny_model(context: int = 512, **mesh_shape: int) -> Sphinx:
         return jax.device_put(values, leaf.sharding)
 
     params = jax.tree_util.tree_map_with_path(draw, abstract)
-    return Sphinx(Loaded(CONFIG, graph, params, tokenizer_bytes(), mesh), context)
+    return Sphinx(Loaded(CONFIG, graph, params, tokenizer_bytes(), mesh), max_model_len)
 
 
 @pytest.fixture(scope="session")
 def make_model():
-    """make_model(context=512, **mesh_shape): the same weights on any mesh, made once for all tests."""
+    """make_model(max_model_len=512, **mesh_shape): the same weights on any mesh, made once for all tests."""
     return tiny_model
 
 

@@ -5,18 +5,18 @@ import numpy as np
 
 import sharding
 import sphinx_jax
+from sphinx_jax.inference.bucketing import bucket, cache_len_for, power_of_two
 from sphinx_jax.inference.requests import Request
-from sphinx_jax.inference.sampling import Sampling
+from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.inference.serving import Session, serve
-from sphinx_jax.inference.shapes import bucket, power_of_two, slots_for
 
-ROWS, LONGEST, ANSWER, CONTEXT = 2, 70, 12, 128
+MAX_NUM_SEQS, LONGEST, ANSWER, MAX_MODEL_LEN = 2, 70, 12, 128
 """So short that few shapes are possible: each takes a second to compile."""
 
 
 def test_two_hundred_mixed_requests():
-    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", context=CONTEXT)
-    engine, words = model.engine, model.config.image_words
+    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=MAX_MODEL_LEN)
+    engine, words = model.engine, model.config.num_image_tokens
     random = np.random.default_rng(0)
     pictures = [model.picture(pixels) for pixels in random.integers(0, 256, (6, 64, 64, 3), np.uint8)]
 
@@ -30,20 +30,25 @@ def test_two_hundred_mixed_requests():
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     requests = [draw() for _ in range(160)]
-    assert len(list(serve(engine, requests, Sampling(temperature=0.7), rows=ROWS))) == len(requests)
+    assert len(list(serve(engine, requests, SamplingParams(temperature=0.7), max_num_seqs=MAX_NUM_SEQS))) == len(
+        requests
+    )
     for _ in range(20):
         first, more = draw(), random.integers(3, 99, random.integers(1, 20)).tolist()
-        session = Session(engine, CONTEXT)
+        session = Session(engine, MAX_MODEL_LEN)
         for request in (first, Request([*first.tokens, *more], first.picture, 3)):
-            list(session.stream(request, Sampling(), ()))
+            list(session.stream(request, SamplingParams(), ()))
 
     lengths = range(2, LONGEST + 1)
     texts = {bucket(n) for n in lengths}
     slots = {
-        slots_for(n, picture, a, CONTEXT, 512) for n in lengths for picture in (0, words) for a in range(1, ANSWER)
+        cache_len_for(n, picture, a, MAX_MODEL_LEN, 512)
+        for n in lengths
+        for picture in (0, words)
+        for a in range(1, ANSWER)
     }
     assert texts == {64, 96} and slots == {64, 96, 128}
-    batches = {power_of_two(n) for n in range(1, ROWS + 1)}
+    batches = {power_of_two(n) for n in range(1, MAX_NUM_SEQS + 1)}
     # For each size of the cache an empty one, the decoding loop, and what reads prompts with and without a picture;
     # a chat's cache has one size, and its second turn is read behind the first; and the encoders.
     served = len(slots) * (2 + 2 * len(texts) * len(batches))

@@ -8,11 +8,11 @@ import pytest
 
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
+from sphinx_jax.inference.bucketing import bucket, power_of_two
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Request
-from sphinx_jax.inference.sampling import Sampling
-from sphinx_jax.inference.serving import Session, answer_all, prompts_at_once, serve
-from sphinx_jax.inference.shapes import bucket, power_of_two
+from sphinx_jax.inference.sampling import SamplingParams
+from sphinx_jax.inference.serving import Session, answer_all, prefill_batch_size, serve
 
 # All prompts are of one length bucket, and prompt and answer of one bucket of cache slots, so that the tests share
 # compiled programs: those take seconds, the answers milliseconds.
@@ -71,10 +71,10 @@ def test_a_batch_gives_what_one_at_a_time_gives(model, images, answers):
 def test_rows_are_refilled_as_answers_end(model, make_model, mesh):
     """Four rows, on two replicas two on each, for nine requests that end at different times."""
     requests = [model.request(PROMPTS[i % 4], max_new_tokens=55 + i % 5) for i in range(9)]
-    ended = list(serve(make_model(**mesh).engine, requests, Sampling(), rows=4))
+    ended = list(serve(make_model(**mesh).engine, requests, SamplingParams(), max_num_seqs=4))
     assert sorted(index for index, _ in ended) == list(range(9))
     for index, completion in ended:
-        (alone,) = answer_all(model.engine, [requests[index]], Sampling())
+        (alone,) = answer_all(model.engine, [requests[index]], SamplingParams())
         assert completion == alone._replace(logprobs=completion.logprobs)
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
 
@@ -110,22 +110,22 @@ def test_nothing_is_compiled_twice(model, images):
 
 def test_a_picture_is_encoded_once(model):
     a, b = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    before = model.engine.pictures_encoded
+    before = model.engine.images_encoded
     model.generate(PROMPTS, [a, None, b, a.copy()], max_new_tokens=NEW)
-    assert model.engine.pictures_encoded == before + 2
+    assert model.engine.images_encoded == before + 2
     model.generate(PROMPTS[:1], [b], max_new_tokens=NEW)
-    assert model.engine.pictures_encoded == before + 2
+    assert model.engine.images_encoded == before + 2
 
 
 def test_encoded_pictures_are_kept_within_a_bound(model, images, monkeypatch):
     one = model.encode_images(images[:1])
-    monkeypatch.setattr(engine_module, "PICTURE_BYTES", 2 * one.nbytes)
+    monkeypatch.setattr(engine_module, "IMAGE_CACHE_BYTES", 2 * one.nbytes)
     model.encode_images(images)
-    before = model.engine.pictures_encoded
+    before = model.engine.images_encoded
     model.encode_images([images[2], images[1]])
-    assert model.engine.pictures_encoded == before
+    assert model.engine.images_encoded == before
     np.testing.assert_array_equal(model.encode_images(images[:1]), one)
-    assert model.engine.pictures_encoded == before + 1
+    assert model.engine.images_encoded == before + 1
 
 
 def test_a_prompt_read_in_pieces_is_the_same_prompt(model, images, answers, monkeypatch):
@@ -193,10 +193,12 @@ def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(model, make_m
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(model, images, monkeypatch):
-    monkeypatch.setattr(model.engine, "context", SLOTS)
+    monkeypatch.setattr(model.engine, "max_model_len", SLOTS)
     long = "a much longer question: " + " and ".join(PROMPTS * 6)
-    length = len(model.request(long).tokens) + model.config.image_words
-    with pytest.raises(UserError, match=rf"{length} tokens long, {model.config.image_words} of them.*context of 128"):
+    length = len(model.request(long).tokens) + model.config.num_image_tokens
+    with pytest.raises(
+        UserError, match=rf"{length} tokens long, {model.config.num_image_tokens} of them.*context of 128"
+    ):
         model.generate([long], images[:1])
     with pytest.raises(UserError, match="context of 128"):
         list(model.stream(long))
@@ -213,23 +215,25 @@ def test_a_session_reads_only_what_is_new(model, images, monkeypatch):
     )
     session = Session(model.engine, SLOTS)
     first, second = (model.request(prompt, images[0], max_new_tokens=4) for prompt in ("is it?", "is it red?"))
-    stream = lambda request: "".join(session.stream(request, Sampling(), ()))
+    stream = lambda request: "".join(session.stream(request, SamplingParams(), ()))
     stream(first)
     text = stream(second)
     common = next(i for i, (a, b) in enumerate(zip(first.tokens, second.tokens, strict=False)) if a != b)
     assert read[0].start[0] == 0 and read[0].length[0] == len(first.tokens)
-    assert read[1].start[0] == common + model.config.image_words
+    assert read[1].start[0] == common + model.config.num_image_tokens
     assert read[1].length[0] == len(second.tokens) - common
     assert text == model.generate(["is it red?"], images[:1], max_new_tokens=NEW)[0][: len(text)]
     # All that was said comes back as part of the prompt: its last token was chosen but never read.
     said = model.engine.tokenizer.encode("yes", bos=False, eos=False)
-    (spoken,) = answer_all(model.engine, [second], Sampling())
+    (spoken,) = answer_all(model.engine, [second], SamplingParams())
     third = Request([*second.tokens, *spoken.tokens, *said], second.picture, 4)
     text = stream(third)
-    assert read[-1].start[0] == len(second.tokens) + len(spoken.tokens) - 1 + model.config.image_words
+    assert read[-1].start[0] == len(second.tokens) + len(spoken.tokens) - 1 + model.config.num_image_tokens
     assert (
         text
-        == answer_all(model.engine, [dataclasses.replace(third, max_new_tokens=NEW)], Sampling())[0].text[: len(text)]
+        == answer_all(model.engine, [dataclasses.replace(third, max_new_tokens=NEW)], SamplingParams())[0].text[
+            : len(text)
+        ]
     )
     # Another picture: nothing can be kept.
     stream(model.request("is it?", images[1], max_new_tokens=4))
@@ -261,7 +265,7 @@ def test_no_memory_for_the_cache_is_said_with_what_would_fit(model, monkeypatch)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setitem(model.engine._compiled, ("state", 1, 64), exhausted)
-    with pytest.raises(UserError, match=r"no memory for a cache of 1 x 64 positions .* shorter --context"):
+    with pytest.raises(UserError, match=r"no memory for a cache of 1 x 64 positions .* shorter --max-model-len"):
         model.engine.new_state(1, 64)
 
 
@@ -275,12 +279,12 @@ def test_buckets_waste_at_most_half():
 @pytest.mark.parametrize("piece", [512, 2048])
 def test_prompts_read_at_once_take_bounded_memory(piece):
     for n in range(1, 3000):
-        prompts = prompts_at_once(n, piece, groups=1, pictures=True)
+        prompts = prefill_batch_size(n, piece, groups=1, pictures=True)
         assert power_of_two(prompts) == prompts <= 16
         # Twice as many would be too many.
         assert prompts * min(bucket(n), piece) <= 8192 and (prompts == 16 or 2 * prompts * min(bucket(n), piece) > 8192)
-        assert prompts_at_once(n, piece, groups=8, pictures=False) == prompts
+        assert prefill_batch_size(n, piece, groups=8, pictures=False) == prompts
         for groups in (2, 3, 8, 32):
             # The words of pictures are on every device.
-            each = prompts_at_once(n, piece, groups, pictures=True)
+            each = prefill_batch_size(n, piece, groups, pictures=True)
             assert power_of_two(each) == each <= prompts and (each == 1 or groups * each <= 16)

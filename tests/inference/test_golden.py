@@ -8,9 +8,9 @@ from PIL import Image
 
 import sharding
 import sphinx_jax
-from sphinx_jax.checkpoints import accessory
-from sphinx_jax.kernels.mask import Causal
-from sphinx_jax.language.cache import make_cache
+from sphinx_jax.checkpoints.formats import accessory
+from sphinx_jax.kernels.attention_mask import Causal
+from sphinx_jax.language.kv_cache import make_cache
 from sphinx_jax.model import bind
 from tests.conftest import GOLDEN, mesh_name
 from tests.vision.test_golden import pictures
@@ -79,7 +79,7 @@ def test_logits_of_cached_decoding(run):
     """The prompt read into the cache, then eight tokens one at a time: the scores after each."""
     engine, e = run.model.engine, run.expected
     prompt = jnp.asarray(run.inputs["prompt_tokens"], jnp.int32)
-    slots = run.model.config.image_words + prompt.shape[1] + len(e["decode_tokens"])
+    slots = run.model.config.num_image_tokens + prompt.shape[1] + len(e["decode_tokens"])
 
     def read(params, cache, tokens, start, picture):
         model = bind(engine._programs.graph, params)
@@ -88,7 +88,7 @@ def test_logits_of_cached_decoding(run):
         hidden, cache, _ = model.language(x, positions, Causal(positions[:, 0]), cache)
         return model.language.logits(hidden[:, -1:])[0, 0], cache, start + x.shape[1]
 
-    with sharding.use(run.model.mesh):
+    with sharding.mesh_context(run.model.mesh):
         read = jax.jit(read)
         cache = make_cache(run.model.config.language, 1, slots, jnp.float32)
         logits, cache, start = read(engine.params, cache, prompt, jnp.int32(0), run.picture)

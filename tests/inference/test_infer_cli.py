@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import infer
-from sphinx_jax import commandline
+from sphinx_jax.cli import common, infer
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "what is the colour of the shape?"
@@ -22,10 +21,10 @@ def run(model, monkeypatch, capsys, tmp_path):
     """run(*argv) -> exit code, stdout and stderr, with the tiny model in place of any that would be loaded."""
     monkeypatch.chdir(tmp_path)
     loaded = []
-    monkeypatch.setattr("infer.sphinx_jax.load", lambda path, *_, **__: loaded.append(path) or model)
+    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.load", lambda path, *_, **__: loaded.append(path) or model)
 
     def call(*argv):
-        code = commandline.run(infer.main, [str(arg) for arg in argv])
+        code = common.run(infer.main, [str(arg) for arg in argv])
         out = capsys.readouterr()
         return code, out.out, out.err
 
@@ -67,7 +66,7 @@ def test_nothing_asked_shows_three_held_out_pictures_from_the_newest_run(run, mo
 
 def test_without_a_run_the_shipped_checkpoint_is_shown(run, monkeypatch, tmp_path):
     shipped = tmp_path / "nano"
-    monkeypatch.setattr("infer.sphinx_jax.SHIPPED", shipped)
+    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.SHIPPED", shipped)
     code, _, err = run()
     assert code == 2 and "no run under ./runs" in err
     shipped.mkdir()
@@ -78,7 +77,7 @@ def test_without_a_run_the_shipped_checkpoint_is_shown(run, monkeypatch, tmp_pat
 def test_easy_vqa_missing_is_one_line_before_anything_is_loaded(run, monkeypatch, tmp_path):
     from sphinx_jax.data import easy_vqa
 
-    monkeypatch.setattr("infer.sphinx_jax.SHIPPED", tmp_path)
+    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.SHIPPED", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     easy_vqa._read.cache_clear()
     code, _, err = run()
@@ -98,7 +97,18 @@ def test_a_pipe_asks_line_by_line(run, model, picture, monkeypatch):
 def test_a_file_of_questions_can_be_taken_up_again(run, picture, tmp_path):
     lines = [{"id": i, "image": str(picture), "prompt": QUESTION} for i in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
-    argv = ("--checkpoint", "x", "--batch", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", 60, "--rows", 4)
+    argv = (
+        "--checkpoint",
+        "x",
+        "--batch",
+        "in.jsonl",
+        "--out",
+        "out.jsonl",
+        "--max-new-tokens",
+        60,
+        "--max-num-seqs",
+        4,
+    )
     code, out, err = run(*argv)
     assert code == 0 and out == "" and "3 answered, 0 answered before, 1 failed" in err
     first = (tmp_path / "out.jsonl").read_text()
@@ -124,7 +134,7 @@ def test_a_file_of_questions_can_be_taken_up_again(run, picture, tmp_path):
         (["--batch", "in.jsonl", "--out", "o", "--prompt", "x"], "--batch stands alone"),
         (["--batch", "in.jsonl", "--out", "o"], "in.jsonl"),
         (["--batch", "empty.jsonl", "--out", "o"], "no questions"),
-        (["--rows", "0"], "--rows"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--simulate-devices", "0"], "--simulate-devices"),
         (["--simulate-devices", "9"], "cannot simulate 9 devices"),
         (["--mesh.tensor", "3", "--mesh.data", "5"], "needs 15 devices and there are 8"),
@@ -149,12 +159,12 @@ def test_mistakes_that_show_later_too(run, model, picture, tmp_path, monkeypatch
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     for directory in (tmp_path, tmp_path / "missing"):
-        assert commandline.run(infer.main, ["--checkpoint", str(directory), "--prompt", "x"]) == 2
+        assert common.run(infer.main, ["--checkpoint", str(directory), "--prompt", "x"]) == 2
 
 
 def test_help_has_examples_and_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
-        commandline.run(infer.main, ["--help"])
+        common.run(infer.main, ["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "python infer.py --image cat.jpg --prompt" in shown

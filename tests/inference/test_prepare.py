@@ -9,7 +9,7 @@ import pytest
 import sharding
 import sphinx_jax
 from sphinx_jax import SHIPPED, UserError
-from sphinx_jax.checkpoints import stream
+from sphinx_jax.checkpoints import reader
 
 QUESTION = "what shape is in the image?"
 
@@ -34,12 +34,12 @@ def test_a_question_compiles_nothing_more_once_the_weights_are_there(picture, sh
     assert compiled == [model.engine.compilations] == [4 if with_picture else 3]
     answer = list(model.stream(QUESTION, image, max_new_tokens=4))
     assert [model.engine.compilations] == compiled
-    assert model.engine.pictures_encoded == with_picture
+    assert model.engine.images_encoded == with_picture
     assert answer == list(sphinx_jax.load(SHIPPED, mesh).stream(QUESTION, image, max_new_tokens=4))
 
 
 def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(monkeypatch):
-    wrong, read, count = threading.Event(), stream.Reader.read, []
+    wrong, read, count = threading.Event(), reader.Reader.read, []
 
     def prepare(model):
         try:
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(mon
         time.sleep(0.1)
         return read(reader, path)
 
-    monkeypatch.setattr(stream.Reader, "read", slow)
-    with pytest.raises(UserError, match="--context"):
-        sphinx_jax.load(SHIPPED, context=20, prepare=prepare)
+    monkeypatch.setattr(reader.Reader, "read", slow)
+    with pytest.raises(UserError, match="--max-model-len"):
+        sphinx_jax.load(SHIPPED, max_model_len=20, prepare=prepare)
     assert len(count) == 1

@@ -22,7 +22,7 @@ def in_two(*argv):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    program = [sys.executable, INFER, "--checkpoint", sphinx_jax.SHIPPED, "--context", "256", *argv]
+    program = [sys.executable, INFER, "--checkpoint", sphinx_jax.SHIPPED, "--max-model-len", "256", *argv]
     program += ["--dtype", "float32", "--mesh.data", "2", "--mesh.tensor", "2", "--simulate-devices", "2"]
     program += ["--coordinator", address, "--num-processes", "2", "--process-id"]
     started = [
@@ -42,7 +42,7 @@ def in_two(*argv):
 @pytest.mark.parametrize(("closed", "said"), [("", "answer\n"), (">&-", ""), ("2>&-", "library\nanswer\n")])
 def test_only_answers_on_standard_output(closed, said):
     """What a library prints past Python goes to standard error, if there is one; nothing waits until the end."""
-    code = "import os; from sphinx_jax import commandline; commandline.only_answers_on_stdout(); "
+    code = "import os; from sphinx_jax.cli import common; common.only_answers_on_stdout(); "
     code += "os.write(1, b'library\\n') if os.sys.stdout else 0; print('answer') if os.sys.stdout else 0; os._exit(0)"
     program = f'"{sys.executable}" -u -c "{code}" {closed}'
     done = subprocess.run(["sh", "-c", program], cwd=INFER.parent, capture_output=True, text=True)
@@ -59,11 +59,13 @@ def test_a_file_and_a_question_in_two_processes(tmp_path):
     lines = [json.dumps({"id": i, "prompt": question, "image": str(picture)}) for i, question, picture in asked]
     lines[5] = lines[5].replace(str(pictures[5]), "gone.png")
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", context=256)
+    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=256)
     expected = model.generate(questions, pictures, max_new_tokens=8)
 
     out = tmp_path / "answers.jsonl"
-    said, codes = in_two("--batch", tmp_path / "questions.jsonl", "--out", out, "--max-new-tokens", 8, "--rows", 4)
+    said, codes = in_two(
+        "--batch", tmp_path / "questions.jsonl", "--out", out, "--max-new-tokens", 8, "--max-num-seqs", 4
+    )
     assert codes == [0, 0], said
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert {line["id"]: line["answer"] for line in found if "answer" in line} == {

@@ -18,7 +18,7 @@ from sphinx_jax.quantization import abstract_quantized_params
 def test_bytes_of_the_real_model(kind, most):
     """Encoders, embedding and head included, which stay as they are; on 8 devices each holds its eighth."""
     mesh = sharding.make_mesh(tensor=8)
-    make = lambda rngs: SphinxMoE(preset("sphinx-moe"), apart=True, rngs=rngs)
+    make = lambda rngs: SphinxMoE(preset("sphinx-moe"), unstacked=True, rngs=rngs)
     _, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
     few = abstract_quantized_params(params, kind)
     total = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -35,7 +35,7 @@ def test_accuracy_of_nano():
     mesh = sharding.make_mesh()
 
     def accuracy(**options):
-        model = sphinx_jax.load(sphinx_jax.SHIPPED, mesh, context=256, **options)
+        model = sphinx_jax.load(sphinx_jax.SHIPPED, mesh, max_model_len=256, **options)
         answers = model.generate(questions, pictures, max_new_tokens=8)
         return np.mean([said == question.answer for said, (_, question) in zip(answers, records, strict=True)])
 

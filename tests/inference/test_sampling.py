@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.sampling import Sampling, choose, nucleus, penalised
+from sphinx_jax.inference.sampling import SamplingParams, choose, nucleus, penalised
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "sampling.npz")
 
@@ -56,7 +56,7 @@ def test_draws_follow_the_distribution_and_greedy_takes_the_best():
     rows = 4000
     logits = np.tile(np.log(probabilities).astype(np.float32), (rows, 1))
     seeds = np.stack([np.full(rows, 3), np.arange(rows)], 1).astype(np.uint32)
-    sampling = Sampling(temperature=0.5, top_p=0.99)
+    sampling = SamplingParams(temperature=0.5, top_p=0.99)
     counts = np.bincount(drawn(logits, seeds, np.zeros(rows, np.int32), sampling.values()), minlength=5)
     # Temperature 1/2 squares the probabilities; the last then lies past 99 %.
     expected = probabilities**2 / (probabilities**2).sum()
@@ -65,14 +65,14 @@ def test_draws_follow_the_distribution_and_greedy_takes_the_best():
     assert counts[-1] == 0
     chi_square = ((counts - expected)[:-1] ** 2 / expected[:-1]).sum()
     assert chi_square < 16.3, counts  # 99.9 % of three degrees of freedom
-    greedy = drawn(logits, seeds, np.zeros(rows, np.int32), Sampling(temperature=0).values())
+    greedy = drawn(logits, seeds, np.zeros(rows, np.int32), SamplingParams(temperature=0).values())
     assert not np.asarray(greedy).any()
 
 
 def test_a_draw_depends_on_seed_request_and_step_and_not_on_the_row():
     logits = np.zeros((4, 1000), np.float32)
     seeds = np.array([[1, 7], [2, 7], [1, 8], [1, 7]], np.uint32)
-    sampling = Sampling(temperature=1, top_p=1).values()
+    sampling = SamplingParams(temperature=1, top_p=1).values()
     first = np.asarray(drawn(logits, seeds, np.array([0, 0, 0, 0], np.int32), sampling))
     later = np.asarray(drawn(logits, seeds, np.array([1, 0, 0, 2], np.int32), sampling))
     assert first[0] == first[3] and len(set(first[:3].tolist())) == 3
@@ -96,11 +96,11 @@ def test_a_draw_depends_on_seed_request_and_step_and_not_on_the_row():
 )
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad)).replace("_", "[- ]")):
-        Sampling(**bad)
+        SamplingParams(**bad)
 
 
 def test_a_tiny_temperature_is_greedy():
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     seeds = np.zeros((3, 2), np.uint32)
-    tokens = drawn(logits, seeds, np.zeros(3, np.int32), Sampling(temperature=1e-30, top_p=1).values())
+    tokens = drawn(logits, seeds, np.zeros(3, np.int32), SamplingParams(temperature=1e-30, top_p=1).values())
     np.testing.assert_array_equal(tokens, logits.argmax(-1))

@@ -5,7 +5,8 @@ import pytest
 
 import sharding
 from sharding import MeshShape
-from sharding.plan import find_gpu, has_gpu_compiler, planning_mesh
+from sphinx_jax.hardware import find_gpu
+from sphinx_jax.memory_plan.aot import has_gpu_compiler, planning_mesh
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def compile_for_gpu():
     """Compiles a function of abstract arguments that lie on such a mesh."""
 
     def compiled(mesh, function, *args):
-        with sharding.use(mesh):
+        with sharding.mesh_context(mesh):
             return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
 
     return compiled

@@ -10,13 +10,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import sharding
-from sharding.plan import compile_ahead
 from sphinx_jax.config import DecoderConfig, SphinxConfig
-from sphinx_jax.kernels import flash
+from sphinx_jax.kernels import attention_flash
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.mask import Causal
+from sphinx_jax.kernels.attention_mask import Causal
+from sphinx_jax.memory_plan.aot import compile_ahead
+from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.model import SphinxMoE, bind
-from sphinx_jax.planning.inference import inference_jobs
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -69,7 +69,7 @@ def interpreted(monkeypatch):
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip("needs jax 0.11 or newer, which can interpret kernels for Hopper")
     monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
-    monkeypatch.setattr(flash, "_product", product)
+    monkeypatch.setattr(attention_flash, "_product", product)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 
@@ -134,9 +134,9 @@ def test_on_several_hoppers(causal_attention, monkeypatch):
     """
     parts = []
     monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
-    monkeypatch.setattr(flash, "flash_attention", lambda q, *kv: parts.append(q.shape) or plain(q, *kv))
+    monkeypatch.setattr(attention_flash, "flash_attention", lambda q, *kv: parts.append(q.shape) or plain(q, *kv))
     args = drawn(jnp.bfloat16, 136)
-    with sharding.use(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
+    with sharding.mesh_context(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
         ours = jax.jit(with_gradients.__wrapped__)(*args)
     assert set(parts) == {(1, 256, 1, 64)}
     assert all(far(*pair) < 1e-2 for pair in zip(ours, causal_attention(*args), strict=True))
@@ -147,10 +147,10 @@ def test_later_pieces_on_several_hoppers(later_attention, monkeypatch):
     parts = []
     record = lambda start, q, *kv: parts.append(q.shape) or plain(q, *kv, start)
     monkeypatch.setattr(sharding, "compute_capability", lambda: "9.0")
-    monkeypatch.setattr(flash, "flash_attention_from", record)
+    monkeypatch.setattr(attention_flash, "flash_attention_from", record)
     start = np.array([0, 77, 5, 256])
     q, k, v, k_then_nan, v_then_nan = cached(jnp.bfloat16, start, 136, 400)
-    with sharding.use(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
+    with sharding.mesh_context(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
         ours = jax.jit(later.__wrapped__)(start, q, jnp.nan_to_num(k_then_nan), v_then_nan)
     assert set(parts) == {(2, 256, 1, 64)}
     assert far(ours, later_attention(start, q, k, v)) < 1e-2
@@ -172,9 +172,9 @@ def kernels_and_scores(compiled):
 def test_a_prompt_read_on_hopper(gpu_mesh):
     """Without scores, from its beginning on."""
     mesh = gpu_mesh("h100-80gb", tensor=2)
-    make = lambda rngs: SphinxMoE(CONFIG, apart=True, rngs=rngs)
+    make = lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
-    jobs, _ = inference_jobs(CONFIG, graph, params, mesh, rows=1, context=LENGTH + 64)
+    jobs, _ = inference_jobs(CONFIG, graph, params, mesh, max_num_seqs=1, max_model_len=LENGTH + 64)
     found = {job.name: kernels_and_scores(compile_ahead(job.program, job.args, mesh)) for job in jobs}
     layers = CONFIG.language.num_layers
     assert found == {
@@ -182,18 +182,18 @@ def test_a_prompt_read_on_hopper(gpu_mesh):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("turns", [False, True])
-def test_training_on_hopper(gpu_mesh, turns):
-    """Whole sequences keep no scores in the gradient either; turns need a mask, and have them."""
+@pytest.mark.parametrize("segment_ids", [False, True])
+def test_training_on_hopper(gpu_mesh, segment_ids):
+    """Whole sequences keep no scores in the gradient either; segment ids need a mask, and have them."""
     mesh = gpu_mesh("h100-80gb", fsdp=2, expert=2, tensor=2)
     make = lambda rngs: SphinxMoE(CONFIG, rngs=rngs)
     graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
-    place = sharding.place(("batch", None), (2, LENGTH), mesh)
+    place = sharding.named_sharding(("batch", None), (2, LENGTH), mesh)
     tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32, sharding=place)
 
     def loss(params, tokens):
-        return jnp.sum(bind(graph, params)(tokens, turns=tokens if turns else None, remat="block")[0])
+        return jnp.sum(bind(graph, params)(tokens, segment_ids=tokens if segment_ids else None, remat="block")[0])
 
     compiled = compile_ahead(sharding.Program(jax.grad(loss)), (params, tokens), mesh)
     # In the loop over layers: forwards, once more in the gradient, and the two parts of that.
-    assert kernels_and_scores(compiled) == ((0, True) if turns else (4, False))
+    assert kernels_and_scores(compiled) == ((0, True) if segment_ids else (4, False))

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sphinx_jax.kernels.experts import experts_sum
+from sphinx_jax.kernels.moe import moe_ffn
 from sphinx_jax.kernels.quantized import quantize
 
 LARGEST = {"int8": 127, "int4": 7}
@@ -50,7 +50,7 @@ def test_experts_of_few_bits(kind, tokens):
     w_in, w_out = normal(4, 64, 2, 128) / 8, normal(4, 128, 64) / 11
     experts = np.stack([random.permutation(4)[:2] for _ in range(tokens)]).astype(np.int32)
     few = (quantize(jnp.asarray(w_in), kind, -3), quantize(jnp.asarray(w_out), kind, -2))
-    ours = jax.jit(experts_sum)(x, experts, weights, *few)
+    ours = jax.jit(moe_ffn)(x, experts, weights, *few)
     gate_up = np.einsum("td,edgh->tegh", x, rounded(w_in, -3, kind))
     hidden = gate_up[:, :, 0] / (1 + np.exp(-gate_up[:, :, 0])) * gate_up[:, :, 1]
     out = np.einsum("teh,ehd->ted", hidden, rounded(w_out, -2, kind))

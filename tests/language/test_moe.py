@@ -37,7 +37,7 @@ def loop(params, x, k):
 def test_equals_a_loop_over_tokens_on_every_mesh(mesh):
     graph, params = sharding.init_params(make, 0, mesh)
     x = jax.random.normal(jax.random.key(1), (4, 9, 16))
-    with sharding.use(mesh):
+    with sharding.mesh_context(mesh):
         y, _ = jax.jit(lambda p, x: bind(graph, p)(x))(params, x)
     np.testing.assert_allclose(y, loop(params, x, CONFIG.experts_per_token), rtol=1e-5, atol=1e-5)
 

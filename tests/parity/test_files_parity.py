@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sphinx_jax.checkpoints import safetensors_files, torch_files
+from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 
 torch = pytest.importorskip("torch", reason="the reference: install the parity extra")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="the reference: install the parity extra")

@@ -7,7 +7,7 @@ import pytest
 
 import sharding
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints import mixtral
+from sphinx_jax.checkpoints.formats import mixtral
 from sphinx_jax.model import bind
 
 torch = pytest.importorskip("torch", reason="the reference is transformers on torch: install the parity extra")
@@ -44,7 +44,7 @@ def reference_logits(model, tokens) -> np.ndarray:
 
 
 def our_logits(loaded, tokens) -> np.ndarray:
-    with sharding.use(loaded.mesh):
+    with sharding.mesh_context(loaded.mesh):
         run = jax.jit(lambda params, tokens: bind(loaded.graph, params)(tokens)[0])
         return np.asarray(run(loaded.params, jnp.asarray(tokens)))
 
@@ -54,7 +54,7 @@ def our_logits(loaded, tokens) -> np.ndarray:
 def test_logits_of_transformers_files(reference, tokens, tmp_path, limit, shape):
     reference.save_pretrained(tmp_path, max_shard_size=limit)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or limit == "60KB"
-    loaded = checkpoints.load(tmp_path, sharding.make_mesh(**shape), apart=False)
+    loaded = checkpoints.load(tmp_path, sharding.make_mesh(**shape), unstacked=False)
     wanted, got = reference_logits(reference, tokens), our_logits(loaded, tokens)
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-5
     assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sphinx_jax.checkpoints.vision_entries import vision_entries
+from sphinx_jax.checkpoints.mapping.vision import vision_entries
 from sphinx_jax.config import ClipConfig, ConvNextConfig, DinoConfig, QFormerConfig, VisionConfig
 from sphinx_jax.vision.clip_vit import ClipViT
 from sphinx_jax.vision.convnext import ConvNext

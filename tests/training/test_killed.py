@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train
-from sphinx_jax import commandline, config
-from sphinx_jax.data.skipped import SkipLog
-from sphinx_jax.data.task import YamlData, YamlOptions
+from sphinx_jax import config
+from sphinx_jax.cli import common, train
+from sphinx_jax.data.skipped_records import SkippedRecords
+from sphinx_jax.data.tasks import YamlData, YamlOptions
 from sphinx_jax.errors import UserError
-from sphinx_jax.training import recipe
+from sphinx_jax.training import train_config
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -140,19 +140,19 @@ def tiny(monkeypatch):
 
 def call(tmp_path, *argv):
     argv = ["--preset", "tiny", "--data", write_data(tmp_path), "--max-length", "100", "--batch-size", "4", *argv]
-    return commandline.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
+    return common.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
     """Whichever step it happens in: here one that is not logged, after an update that was far too large."""
-    monkeypatch.setattr(recipe, "cosine_with_warmup", lambda step, **_: jnp.where(step == 6, 1e30, 1e-3))
+    monkeypatch.setattr(train_config, "cosine_with_warmup", lambda step, **_: jnp.where(step == 6, 1e30, 1e-3))
     assert call(tmp_path, "--steps", 60, "--lr", "1e-3", "--save-every", 4, "--log-every", 50) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     report = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert said.startswith("error: ") and "at step 7" in said and report["step"] == 7
     assert not all(np.isfinite(float(report[name])) for name in ("loss", "grad_norm"))
     assert "checkpoints/4 with --resume" in said
-    task = YamlData(tmp_path / "data.yaml", tiny, None, SkipLog(0.0), YamlOptions(max_length=100))
+    task = YamlData(tmp_path / "data.yaml", tiny, None, SkippedRecords(0.0), YamlOptions(max_length=100))
     batches = task.batches(4, seed=0)
     batch = [next(batches) for _ in range(7)][-1]
     assert report["examples"] == [task.name(i) for i in batch["examples"]]

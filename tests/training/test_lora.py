@@ -11,17 +11,16 @@ import pytest
 
 import sharding
 import sphinx_jax
-import train
-from sphinx_jax import adapters, checkpoints, commandline, config
-from sphinx_jax.checkpoints import loaded
+from sphinx_jax import checkpoints, config, lora_params
+from sphinx_jax.checkpoints import loaded_model
+from sphinx_jax.cli import common, export, train
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.tokenizer import train_tokenizer
 from sphinx_jax.model import SphinxMoE, bind
-from sphinx_jax.training import export
 from sphinx_jax.training.program import train_program
-from sphinx_jax.training.recipe import Recipe
 from sphinx_jax.training.step import make_loss
+from sphinx_jax.training.train_config import TrainConfig
 from tests.training.test_killed import losses, write_data
 
 SMALL = dataclasses.replace(config.nano().language, dim=16, hidden_dim=24, num_heads=4, num_kv_heads=2)
@@ -60,7 +59,7 @@ def drawn(lora=None, seed=0):
 def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
     """Merged in numpy; of W + s a b the gradients are s W' b^T and s a^T W'."""
     (graph, params), plain = drawn(LORA), drawn()[0]
-    base, other = adapters.split(params)
+    base, other = lora_params.split(params)
     tokens = np.random.default_rng(0).integers(1, 512, (3, 20))
     batch = {"tokens": tokens, "labels": tokens}
     dense = jax.jit(jax.value_and_grad(lambda p: make_loss(plain, CONFIG)({"model": p}, batch)[0]))
@@ -86,8 +85,8 @@ def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
 
 def test_the_optimizer_holds_moments_of_adapters_only():
     """SPHINX-MoE on eight devices: bytes counted from the published shapes; the rank is split over no axis."""
-    recipe = Recipe(steps=10, batch_size=8, stage="lora", lora=LoraConfig(16, 32.0), dtype="bfloat16")
-    program = train_program(config.sphinx_moe(), recipe, sharding.make_mesh(tensor=4, fsdp=2))
+    train_config = TrainConfig(steps=10, batch_size=8, stage="lora", lora=LoraConfig(16, 32.0), dtype="bfloat16")
+    program = train_program(config.sphinx_moe(), train_config, sharding.make_mesh(tensor=4, fsdp=2))
     dim, hidden, rank, tensor, fsdp = 4096, 14336, 16, 4, 2
     qkv, heads = 48 * 128, 32 * 128
     attention = rank * (dim / fsdp + qkv / tensor + heads / tensor + dim / fsdp)
@@ -104,7 +103,7 @@ def call(tmp_path_factory):
     """Runs train.py on sums as text."""
     data = write_data(tmp_path_factory.mktemp("lora"))
     argv = ["--data", data, "--max-length", "64", "--batch-size", "8", "--log-every", "1"]
-    return lambda *more: commandline.run(train.main, [*map(str, argv), *map(str, more)])
+    return lambda *more: common.run(train.main, [*map(str, argv), *map(str, more)])
 
 
 def save_base(path, seed):
@@ -154,7 +153,7 @@ def test_resumed_bit_for_bit_and_the_same_on_a_mesh(call, run, base, tmp_path):
 
 def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
     """The difference to the base is scale x a b by numpy, and nothing else; the model is the one that was trained."""
-    before, after = (checkpoints.load(path, sharding.make_mesh(), apart=False).params for path in (base, run))
+    before, after = (checkpoints.load(path, sharding.make_mesh(), unstacked=False).params for path in (base, run))
     saved = checkpoints.open(run).adapters[0].factors
     tree = {}
     for path, (a, b) in saved.items():
@@ -172,13 +171,13 @@ def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
         lambda rngs: SphinxMoE(CONFIG, lora=LoraConfig(3, 6.0), rngs=rngs), sharding.make_mesh()
     )[0]
     tokens = np.random.default_rng(1).integers(1, 512, (2, 16))
-    unmerged = jax.jit(lambda p: bind(graph, p)(tokens)[0])(adapters.join(before, tree))
+    unmerged = jax.jit(lambda p: bind(graph, p)(tokens)[0])(lora_params.join(before, tree))
     np.testing.assert_allclose(sphinx_jax.load(run, sharding.make_mesh()).logits(tokens), unmerged, atol=1e-5)
-    assert commandline.run(export.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
-    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(tensor=2), apart=False).params
+    assert common.run(export.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
+    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(tensor=2), unstacked=False).params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
     checkpoints.convert(run, tmp_path / "converted", "mixtral")
-    converted = checkpoints.load(tmp_path / "converted", sharding.make_mesh(), apart=False).params
+    converted = checkpoints.load(tmp_path / "converted", sharding.make_mesh(), unstacked=False).params
     np.testing.assert_array_equal(
         converted["language"]["layers"]["ffn"]["w_in"], after["language"]["layers"]["ffn"]["w_in"]
     )
@@ -196,11 +195,11 @@ def test_on_attention_alone(call, base, tmp_path, capsys):
         "wqkv": [(layers, dim, rank), (layers, rank, groups, 4, 4)],
         "wo": [(layers, groups, 2, 4, rank), (layers, rank, dim)],
     }
-    before, after = (checkpoints.load(path, sharding.make_mesh(), apart=False).params for path in (base, out))
+    before, after = (checkpoints.load(path, sharding.make_mesh(), unstacked=False).params for path in (base, out))
     changed = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
     assert {p[-1].key for p, flag in jax.tree_util.tree_leaves_with_path(changed) if flag} == {"wqkv", "wo"}
-    assert commandline.run(export.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
-    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(), apart=False).params
+    assert common.run(export.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
+    exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(), unstacked=False).params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
     assert call(*asked(base, out, "--resume")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -210,7 +209,7 @@ def test_on_attention_alone(call, base, tmp_path, capsys):
 @pytest.mark.parametrize(("targets", "rank", "mib"), [("attention", 8, 18), ("attention", 16, 36), ("all", 8, 418)])
 def test_bytes_of_the_published_models_adapters(targets, rank, mib):
     """As docs/finetuning.md states them: 32 layers, queries with keys and values 6144 wide, 8 experts of 14336."""
-    abstract = loaded.abstract_adapters(config.sphinx_moe(), LoraConfig(rank, 1.0, targets))
+    abstract = loaded_model.abstract_adapters(config.sphinx_moe(), LoraConfig(rank, 1.0, targets))
     attention = 4096 + 6144 + 4096 + 4096
     experts = 8 * (4096 + 2 * 14336 + 14336 + 4096)
     numbers = 32 * rank * (attention + experts * (targets == "all"))
@@ -229,7 +228,7 @@ def test_bad_input_is_one_sentence(call, run, base, tmp_path, capsys):
     assert "was begun with --stage lora --lora-rank 3" in said(call(*asked(base, run, "--resume", "--lora-rank", 4)))
     assert "not with no adapters" in said(call("--init", base, "--out", run, "--resume"))
 
-    load = lambda path: said(commandline.run(lambda _: sphinx_jax.load(path), []))
+    load = lambda path: said(common.run(lambda _: sphinx_jax.load(path), []))
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(base, tmp_path / "base")
     record = tmp_path / "run" / "lora.json"

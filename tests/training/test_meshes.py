@@ -29,7 +29,7 @@ def gradient(params, shape, rules):
     graph, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, rngs=rngs), mesh, rules)
     placed = jax.device_put(params, sharding.shardings_of(abstract))
     batch = {"tokens": TOKENS, "labels": TOKENS}
-    with sharding.use(mesh, rules):
+    with sharding.mesh_context(mesh, rules):
         step = jax.jit(jax.value_and_grad(make_loss(graph, CONFIG), has_aux=True))
         (loss, _), grads = jax.device_get(step({"model": placed, "attributes": {}}, batch))
     return loss, grads

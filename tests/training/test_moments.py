@@ -11,7 +11,7 @@ import pytest
 import sharding
 from sphinx_jax.training.moments import MOMENTS, blocks_of, decode, encode, scale_by_moments
 from sphinx_jax.training.optimizer import adamw
-from sphinx_jax.training.state import StateStore, abstract_state, init_state
+from sphinx_jax.training.train_state import StateStore, abstract_state, init_state
 
 B1, B2 = 0.9, 0.95
 SHAPES = {"matrix": (2, 128, 130), "odd": (3, 96, 131), "bias": (50,)}
@@ -137,7 +137,9 @@ def states():
         mesh = sharding.make_mesh(**shape)
         params = {"model": {}}
         for name, (axes, size) in MATRICES.items():
-            params["model"][name] = {"kernel": jax.device_put(jnp.ones(size), sharding.place(axes, size, mesh))}
+            params["model"][name] = {
+                "kernel": jax.device_put(jnp.ones(size), sharding.named_sharding(axes, size, mesh))
+            }
         optimizer = adamw(lambda step: 0.1, moments=moments)
         return abstract_state(params, optimizer, mesh), init_state(params, optimizer, mesh)
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from sphinx_jax import commandline
+from sphinx_jax.cli import common
 from sphinx_jax.training import plot
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -24,7 +24,7 @@ def runs(tmp_path):
 
 
 def call(*argv):
-    return commandline.run(plot.main, list(map(str, argv)))
+    return common.run(plot.main, list(map(str, argv)))
 
 
 def points(line):

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-import train
-from sphinx_jax import checkpoints, commandline
+from sphinx_jax import checkpoints
+from sphinx_jax.cli import common, train
 from sphinx_jax.errors import UserError
 from sphinx_jax.training import run_directory
 from tests.training.test_lora import save_base
@@ -88,7 +88,7 @@ def test_adapters_in_two_processes(tmp_path):
     """They learn what they learn in one, of a base that either reads its own part of, and are written once, whole."""
     base, one, two = save_base(tmp_path / "base", seed=0), tmp_path / "one", tmp_path / "two"
     program = Program(tmp_path, "--init", base, "--stage", "lora", "--lora-rank", "3", "--steps", "4")
-    assert commandline.run(train.main, [*map(str, program.argv[2:]), "--out", str(one)]) == 0
+    assert common.run(train.main, [*map(str, program.argv[2:]), "--out", str(one)]) == 0
     processes = program.two("--out", two)
     assert [process.wait(timeout=120) for process in processes] == [0, 0], program.said()
     assert losses(two) == pytest.approx(losses(one), rel=1e-3) and len(losses(two)) == 4

@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
+from sphinx_jax.cli.train_options import Options
 from sphinx_jax.errors import UserError
 from sphinx_jax.training import run_directory
-from sphinx_jax.training.options import Options
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         ({"moments": "int8"}, "--moments float32, not int8"),
-        ({"stage": "language"}, "--stage everything, not language"),
+        ({"stage": "language"}, "--stage all, not language"),
         ({"preset": "sphinx-tiny"}, "--preset nano, not sphinx-tiny"),
     ],
 )

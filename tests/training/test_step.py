@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sphinx_jax.training.attributes import attribute_losses
+from sphinx_jax.training.auxiliary_probe import probe_losses
 from sphinx_jax.training.step import TrainState, answers, make_train_step, next_tokens
 
 
@@ -40,7 +40,7 @@ def test_attribute_loss_ignores_the_unknown():
         for name, n in [("shape", 3), ("colour", 8)]
     }
     batch = {"shape": np.array([2, -1, 0]), "colour": np.array([-1, -1, -1])}
-    total, metrics = attribute_losses(probe, jnp.asarray(words), {k: jnp.asarray(v) for k, v in batch.items()})
+    total, metrics = probe_losses(probe, jnp.asarray(words), {k: jnp.asarray(v) for k, v in batch.items()})
     expected = []
     for row in (0, 2):
         scores = words[row].mean(axis=(0, 1)).astype(np.float64) @ probe["shape"]

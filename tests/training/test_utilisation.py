@@ -15,26 +15,28 @@ import sharding
 from sphinx_jax.config import preset
 from sphinx_jax.training import metrics
 from sphinx_jax.training.program import train_program
-from sphinx_jax.training.recipe import Recipe
+from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.utilisation import peak_flops, step_flops
 
 METRICS = {"loss": 1.0, "accuracy": 0.5, "balance_loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
 
 
-@pytest.mark.parametrize(("stage", "passes"), [("everything", 3), ("mm_stage1", 2)])
+@pytest.mark.parametrize(("stage", "passes"), [("all", 3), ("mm_stage1", 2)])
 def test_operations_of_a_step(stage, passes):
     """Mixtral-8x7B: twice the weights at work on a word, and attention, forward and twice that backward.
 
     Recomputing is no work done, but work that a plan has to count.
     """
     config, mesh = preset("mixtral-8x7b"), sharding.make_mesh(fsdp=2, tensor=4)
-    recipe = Recipe(steps=1, batch_size=4, remat="block", stage=stage)
-    program = train_program(config, recipe, mesh)
+    train_config = TrainConfig(steps=1, batch_size=4, remat="block", stage=stage)
+    program = train_program(config, train_config, mesh)
     attention = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096
     weights = 32 * (attention + 2 * 3 * 4096 * 14336 + 4096 * 8) + 4096 * 32000
     forward = 4 * 2048 * (2 * weights + 32 * 4 * 2048 * 4096)
-    assert step_flops(config, program, mesh, recipe, 2048, False).total == pytest.approx(passes * forward, rel=1e-12)
-    planned = step_flops(config, program, mesh, recipe, 2048, False, recomputed=True).total
+    assert step_flops(config, program, mesh, train_config, 2048, False).total == pytest.approx(
+        passes * forward, rel=1e-12
+    )
+    planned = step_flops(config, program, mesh, train_config, 2048, False, recomputed=True).total
     assert planned == pytest.approx((passes + 1) * forward, rel=1e-12)
 
 
@@ -50,7 +52,7 @@ def test_operations_of_a_step(stage, passes):
 )
 def test_a_peak_that_is_not_known_is_not_invented(kind, dtype, each):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4), size=4)
-    assert peak_flops(mesh, Recipe(steps=1, dtype=dtype)) == (each and 4 * each)
+    assert peak_flops(mesh, TrainConfig(steps=1, dtype=dtype)) == (each and 4 * each)
 
 
 @pytest.mark.parametrize("peak", [1000.0, None])

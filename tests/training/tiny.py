@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train
-from sphinx_jax import commandline, config
+from sphinx_jax import config
+from sphinx_jax.cli import common, train
 
 TINY = config.SphinxConfig(
     language=config.DecoderConfig(
@@ -17,4 +17,4 @@ TINY = config.SphinxConfig(
 config.PRESETS["tiny"] = lambda: TINY
 
 if __name__ == "__main__":
-    sys.exit(commandline.run(train.main, sys.argv[1:]))
+    sys.exit(common.run(train.main, sys.argv[1:]))

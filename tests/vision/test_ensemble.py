@@ -52,7 +52,7 @@ def test_only_the_named_encoders_exist(present):
     expected |= {"visual_proj", "visual_norm"} if set(present) - {"qformer"} else set()
     assert set(params) == expected
     words = jax.eval_shape(lambda x: Ensemble(config, DIM, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 32, 32, 3)))
-    assert words.shape == (2, 1, config.view_words, DIM)
+    assert words.shape == (2, 1, config.tokens_per_crop, DIM)
 
 
 def test_nano_words():
@@ -100,7 +100,7 @@ def test_gradients_agree_on_a_mesh(images):
             model = nnx.merge(graph, nnx.State(params))
             return (model.between_markers(model(images)) * np.linspace(-1, 1, DIM, dtype=np.float32)).var()
 
-        with sharding.use(mesh):
+        with sharding.mesh_context(mesh):
             return jax.device_get(jax.jit(jax.grad(loss))(jax.device_put(params, sharding.shardings_of(abstract))))
 
     one = gradients(sharding.make_mesh())

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import sharding
-from sphinx_jax.checkpoints import accessory
+from sphinx_jax.checkpoints.formats import accessory
 from sphinx_jax.model import SphinxMoE, bind
-from sphinx_jax.vision.views import CLIP_MEAN, CLIP_STD, encoder_inputs
+from sphinx_jax.vision.crops import CLIP_MEAN, CLIP_STD, encoder_inputs
 from tests.conftest import GOLDEN, mesh_name
 
 QUICK = [{}, {"tensor": 2, "expert": 2, "fsdp": 2}]
@@ -37,7 +37,7 @@ def run(request, golden_checkpoint, golden):
     mesh = sharding.make_mesh(**shape)
     loaded = accessory.load(golden_checkpoint(variant, 1), mesh, "float32")
     images = pictures(variant)
-    images = jax.device_put(images, sharding.place(("batch", None, None, None), images.shape, mesh))
+    images = jax.device_put(images, sharding.named_sharding(("batch", None, None, None), images.shape, mesh))
 
     @jax.jit
     def compute(params, images):
@@ -46,7 +46,7 @@ def run(request, golden_checkpoint, golden):
         vit = model.qformer.vit(encoder_inputs(images, model.config)["qformer"])
         return model.features(images) | {"vit": vit, "words": words, "all": model.between_markers(words)}
 
-    with sharding.use(mesh):
+    with sharding.mesh_context(mesh):
         out = jax.device_get(compute(loaded.params, images))
     stride = golden(f"{variant}/expected.json")["feature_token_stride"]
     ours = {

@@ -1,0 +1,143 @@
+"""Turning the numbers of config files into ours, checked, so that a bad one is an error of that file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sphinx_jax.config import DecoderConfig, VisionConfig
+from sphinx_jax.errors import UserError
+
+# Of layers, and of experts: beyond this, a mistyped number is not worth the memory of listing its tensors.
+_MANY = 1000
+
+
+class ConfigFile:
+    """The values of a JSON config, fetched with a check of their type; every complaint names the file."""
+
+    def __init__(self, file: Path, values: dict[str, Any]):
+        self.file = file
+        self.values = values
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number, 1 or more."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise UserError(f"{self.file} lacks {key!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{self.file}: {key!r} must be a whole number, 1 or more, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number, 0 or more."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise UserError(f"{self.file}: {key!r} must be a number, 0 or more, not {value!r}")
+        return float(value)
+
+    def table(self, key: str) -> "ConfigFile":
+        """A nested object."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise UserError(f"{self.file} lacks {key!r}, an object")
+        return ConfigFile(self.file, value)
+
+    def refuse(self, key: str, *allowed: Any) -> None:
+        """Raise UserError where a key that changes what the model computes has a value that ours cannot follow."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise UserError(f"{self.file}: {key!r} is {value!r}, which this model does not do")
+
+    def mistral_decoder(self) -> DecoderConfig:
+        """The sizes under the names that Mistral and LLaMA2-Accessory give them. Raises UserError."""
+        moe, heads = self.table("moe"), self.count("n_heads")
+        return check_decoder(
+            self.file,
+            DecoderConfig(
+                dim=self.count("dim"),
+                hidden_dim=self.count("hidden_dim"),
+                num_layers=self.count("n_layers"),
+                num_heads=heads,
+                num_kv_heads=self.count("n_kv_heads", heads),
+                num_experts=moe.count("num_experts"),
+                experts_per_token=moe.count("num_experts_per_tok"),
+                vocab_size=self.count("vocab_size"),
+                norm_eps=self.number("norm_eps", 1e-5),
+                rope_theta=self.number("rope_theta", 1e6),
+            ),
+        )
+
+
+def mistral_values(config: DecoderConfig) -> dict[str, Any]:
+    """Inverse of `ConfigFile.mistral_decoder`."""
+    return {
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "head_dim": config.head_dim,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "moe": {"num_experts_per_tok": config.experts_per_token, "num_experts": config.num_experts},
+    }
+
+
+def check_decoder(file: Path, config: DecoderConfig) -> DecoderConfig:
+    """`config` itself. Raises UserError that names `file` if its sizes do not go together."""
+    if config.dim % config.num_heads or config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise UserError(
+            f"{file}: width {config.dim}, {config.num_heads} heads and {config.num_kv_heads} key/value heads do not go "
+            "together: the width must be an even multiple of the heads, these of the key/value heads"
+        )
+    if max(config.num_layers, config.num_experts) > _MANY:
+        raise UserError(f"{file}: {config.num_layers} layers of {config.num_experts} experts must be a mistake")
+    if config.experts_per_token > config.num_experts:
+        raise UserError(f"{file}: {config.experts_per_token} experts a token of {config.num_experts} experts in all")
+    return config
+
+
+def check_vision(file: Path, config: VisionConfig) -> VisionConfig:
+    """`config` itself. Raises UserError that names `file` if its sizes do not go together."""
+    heads = []
+    for encoder in (config.clip, config.dino, config.qformer):
+        heads += [(encoder.width, encoder.num_heads)] if encoder else []
+    if config.qformer:
+        heads.append((config.qformer.vision_width, config.qformer.vision_heads))
+    if any(width % count for width, count in heads):
+        raise UserError(f"{file}: an encoder's width must be a multiple of its heads; (width, heads) are {heads}")
+    if config.convnext and len(config.convnext.depths) != len(config.convnext.dims):
+        raise UserError(f"{file}: ConvNeXt needs a depth for each of its widths, not {config.convnext}")
+    if config.num_crops not in (1, 5):
+        raise UserError(f"{file}: views must be 1 or 5, not {config.num_crops}")
+    try:
+        _ = config.num_patch_tokens
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    return config
+
+
+def check_types(file: Path, section: str, config: Any) -> None:
+    """Check that a config, and those inside it, hold values of the kinds that the published ones hold.
+
+    Raises UserError that names the file and the value.
+    """
+    published = type(config)()
+    for field in dataclasses.fields(config):
+        value, like = getattr(config, field.name), getattr(published, field.name)
+        if dataclasses.is_dataclass(like):
+            if value is not None:
+                check_types(file, f"{section}.{field.name}", value)
+            continue
+        if isinstance(like, tuple):
+            fits = isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+        elif isinstance(like, int):
+            fits = type(value) is int and value > 0
+        elif isinstance(like, float):
+            fits = type(value) in (int, float) and 0 <= value < float("inf")
+        else:
+            fits = value in ("gelu", "quick_gelu")
+        if not fits:
+            raise UserError(f"{file}: {field.name!r} of {section} cannot be {value!r}; a published one is {like!r}")

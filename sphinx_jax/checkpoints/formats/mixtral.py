@@ -1,0 +1,220 @@
+"""Mixtral directories: Hugging Face's safetensors, and Mistral's own consolidated files.
+
+Both hold the language model alone, undivided: a set of several files deals out whole tensors.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sharding import is_primary_process
+from sphinx_jax.checkpoints import reader
+from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decoder
+from sphinx_jax.checkpoints.io import safetensors_files, torch_files
+from sphinx_jax.checkpoints.io.mapped_file import MappedFile
+from sphinx_jax.checkpoints.loaded_model import Loaded, Params
+from sphinx_jax.checkpoints.mapping.language import language_entries
+from sphinx_jax.checkpoints.source import CheckpointSource, read_json
+from sphinx_jax.checkpoints.writer import InMemory, Source, export, new_directory, write_json
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.errors import UserError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_CONSOLIDATED = re.compile(r"consolidated(\.\d+)?\.(pth|pt|safetensors)")
+
+# The released model's coefficient; Mistral's own config does not say.
+_BALANCE_WEIGHT = 0.02
+
+_FILE_BYTES = 5e9
+
+
+def is_mixtral(path: Path) -> bool:
+    """Whether a directory holds files of either layout."""
+    return _is_hugging_face(path) or any(_CONSOLIDATED.fullmatch(file.name) for file in path.iterdir())
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / _INDEX).exists() or (path / _SINGLE).exists()
+
+
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, unstacked: bool = False
+) -> Loaded:
+    """The model of a Mixtral directory on `mesh` (None: all devices), in `dtype` (None: as stored).
+
+    Raises UserError that names everything missing, unexpected, mis-shaped or damaged.
+    """
+    return reader.load(open_directory(Path(path)), mesh, dtype, unstacked)
+
+
+def open_directory(path: Path) -> CheckpointSource:
+    """The directory's config and files. Raises UserError; no weight is read."""
+    if _is_hugging_face(path):
+        language, balance_weight = _hugging_face_config(path / "config.json")
+        files = [safetensors_files.read(file) for file in _hugging_face_files(path)]
+        tensors, style = _merge(files), "hugging_face"
+        name = "mixtral (Hugging Face)"
+    else:
+        language, balance_weight = _mistral_config(path / "params.json"), _BALANCE_WEIGHT
+        found = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
+        files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in found]
+        tensors = _merge(files)
+        style = "mistral_sparse" if any(".block_sparse_moe." in name for name in tensors) else "base"
+        name = "mixtral (Mistral consolidated)"
+    return CheckpointSource(
+        format=name,
+        path=path,
+        config=SphinxConfig(language, vision=None, balance_weight=balance_weight),
+        shards=[tensors],
+        entries=lambda unstacked: language_entries(language, style, unstacked=unstacked),
+        ignored=lambda name: name.endswith("rotary_emb.inv_freq"),
+        files=tuple(files),
+    )
+
+
+def _hugging_face_files(path: Path) -> list[Path]:
+    """The safetensors files that the index names, or the single one. Raises UserError if any is missing."""
+    if not (path / _INDEX).exists():
+        return [path / _SINGLE]
+    where = read_json(path / _INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{path / _INDEX} lacks 'weight_map', from the names of tensors to files")
+    names = sorted(set(where.values()))
+    # A name with a folder in it could point anywhere.
+    strange = [name for name in names if Path(name).name != name]
+    missing = [name for name in names if name not in strange and not (path / name).is_file()]
+    if strange or missing:
+        raise UserError(f"{path} lacks {', '.join(strange + missing)}, which {_INDEX} names; download every file")
+    return [path / name for name in names]
+
+
+def _merge(files: list[MappedFile]) -> Mapping[str, np.ndarray]:
+    """All tensors of the files. Raises UserError if two files hold one name."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        twice = sorted(tensors.keys() & file.tensors.keys())
+        if twice:
+            raise UserError(f"{file.path} holds {twice[0]}, which another file of the set holds too; remove one")
+        tensors |= file.tensors
+    return tensors
+
+
+def _hugging_face_config(path: Path) -> tuple[DecoderConfig, float]:
+    file = ConfigFile(path, read_json(path))
+    if file.values.get("model_type") != "mixtral":
+        raise UserError(f"{path}: model_type is {file.values.get('model_type')!r}; only 'mixtral' can be loaded")
+    for key in ("rope_scaling", "sliding_window", "quantization_config"):
+        file.refuse(key)
+    file.refuse("tie_word_embeddings", False)
+    file.refuse("hidden_act", "silu")
+    # transformers 5 moved rope_theta into a table of its own.
+    rope = file.table("rope_parameters") if file.values.get("rope_parameters") else file
+    rope.refuse("rope_type", "default")
+    heads = file.count("num_attention_heads")
+    config = DecoderConfig(
+        dim=file.count("hidden_size"),
+        hidden_dim=file.count("intermediate_size"),
+        num_layers=file.count("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=file.count("num_key_value_heads", heads),
+        num_experts=file.count("num_local_experts"),
+        experts_per_token=file.count("num_experts_per_tok"),
+        vocab_size=file.count("vocab_size"),
+        norm_eps=file.number("rms_norm_eps", 1e-5),
+        rope_theta=rope.number("rope_theta", 1e6),
+    )
+    file.refuse("head_dim", config.head_dim)
+    return check_decoder(path, config), file.number("router_aux_loss_coef", _BALANCE_WEIGHT)
+
+
+def _mistral_config(path: Path) -> DecoderConfig:
+    file = ConfigFile(path, read_json(path))
+    for key in ("rope_scaling", "sliding_window"):
+        file.refuse(key)
+    config = file.mistral_decoder()
+    file.refuse("head_dim", config.head_dim)
+    return config
+
+
+def save(
+    path: str | os.PathLike,
+    config: SphinxConfig,
+    params: Params,
+    tokenizer_bytes: bytes | None = None,
+    shards: int | None = None,
+) -> None:
+    """Write the language part of a model in memory; see `write`."""
+    write(Path(path), config, InMemory(params), tokenizer_bytes, shards)
+
+
+def write(
+    path: Path, config: SphinxConfig, source: Source, tokenizer_bytes: bytes | None, shards: int | None = None
+) -> None:
+    """The language part as a Hugging Face directory of `shards` files (None: of about 5 GB each).
+
+    Raises UserError if `path` exists and is not empty.
+    """
+    entries = language_entries(config.language, "hugging_face", unstacked=source.unstacked)
+    declared = {entry.name: (entry.shape, source.dtype(entry.path)) for entry in entries}
+    file_of = _deal_out(declared, shards)
+    with new_directory(path) as partial, contextlib.ExitStack() as stack:
+        writers: dict[str, safetensors_files.Writer] = {}
+        if is_primary_process():
+            write_json(partial / "config.json", _hugging_face_values(config, declared["lm_head.weight"][1]))
+            if tokenizer_bytes is not None:
+                (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
+            if _SINGLE not in file_of.values():
+                total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in declared.values())
+                write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+            for name in sorted(set(file_of.values())):
+                held = {tensor: declared[tensor] for tensor in declared if file_of[tensor] == name}
+                writers[name] = stack.enter_context(safetensors_files.Writer(partial / name, held))
+        export(entries, source, 1, lambda _, name, tensor: writers[file_of[name]].write(name, tensor))
+
+
+def _deal_out(declared: Mapping[str, tuple[tuple[int, ...], np.dtype]], shards: int | None) -> dict[str, str]:
+    """The file of each tensor: runs of about equal length, in order."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in declared.values()]
+    total = sum(sizes)
+    count = min(shards or math.ceil(total / _FILE_BYTES), len(sizes))
+    middles = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    numbers = [int(middle * count / total) for middle in middles]
+    used = sorted(set(numbers))
+    if len(used) == 1:
+        return dict.fromkeys(declared, _SINGLE)
+    names = {n: f"model-{i:05d}-of-{len(used):05d}.safetensors" for i, n in enumerate(used, 1)}
+    return {tensor: names[n] for tensor, n in zip(declared, numbers, strict=True)}
+
+
+def _hugging_face_values(config: SphinxConfig, dtype: np.dtype) -> dict[str, Any]:
+    language = config.language
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": language.dim,
+        "intermediate_size": language.hidden_dim,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_heads,
+        "num_key_value_heads": language.num_kv_heads,
+        "num_local_experts": language.num_experts,
+        "num_experts_per_tok": language.experts_per_token,
+        "vocab_size": language.vocab_size,
+        "rms_norm_eps": language.norm_eps,
+        "rope_theta": language.rope_theta,
+        "router_aux_loss_coef": config.balance_weight,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "torch_dtype": dtype.name,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }

@@ -1,0 +1,1 @@
+"""Command lines: `sphinx-jax train | infer | convert`, and the scripts at the root of the repository."""

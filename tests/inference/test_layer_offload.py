@@ -1,0 +1,79 @@
+"""Layers in host memory: the same numbers, and never more than two of them on the device."""
+
+import jax
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.checkpoints.loaded_model import Loaded
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
+from sphinx_jax.model import SphinxMoE
+from sphinx_jax.sphinx import Sphinx
+
+QUESTIONS = ["what is the colour of the shape?", "is there a circle?", "is it red?"]
+
+
+def offloaded(model: Sphinx) -> Sphinx:
+    """The same model with its layers in host memory."""
+    keep = lambda keys, leaf: in_host_memory(tuple(key.key for key in keys), leaf)
+    params = jax.tree_util.tree_map_with_path(keep, model._params)
+    loaded = Loaded(model.config, model.engine._programs.graph, params, model.tokenizer.model_bytes, model.mesh)
+    return Sphinx(loaded, model.engine.max_model_len, offload=True)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=["one", "eight"])
+def test_the_same_answers(shape, images, make_model):
+    whole = make_model(**shape)
+    model = offloaded(whole)
+    tokens = np.random.default_rng(0).integers(0, 500, (2, 9))
+    np.testing.assert_allclose(model.logits(tokens, images[:2]), whole.logits(tokens, images[:2]), atol=1e-5)
+    pictures = [images[0], None, images[1]]
+    assert model.generate(QUESTIONS, pictures, max_new_tokens=6) == whole.generate(
+        QUESTIONS, pictures, max_new_tokens=6
+    )
+
+
+def test_chat_and_programs(model):
+    """A chat reads on where it was; layers share their programs, which are compiled once."""
+    whole, model = model, offloaded(model)
+    ours, theirs = model.chat(max_new_tokens=5), whole.chat(max_new_tokens=5)
+    assert [ours.ask(question) for question in QUESTIONS] == [theirs.ask(question) for question in QUESTIONS]
+    compiled = model.engine.compilations
+    assert [ours.ask(question) for question in QUESTIONS] == [theirs.ask(question) for question in QUESTIONS]
+    assert model.engine.compilations == compiled
+
+
+def device_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays() if array.sharding.memory_kind == "device")
+
+
+def test_two_layers_on_the_device(monkeypatch, model):
+    """Measured whenever a layer arrives: what lies around the layers, the cache, and two layers at most."""
+    language = DecoderConfig(
+        dim=64, hidden_dim=256, num_layers=6, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512
+    )
+    config = SphinxConfig(language=language, vision=None)
+    before = device_bytes()
+    mesh = sharding.make_mesh()
+    graph, params = sharding.init_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), 0, mesh)
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(params["language"]["layers"][0]))
+    around = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - 6 * layer
+    keep = lambda keys, leaf: in_host_memory(tuple(key.key for key in keys), leaf)
+    params = jax.tree_util.tree_map_with_path(keep, params)
+    few_layers = Sphinx(Loaded(config, graph, params, model.tokenizer.model_bytes, mesh), 64, offload=True)
+    seen = []
+    fetch = OffloadEngine._fetch
+
+    def watched(self, i):
+        fetch(self, i)
+        seen.append(device_bytes() - before)
+
+    monkeypatch.setattr(OffloadEngine, "_fetch", watched)
+    assert few_layers.generate(["is there a circle?"], max_new_tokens=4)
+    state = few_layers.engine.new_state(1, 96)
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert len(seen) >= 6 * 4
+    assert max(seen) >= around + 2 * layer, "two layers were never there together: nothing overlaps"
+    # Besides: the hidden states on their way, the table of stop strings.
+    assert max(seen) <= around + 2 * layer + cache + 2**17 < around + 3 * layer

@@ -1,0 +1,108 @@
+"""`--plan` on the command line: what is asked wrongly, what is printed, and what happens without the CUDA compiler."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sharding import MeshShape
+from sphinx_jax import config
+from sphinx_jax.cli import common, infer, train
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.hardware import find_gpu
+from sphinx_jax.memory_plan import aot as compiling
+from sphinx_jax.memory_plan.inference import inference_plan
+from sphinx_jax.memory_plan.training import training_batch, training_plan
+from sphinx_jax.training.train_config import TrainConfig
+
+SMALL = SphinxConfig(DecoderConfig(64, 128, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
+
+WRONG = {
+    "infer --plan": "--plan needs a card",
+    "infer --gpu l4": "--gpu belongs to --plan",
+    "infer --preset nano": "--preset belongs to --plan",
+    "infer --plan --gpu t4": "no bfloat16",
+    "infer --plan --gpu unheard": "unknown GPU 'unheard'",
+    "infer --plan --gpu l4 --preset unheard": "unknown preset",
+    "infer --plan --gpu l4 --num-gpus 6": "over 6 devices; 4 or 8 would do",
+    "infer --plan --gpu l4 --num-gpus 0": "--num-gpus must be 1 or more",
+    "infer --plan --gpu l4 --num-gpus 4 --mesh.tensor 2": "has 2 devices and --num-gpus is 4",
+    "infer --plan --gpu l4 --sweep --mesh.tensor 2": "leave the --mesh options out",
+    "infer --plan --gpu l4 --max-model-len 1000": "the picture alone takes 1455 positions",
+    "infer --plan --gpu l4 --mesh.tensor 3": "not divisible by mesh axis 'tensor' of size 3",
+    "train --plan": "--plan needs a card",
+    "train --plan --gpu l4 --preset sphinx-moe --num-gpus 7": "over 7 devices; 4 or 8 would do",
+    "train --plan --gpu l4 --preset sphinx-moe --batch-size 3 --num-gpus 16 --max-length 512": "does not divide",
+    "train --plan --gpu l4 --preset sphinx-moe": "--max-length 256 is too short",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG.items())
+def test_wrong_questions(line, message, capsys, needs_gpu_compiler):
+    program, *args = line.split()
+    main = {"infer": infer.main, "train": train.main}[program]
+    assert common.run(main, args) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "small", lambda: SMALL)
+
+
+def test_json_of_inference(small, capsys, needs_gpu_compiler):
+    args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64", "--json"]
+    assert infer.main(args) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True
+    assert (plan["compiler"], plan["gpu"], plan["num_gpus"]) == ("gpu", "rtx3090", 2)
+    assert plan["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+    parts = dict(plan["per_device"])
+    total, capacity = parts.pop("total_bytes"), parts.pop("capacity_bytes")
+    assert set(parts) == {
+        f"{part}_bytes"
+        for part in ("parameters", "optimizer", "gradients", "kv_cache", "inputs", "temporaries", "reserve")
+    }
+    assert total == sum(parts.values()) < capacity == 24 * 2**30
+    assert parts["kv_cache_bytes"] == 2 * 2 * 64 * 2 * 16 * 2 / 2
+    assert {c["kind"] for c in plan["collectives"]} >= {"all-reduce"}
+    assert all(set(c) == {"kind", "axes", "count", "bytes"} for c in plan["collectives"])
+    assert 0.5 <= plan["share"]["parameters"] < 0.6
+
+
+def test_a_table_for_a_person_and_a_sweep(small, capsys, needs_gpu_compiler):
+    args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64"]
+    assert infer.main(args) == 0
+    out = capsys.readouterr().out
+    for part in ("parameters, language", "key/value cache", "reserve", "fits, with", "all-reduce", "tensor"):
+        assert part in out
+    assert infer.main([*args, "--sweep"]) == 0
+    out = capsys.readouterr().out
+    assert "tensor 2" in out
+    assert "expert 2" in out
+    assert "run: python infer.py" in out
+
+
+def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
+    card = tmp_path / "small.json"
+    card.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small card", "memory_mib": 1024}))
+    assert infer.main(["--plan", "--gpu", str(card), "--preset", "small", "--max-model-len", "64"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_without_the_compiler_arguments_are_exact(monkeypatch, capsys):
+    """The same numbers from the CPU's compiler, but for temporaries; and training's parts, known by arithmetic."""
+    monkeypatch.setattr(compiling, "has_gpu_compiler", lambda: False)
+    shape, card = MeshShape(fsdp=2, tensor=2), find_gpu("rtx3090")
+    plan = inference_plan("small", SMALL, card, MeshShape(tensor=2), dtype="bfloat16", max_num_seqs=1, max_model_len=64)
+    assert plan.compiler == "cpu-estimate"
+    assert plan.kv_cache == 2 * 2 * 64 * 2 * 16 * 2 // 2
+    train_config = TrainConfig(steps=10, batch_size=4, moments="bfloat16")
+    step = training_plan("small", SMALL, card, shape, train_config, training_batch(SMALL, train_config, 32))
+    assert step.compiler == "cpu-estimate"
+    assert step.optimizer == pytest.approx(sum(step.parameters.values()), abs=64)
+    assert step.gradients == sum(step.parameters.values())
+    assert step.temporaries > 0
