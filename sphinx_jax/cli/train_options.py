@@ -64,7 +64,7 @@ class Options:
     stage: Stage = "all"
     """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
     the image markers; language, the decoder; lora, adapters beside --init, which stays as it is
-    (docs/finetuning.md)."""
+    (docs/fine-tuning.md)."""
     lora_rank: int | None = None
     """Rank of the adapters, 8 by default."""
     lora_alpha: float | None = None
@@ -81,7 +81,7 @@ class Options:
     for the same exchanges. The length of the sequences should be a multiple of their number."""
     moments: Moments = "float32"
     """What AdamW keeps of its two moments: float32, 8 bytes a parameter; bfloat16, 4; factored, Adafactor's second
-    moment beside a first in bfloat16, 2; int8, both in blocks of 8 bits, 2.1 (docs/runs.md)."""
+    moment beside a first in bfloat16, 2; int8, both in blocks of 8 bits, 2.1 (docs/training-runs.md)."""
     validation_split: bool = False
     """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
     log_every: int = 20

@@ -208,7 +208,7 @@ def test_on_attention_alone(call, base, tmp_path, capsys):
 
 @pytest.mark.parametrize(("targets", "rank", "mib"), [("attention", 8, 18), ("attention", 16, 36), ("all", 8, 418)])
 def test_bytes_of_the_published_models_adapters(targets, rank, mib):
-    """As docs/finetuning.md states them: 32 layers, queries with keys and values 6144 wide, 8 experts of 14336."""
+    """As docs/fine-tuning.md states them: 32 layers, queries with keys and values 6144 wide, 8 experts of 14336."""
     abstract = loaded_model.abstract_adapters(config.sphinx_moe(), LoraConfig(rank, 1.0, targets))
     attention = 4096 + 6144 + 4096 + 4096
     experts = 8 * (4096 + 2 * 14336 + 14336 + 4096)
