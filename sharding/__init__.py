@@ -1,6 +1,6 @@
-"""Meshes, the table from logical axes to mesh axes, and making arrays where they live.
+"""Device meshes, the table from logical axes to mesh axes, and sharded initialisation.
 
-Knows nothing of any model: names of axes in, places on devices out.
+The package knows nothing of any model: it turns names of axes into shardings.
 """
 
 from sharding.axis_rules import (

@@ -1,8 +1,7 @@
-"""The one table from logical axis names to mesh axes, and what is made from it.
+"""The table from logical axis names to mesh axes, and the PartitionSpecs derived from it.
 
-A model names the dimensions of its arrays ("heads", "mlp", "experts"); this table alone says over
-which axes of the device mesh each name is split. Pass another table to `mesh_context` to lay a model out
-differently.
+A model names the dimensions of its arrays ("heads", "mlp", "experts"). This table alone says which mesh axes shard
+each name. Pass another table to `mesh_context` to shard a model differently.
 """
 
 import dataclasses
@@ -21,21 +20,21 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one logical axis goes.
+    """The mesh axes that shard one logical axis.
 
-    `mesh_axes` are tried in order, each taken if it divides what is left of the dimension. What happens
-    to a mesh axis that does not divide is `otherwise`: "error"; "copy", every device along it keeps
-    the whole (said once in the log); or names of logical axes, of which the first that the same array
-    has takes it over, so that stored bytes still shrink.
+    `mesh_axes` are tried in order; each one applies if it divides the remaining size of the dimension. `fallback`
+    says what happens to a mesh axis that does not divide: "error" raises; "copy" replicates the dimension along it
+    (logged once); a tuple of logical axes moves the mesh axis to the first of them that the same array has, so that
+    the bytes per device still shrink.
     """
 
     mesh_axes: tuple[str, ...]
-    otherwise: str | tuple[str, ...] = "error"
+    fallback: str | tuple[str, ...] = "error"
 
 
 Rules = Mapping[str, Rule]
 
-# Heads go to `tensor` before `expert`: with more devices than key/value heads, the devices that share
+# Heads are sharded over `tensor` before `expert`: with more devices than key/value heads, the devices that replicate
 # a key/value head are then the ones that hold its query heads.
 _MODEL = ("tensor", "expert")
 
@@ -46,8 +45,8 @@ DEFAULT_RULES: Rules = {
     "residual": Rule(()),
     # Parameters of the language model.
     "embed": Rule(("fsdp",)),
-    # Past the number of key/value heads, the devices that share one take different query heads of its group;
-    # where those stand beside keys and values in one array, its other dimension is split.
+    # Beyond the number of key/value heads, the devices that replicate one shard the query heads of its group. In
+    # `wqkv`, where queries, keys and values are one array, they shard its "embed" dimension instead.
     "kv_heads": Rule(_MODEL, ("queries", "embed")),
     "queries": Rule(()),
     "head_dim": Rule(()),
@@ -60,7 +59,7 @@ DEFAULT_RULES: Rules = {
     # Too small to be worth a collective.
     "norm": Rule(()),
     "embed_small": Rule(()),
-    # Vision: sizes are the encoders' own, so an axis that does not divide goes elsewhere.
+    # Vision: sizes are the encoders' own, so an axis that does not divide falls back instead of raising.
     "vision_embed": Rule(("fsdp",), "copy"),
     "vision_heads": Rule(_MODEL, ("vision_embed",)),
     "vision_mlp": Rule(_MODEL, "copy"),
@@ -69,38 +68,40 @@ DEFAULT_RULES: Rules = {
 
 
 SEQUENCE_PARALLEL_RULES: Rules = {**DEFAULT_RULES, "residual": Rule(_MODEL, "copy")}
-"""The residual stream split along the sequence between blocks (https://arxiv.org/abs/2205.05198): each model-parallel
-device keeps, norms and adds its own part, and a sum over them is scattered and later gathered instead of copied. A
-sequence that does not divide is copied as far as it does not."""
+"""Sequence parallelism (https://arxiv.org/abs/2205.05198): the residual stream is sharded along the sequence between
+blocks. Each model-parallel device stores, normalises and adds its own positions; each all-reduce becomes a
+reduce-scatter and a later all-gather. A sequence that a mesh axis does not divide is replicated along it."""
 
 
 def partition_spec(
     names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
 ) -> P:
-    """The PartitionSpec of an array whose dimensions carry `names` (None: whole on every device).
+    """The PartitionSpec of an array whose dimensions carry `names` (None: not sharded).
 
-    Raises LayoutError on a name that the table lacks, on two dimensions that claim one mesh axis, and on
-    a dimension that a mesh axis does not divide where the rule allows no way out.
+    Raises LayoutError on a name that the table lacks, on two dimensions that claim one mesh axis, and on a dimension
+    that a mesh axis does not divide where the rule's fallback is "error".
     """
     if len(names) != len(shape):
         raise LayoutError(f"{len(shape)} dimensions {shape} but {len(names)} names {names}")
-    placed: list[list[str]] = [[] for _ in names]
-    owner: dict[str, str] = {}
+    assigned: list[list[str]] = [[] for _ in names]
+    owner: dict[str, int] = {}
 
     def split(dim: int, axis: str) -> bool:
-        """Split dimension `dim` over mesh axis `axis` too, if it divides."""
-        factor = math.prod(mesh.shape[a] for a in placed[dim]) * mesh.shape[axis]
+        """Shard dimension `dim` over mesh axis `axis` too; False if it does not divide."""
+        factor = math.prod(mesh.shape[a] for a in assigned[dim]) * mesh.shape[axis]
         if shape[dim] % factor:
             return False
         if axis in owner:
+            other = names[owner[axis]]
             raise LayoutError(
-                f"dimensions {owner[axis]!r} and {names[dim]!r} of one array {names} both claim mesh axis {axis!r}"
+                f"dimensions {other!r} and {names[dim]!r} of one array {names} both claim mesh axis {axis!r}"
             )
-        owner[axis] = names[dim]
-        placed[dim].append(axis)
+        owner[axis] = dim
+        assigned[dim].append(axis)
         return True
 
-    left_over: list[tuple[int, str]] = []
+    # Mesh axes that do not divide their dimension wait until every other dimension has taken its own.
+    indivisible: list[tuple[int, str, str]] = []
     for dim, name in enumerate(names):
         if name is None:
             continue
@@ -108,34 +109,36 @@ def partition_spec(
             raise LayoutError(f"unknown logical axis {name!r} in {names}; the table knows {sorted(rules)}")
         for axis in rules[name].mesh_axes:
             if mesh.shape[axis] > 1 and not split(dim, axis):
-                left_over.append((dim, axis))
-    for dim, axis in left_over:
-        name, otherwise = names[dim], rules[names[dim]].otherwise
-        if otherwise == "error":
+                indivisible.append((dim, name, axis))
+    for dim, name, axis in indivisible:
+        fallback = rules[name].fallback
+        if fallback == "error":
+            fitting = _divisors(shape[dim], assigned[dim], mesh)
             raise LayoutError(
                 f"{name!r} of size {shape[dim]} is not divisible by mesh axis {axis!r} of size {mesh.shape[axis]}"
-                f" (after {placed[dim] or 'no other axis'}); sizes that fit: {_divisors(shape[dim], placed[dim], mesh)}"
+                f" (after {assigned[dim] or 'no other axis'}); sizes that fit: {fitting}"
             )
-        instead = () if otherwise == "copy" else [other for other in otherwise if other in names]
-        if taken := next((other for other in instead if split(names.index(other), axis)), None):
-            log_once(log, f"{names} {shape}: {name!r} does not divide over {axis!r}, {taken!r} is split instead")
+        candidates = () if fallback == "copy" else [other for other in fallback if other in names]
+        if replacement := next((other for other in candidates if split(names.index(other), axis)), None):
+            log_once(log, f"{names} {shape}: {axis!r} does not divide {name!r}, it shards {replacement!r} instead")
         else:
-            log_once(log, f"{names} {shape}: {name!r} does not divide over {axis!r}, each device keeps a copy")
-    return P(*(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None) for axes in placed))
+            log_once(log, f"{names} {shape}: {axis!r} does not divide {name!r}, which is replicated along it")
+    return P(*(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None) for axes in assigned))
 
 
-def _divisors(size: int, placed: list[str], mesh: Mesh) -> list[int]:
-    rest = size // math.prod(mesh.shape[a] for a in placed)
-    return [n for n in range(1, rest + 1) if rest % n == 0]
+def _divisors(size: int, assigned: list[str], mesh: Mesh) -> list[int]:
+    """Mesh axis sizes that divide what is left of a dimension of `size` after the axes `assigned`."""
+    remaining = size // math.prod(mesh.shape[axis] for axis in assigned)
+    return [n for n in range(1, remaining + 1) if remaining % n == 0]
 
 
 def named_sharding(
     names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
 ) -> NamedSharding:
-    """`partition_spec` on its mesh."""
+    """The NamedSharding of `partition_spec` on `mesh`."""
     return NamedSharding(mesh, partition_spec(names, shape, mesh, rules))
 
 
 def num_shards(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> int:
-    """Into how many parts `mesh` splits a logical axis that all of its rule's mesh axes divide."""
+    """Number of shards of a logical axis on `mesh`, if all mesh axes of its rule divide it."""
     return math.prod(mesh.shape[axis] for axis in rules[name].mesh_axes)

@@ -2,4 +2,4 @@
 
 
 class LayoutError(ValueError):
-    """A mesh, a rules table and a shape that do not fit together; the message says what would."""
+    """A mesh, the axis rules and a shape do not fit together; the message says what would fit."""

@@ -1,7 +1,7 @@
-"""Parameters: their abstract shapes with shardings, made in place, and counted.
+"""Parameters: abstract shapes with shardings, sharded initialisation, and bytes per device.
 
-A parameter tree is nested dicts with arrays at the leaves (`nnx.to_pure_dict`), so that nothing that
-reads or writes it depends on Flax.
+A parameter tree is nested dicts with arrays at the leaves (`nnx.to_pure_dict`): code that reads or writes it does not
+depend on Flax.
 """
 
 import math
@@ -20,9 +20,9 @@ Params = dict[str, Any]
 def abstract_params(
     make: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh, rules: Rules = DEFAULT_RULES, dtype: Any = None
 ) -> tuple[nnx.GraphDef, Params]:
-    """The module's graph, and its parameters as ShapeDtypeStructs with shardings. Nothing is allocated.
+    """The module's graph definition, and its parameters as ShapeDtypeStructs with shardings. Nothing is allocated.
 
-    `dtype` replaces the parameters' own. Raises LayoutError where the mesh does not fit.
+    `dtype` replaces the parameters' own. Raises LayoutError if the mesh does not fit the shapes.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)[:2]
 
@@ -31,8 +31,7 @@ def abstract_params(
         sharding = named_sharding(variable.get_metadata()["out_sharding"], value.shape, mesh, rules)
         return jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=sharding)
 
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    return graph, nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=is_variable))
+    return graph, nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def init_params(
@@ -41,28 +40,28 @@ def init_params(
     mesh: Mesh,
     rules: Rules = DEFAULT_RULES,
     dtype: Any = None,
-    part: Callable[[Params], Params] = lambda params: params,
+    select: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[nnx.GraphDef, Params]:
-    """The module's graph and freshly drawn parameters, each device making only its own share.
+    """The module's graph definition and initialised parameters; each device computes only its own shards.
 
-    Only what `part` takes out of the tree is made. The values depend on the seed alone, not on the mesh.
+    Only the parameters that `select` returns are initialised. Values depend on the seed alone, not on the mesh.
     """
     graph, abstract = abstract_params(make, mesh, rules, dtype)
 
-    def draw() -> Params:
-        params = part(nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param)))
+    def init() -> Params:
+        params = select(nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param)))
         return jax.tree.map(lambda p: p if dtype is None else p.astype(dtype), params)
 
-    return graph, jax.jit(draw, out_shardings=shardings_of(part(abstract)))()
+    return graph, jax.jit(init, out_shardings=shardings_of(select(abstract)))()
 
 
 def shardings_of(tree: Any) -> Any:
-    """The sharding of each leaf."""
+    """The tree of shardings of a tree of arrays or abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that the busiest device holds of a tree of arrays or of abstract arrays."""
+    """The bytes of a tree of arrays or abstract arrays on the device that holds most of it."""
     leaves = jax.tree.leaves(tree)
     bits = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in leaves)
     return sum(bits) // 8

@@ -1,4 +1,4 @@
-"""A remark that is logged once, however often the code that makes it runs."""
+"""Messages that are logged once per process, however often tracing repeats."""
 
 import functools
 import logging
@@ -6,5 +6,5 @@ import logging
 
 @functools.lru_cache(maxsize=4096)
 def log_once(log: logging.Logger, message: str) -> None:
-    """Log `message` at level info, the first time it is given."""
+    """Log `message` at level info on its first call only."""
     log.info(message)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,16 +17,17 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """How many devices lie along each axis of the mesh; their product is the number of devices."""
+    """The number of devices along each mesh axis; the mesh has their product."""
 
     data: int = 1
-    """Replicas: each has all the parameters and its own part of the batch."""
+    """Data parallelism: replicas of all parameters, each with its own shard of the batch."""
     fsdp: int = 1
-    """Parts of the batch whose parameters and optimizer state are shared out, and gathered for use."""
+    """Fully sharded data parallelism (ZeRO-3): the batch, parameters and optimizer state are sharded; parameters are
+    all-gathered for use."""
     expert: int = 1
-    """Devices that the experts, and the attention heads, are split over."""
+    """Expert parallelism: experts, and attention heads beyond `tensor`, are sharded."""
     tensor: int = 1
-    """Devices that each expert's hidden dimension, and the attention heads, are split over."""
+    """Tensor parallelism: attention heads and the experts' hidden dimension are sharded."""
 
     @property
     def size(self) -> int:
@@ -32,18 +35,18 @@ class MeshShape:
 
 
 def simulate_devices(count: int) -> None:
-    """Make this process see `count` CPU devices. Call it before anything asks jax for its devices.
+    """Make this process see `count` CPU devices. Call it before the first use of jax's devices.
 
-    Raises LayoutError if jax has started already with another count.
+    Raises LayoutError if jax has already started with another number of devices.
     """
-    # A simulated device holds a thread in every collective it waits in, and independent ones run at once:
-    # with XLA's one thread a device they wait for one another until it aborts the process.
+    # A simulated device blocks one thread in every collective that it waits for, and independent collectives run
+    # concurrently: with XLA's default of one thread per device they deadlock until XLA aborts the process.
     os.environ.setdefault("NPROC", str(8 * count))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        pass  # jax has started; whether that matters is decided by what it sees
+        pass  # jax has already started; the check below decides whether that matters
     if jax.local_device_count() != count:
         raise LayoutError(
             f"cannot simulate {count} devices: jax has already started with {jax.local_device_count()}; "
@@ -51,10 +54,12 @@ def simulate_devices(count: int) -> None:
         )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of exactly data x fsdp x expert x tensor devices, `tensor` neighbours closest together.
+def make_mesh(
+    data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of exactly data x fsdp x expert x tensor devices, in that order: `tensor` varies fastest.
 
-    Uses the first devices that jax sees unless `devices` are given. Raises LayoutError if there are too few.
+    Uses the first of `jax.devices()` unless `devices` are given. Raises LayoutError if there are too few.
     """
     shape = MeshShape(data, fsdp, expert, tensor)
     for axis in AXES:
@@ -62,9 +67,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, de
             raise LayoutError(f"mesh axis {axis!r} must be 1 or more, got {getattr(shape, axis)}")
     available = list(jax.devices() if devices is None else devices)
     if len(available) < shape.size:
-        wanted = " x ".join(f"{axis} {getattr(shape, axis)}" for axis in AXES)
+        requested = " x ".join(f"{axis} {getattr(shape, axis)}" for axis in AXES)
         raise LayoutError(
-            f"the mesh {wanted} needs {shape.size} devices and there are {len(available)}; "
+            f"the mesh {requested} needs {shape.size} devices and there are {len(available)}; "
             f"use a smaller mesh, or --simulate-devices {shape.size} to try it on one CPU"
         )
     grid = np.array(available[: shape.size]).reshape(dataclasses.astuple(shape))
@@ -72,9 +77,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, de
 
 
 def default_mesh_shape(devices: int, kv_heads: int, experts: int) -> MeshShape:
-    """Everything on `tensor` as far as the key/value heads divide, then `expert`, then `data`.
+    """All devices on `tensor` as far as they divide the key/value heads, then on `expert`, then on `data`.
 
-    Splitting the hidden dimension is balanced whatever the router does and needs no exchange of tokens.
+    Tensor parallelism is balanced whatever the router does and needs no all-to-all of tokens.
     """
     tensor = math.gcd(devices, kv_heads)
     expert = math.gcd(devices // tensor, experts)

@@ -1,4 +1,4 @@
-"""Several processes that run one program together, on one machine or many: how they find each other."""
+"""Multi-process programs, on one host or many: initialising jax.distributed, broadcasts and barriers."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,24 +22,25 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of the processes that run one program together this one is: all three, or none of them."""
+    """The identity of this process in a multi-process program: all three options, or none."""
 
     coordinator: str | None = None
-    """Of several processes, each started with these three options: HOST:PORT, where the first one listens.
-    Under SLURM's srun none of them is needed."""
+    """HOST:PORT of process 0, for programs of several processes; each is started with these three options. SLURM's
+    srun needs none of them."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """The number of processes."""
     process_id: int | None = None
-    """Which of them this one is, from 0 on."""
+    """The index of this process, from 0 on."""
 
     def check(self) -> None:
-        """Raises LayoutError on options that do not go together."""
+        """Check the options. Raises LayoutError if only some are given, or their values are impossible."""
         given = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(self).items()}
         missing = [flag for flag, value in given.items() if value is None]
         if len(missing) == len(given):
             return
         if missing:
             raise LayoutError(f"{', '.join(given)} go together; {' and '.join(missing)} is missing")
+        assert self.coordinator is not None and self.num_processes is not None and self.process_id is not None
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise LayoutError(f"--coordinator {self.coordinator}: must be HOST:PORT, such as node1:29500")
@@ -54,56 +55,60 @@ NO_PROCESSES = Processes()
 
 
 def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -> int:
-    """Join the other processes of this program, if the options or SLURM say that there are some; how many there are.
+    """Initialise jax.distributed if the options or SLURM name several processes; returns their number.
 
-    Call it before anything asks jax for its devices: they are those of all processes from then on. Raises LayoutError
-    where the first process cannot listen or does not answer. If the others do not come within `seconds`, says so and
-    ends this process with exit code 2.
+    Call it before the first use of jax's devices, which are those of all processes from then on. Raises LayoutError if
+    process 0 cannot listen or does not answer. If the other processes do not connect within `seconds`, an error is
+    printed and this process exits with code 2.
     """
     processes.check()
     if processes.coordinator is not None:
-        count = processes.num_processes
+        assert processes.num_processes is not None  # checked above
+        num_processes = processes.num_processes
         where = f"--coordinator {processes.coordinator}"
-        chosen = {
+        arguments: dict[str, Any] = {
             "coordinator_address": processes.coordinator,
-            "num_processes": processes.num_processes,
+            "num_processes": num_processes,
             "process_id": processes.process_id,
             "cluster_detection_method": "deactivate",
         }
         host, _, port = processes.coordinator.rpartition(":")
         if processes.process_id == 0:
-            _check_free(where, int(port))
+            _check_port_free(where, int(port))
         else:
-            _wait_for(where, host.strip("[]"), int(port), seconds)
+            _wait_for_coordinator(where, host.strip("[]"), int(port), seconds)
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        chosen, where = {"cluster_detection_method": "slurm"}, f"SLURM step on {os.environ['SLURM_STEP_NODELIST']}"
-        count = int(os.environ["SLURM_NTASKS"])
+        where = f"SLURM step on {os.environ['SLURM_STEP_NODELIST']}"
+        arguments = {"cluster_detection_method": "slurm"}
+        num_processes = int(os.environ["SLURM_NTASKS"])
     else:
         return 1
-    late = threading.Timer(seconds, _give_up, [f"{where}: not all processes came within {seconds:g} s; start them all"])
-    late.daemon = True
-    late.start()
+    message = f"{where}: not all processes connected within {seconds:g} s; start them all"
+    timeout = threading.Timer(seconds, _exit_with_error, [message])
+    timeout.daemon = True
+    timeout.start()
     try:
-        # When its own time is up, jax ends the process with a stack trace.
-        jax.distributed.initialize(**chosen, initialization_timeout=math.ceil(seconds) + 60)
+        # jax's own timeout is later: it aborts the process with a stack trace.
+        jax.distributed.initialize(**arguments, initialization_timeout=math.ceil(seconds) + 60)
     finally:
-        late.cancel()
-    # Asking jax would start it, and devices could not be simulated any more.
-    return count
+        timeout.cancel()
+    # Not jax.process_count(), which starts the backend: simulate_devices must still be possible.
+    return num_processes
 
 
-def _check_free(where: str, port: int) -> None:
-    with socket.socket() as listening:
-        # As for a server: what a connection left behind does not count.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _check_port_free(where: str, port: int) -> None:
+    """Raises LayoutError if this host cannot listen on `port`."""
+    with socket.socket() as server:
+        # Connections in TIME_WAIT do not block a server with this option, nor this check.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind(("", port))
+            server.bind(("", port))
         except OSError as error:
             raise LayoutError(f"{where}: cannot listen there ({error.strerror}); choose another port") from error
 
 
-def _wait_for(where: str, host: str, port: int, seconds: float) -> None:
-    """Until something listens there. Raises LayoutError when the time is up, or the host has no address."""
+def _wait_for_coordinator(where: str, host: str, port: int, seconds: float) -> None:
+    """Return once host:port accepts connections. Raises LayoutError after `seconds`, or if `host` does not resolve."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -118,58 +123,57 @@ def _wait_for(where: str, host: str, port: int, seconds: float) -> None:
         time.sleep(min(0.5, seconds))
 
 
-def _give_up(message: str) -> None:
-    """From a thread, while the main one waits inside of jax."""
+def _exit_with_error(message: str) -> None:
+    """Exit from a timer thread while the main thread blocks inside jax."""
     os.write(2, f"error: {message}\n".encode())
     os._exit(2)
 
 
 def check_processes(mesh: Mesh) -> None:
-    """Raises LayoutError where a process of this program has no device in `mesh`: it would have nothing to do."""
+    """Raises LayoutError if a process of this program has no device in `mesh`."""
     if {device.process_index for device in mesh.devices.flat} != set(range(jax.process_count())):
         raise LayoutError(
             f"the mesh has {mesh.size} devices and the {jax.process_count()} processes have {jax.device_count()}; "
-            "choose a mesh of all of them, or start fewer processes"
+            "choose a mesh of all devices, or start fewer processes"
         )
 
 
 def broadcast_from_primary(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them: the others do not call it, and raise what it raised.
+    """Call `make` in process 0 and return its result in every process; an exception is raised in every process too.
 
-    All processes must call this at the same point of the program, as with anything that they do together. What is
-    given must pickle.
+    This is a collective: all processes must call it at the same point of the program. The result must pickle.
     """
     if jax.process_count() == 1:
         return make()
-    said = b""
+    payload = b""
     if jax.process_index() == 0:
         try:
-            said = pickle.dumps((make(), None))
+            payload = pickle.dumps((make(), None))
         except Exception as error:
-            said = pickle.dumps((None, error))
-    length = int(broadcast_one_to_all(np.int32(len(said))))
-    # Each size is a program of its own.
-    sent = np.zeros(1 << (length - 1).bit_length(), np.uint8)
-    sent[: len(said)] = np.frombuffer(said, np.uint8)
-    value, error = pickle.loads(np.asarray(broadcast_one_to_all(sent))[:length].tobytes())
+            payload = pickle.dumps((None, error))
+    length = int(broadcast_one_to_all(np.int32(len(payload))))
+    # Each buffer size compiles a program of its own: round up to a power of two.
+    buffer = np.zeros(1 << (length - 1).bit_length(), np.uint8)
+    buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
+    value, error = pickle.loads(np.asarray(broadcast_one_to_all(buffer))[:length].tobytes())
     if error is not None:
         raise error
     return value
 
 
 def broadcast_each_from_primary(items: Iterable[T]) -> Iterator[T]:
-    """The first process's items, one by one as they are asked for, in all processes."""
+    """Yield the items of process 0 in every process, one broadcast per item. None ends the iteration."""
     source = iter(items)
     while (item := broadcast_from_primary(lambda: next(source, None))) is not None:
         yield item
 
 
 def is_primary_process() -> bool:
-    """Whether this process writes what only one may write: process 0."""
+    """Whether this is process 0, the one that writes files and logs."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns in every process once all have reached it; at once where there is only one."""
+    """Block until every process has reached the barrier `name`; a no-op with one process."""
     if jax.process_count() > 1:
         sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""A function together with how it is compiled: what it takes over, and where its results lie."""
+"""A function with its compilation settings: donated arguments, output shardings, axis rules, compiler options."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ from sharding.xla_flags import Options, compiler_options
 
 
 class Program(NamedTuple):
-    """`donate` numbers the arguments whose memory the results may take; `out_shardings` None leaves it to XLA.
+    """`donate`: indices of donated arguments. `out_shardings`: None leaves them to XLA.
 
-    `slices_in_place` is for programs whose time goes into products with matrices of a stack: they are read where they
-    lie, if the compiler can (`xla_flags.SLICES_IN_PLACE`).
+    `slices_in_place`: compile with `xla_flags.SLICES_IN_PLACE`, so that products with stacked matrices read them in
+    place if the compiler can.
     """
 
     function: Callable
@@ -25,15 +25,15 @@ class Program(NamedTuple):
     slices_in_place: bool = False
 
     def trace(self, args: tuple, mesh: Mesh) -> jax.stages.Traced:
-        """Traced for `args`, arrays or ShapeDtypeStructs, with the layout of `mesh`."""
+        """Trace the function for `args`, arrays or ShapeDtypeStructs, with shardings on `mesh`."""
         with mesh_context(mesh, self.rules, self.slices_in_place):
             jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
             return jitted.trace(*args)
 
     def compile(self, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
-        """Compiled for the devices of `mesh`."""
+        """Compile the function for `args` and the devices of `mesh`."""
         return self.trace(args, mesh).lower().compile(compiler_options=self.options(mesh))
 
     def options(self, mesh: Mesh) -> Options:
-        """What it is compiled with."""
+        """The compiler options on `mesh`."""
         return compiler_options(mesh, self.slices_in_place)

@@ -1,4 +1,4 @@
-"""The table from names to mesh axes: what it gives, and how loudly it refuses."""
+"""The axis rules: PartitionSpecs of every kind of fallback, and the errors."""
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,17 @@ def mesh222():
         (("embed", "kv_heads", None, "head_dim"), (64, 8, 6, 16), P("fsdp", ("tensor", "expert"), None, None)),
         (("vocab_rows", "channels"), (128, 64), P("fsdp", ("tensor", "expert"))),
         (("norm",), (64,), P(None)),
-        # Two key/value heads on four model-parallel devices: the other two-fold split moves to "embed".
+        # Two key/value heads on four model-parallel devices: "expert" falls back to "embed".
         (("embed", "kv_heads", None, "head_dim"), (64, 2, 6, 16), P(("fsdp", "expert"), "tensor", None, None)),
-        # A batch of one on fsdp 2 is copied, not refused.
+        # A batch of one on fsdp 2 is replicated.
         (("batch", "sequence"), (1, 7), P(None, None)),
     ],
 )
-def test_spec(mesh222, names, shape, expected):
+def test_partition_spec(mesh222, names, shape, expected):
     assert partition_spec(names, shape, mesh222) == expected
 
 
-def test_unknown_name(mesh222):
+def test_unknown_logical_axis(mesh222):
     with pytest.raises(LayoutError, match="unknown logical axis 'colour'"):
         partition_spec(("embed", "colour"), (4, 4), mesh222)
 
@@ -41,7 +41,7 @@ def test_two_dimensions_claim_one_mesh_axis(mesh222):
         partition_spec(("mlp", "vocab"), (8, 8), mesh222)
 
 
-def test_indivisible_dimension_names_what_fits(mesh222):
+def test_indivisible_dimension_error_lists_sizes_that_fit(mesh222):
     with pytest.raises(LayoutError, match=r"'mlp' of size 9 .* axis 'tensor' of size 2.*fit: \[1, 3, 9\]"):
         partition_spec(("experts", "embed", None, "mlp"), (4, 64, 2, 9), mesh222)
 
@@ -51,7 +51,7 @@ def test_wrong_number_of_names(mesh222):
         partition_spec(("embed",), (4, 4), mesh222)
 
 
-def test_own_table(mesh222):
+def test_custom_rules(mesh222):
     assert partition_spec(("embed",), (4,), mesh222, {"embed": Rule(("tensor",))}) == P("tensor")
 
 
@@ -82,9 +82,12 @@ def test_default_mesh(devices, expected):
     assert shape.size == devices
 
 
-def test_indices_become_those_of_each_devices_part(mesh222):
-    """Six rows on fsdp 2: what belongs to the other device, or to none, points past the end of the part."""
-    body = lambda mine, index: mine * 0 + local_index(index, "batch", 6)[:3]
+def test_local_index(mesh222):
+    """A batch of six on fsdp 2: indices into the other shard, or past the end, become the shard's size, 3."""
+
+    def body(shard, index):
+        return shard * 0 + local_index(index, "batch", 6)[:3]
+
     index = jnp.array([1, 4, 6, 0, 0, 0])
     with sharding.mesh_context(mesh222):
         run = sharded_map(body, (("batch",), (None,)), ("batch",), sum_over=())

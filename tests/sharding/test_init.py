@@ -1,4 +1,4 @@
-"""Parameters are made where they live, the same on every mesh, 1/N of them on each device."""
+"""Sharded initialisation: the same values on every mesh, and 1/N of the parameters per device."""
 
 import math
 
@@ -23,22 +23,22 @@ def test_values_do_not_depend_on_the_mesh(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, many)
 
 
-def test_each_device_holds_its_share(mesh):
+def test_bytes_per_device(mesh):
     _, params = sharding.init_params(make, 0, mesh)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    parts = mesh.size // mesh.shape["data"]
+    num_shards = mesh.size // mesh.shape["data"]
     for device in mesh.devices.flat:
         held = sum(
             s.data.nbytes for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards if s.device == device
         )
-        # Norm scales and the router, a few hundred values here, are on every device.
-        assert total / parts <= held <= total / parts + 4 * (5 * 64 + 2 * 64 * 4)
+        # Norm scales and the router, a few hundred values here, are replicated.
+        assert total / num_shards <= held <= total / num_shards + 4 * (5 * 64 + 2 * 64 * 4)
     assert sharding.bytes_per_device(params) == held
 
 
 @pytest.mark.parametrize(("expert", "tensor"), [(1, 2), (1, 8), (2, 4), (2, 8), (4, 8), (8, 4)])
-def test_full_size_share(expert, tensor):
-    """Mixtral-8x7B, nothing allocated: at most 1.02 / N of it on a device, beyond its 8 key/value heads too."""
+def test_full_size_parameters_per_device(expert, tensor):
+    """Mixtral-8x7B, nothing allocated: at most 1.02 / N per device, beyond its 8 key/value heads too."""
     mesh = jax.sharding.AbstractMesh(
         (1, 1, expert, tensor), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4
     )

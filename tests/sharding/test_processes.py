@@ -1,4 +1,4 @@
-"""Several processes coming together, or not."""
+"""Initialisation of several processes, and its errors."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from sharding import LayoutError, Processes
 ROOT = Path(__file__).parents[2]
 
 FIRST_PORT = 65535 - 2**12 + 1
-"""Of those that jax derives from SLURM's job numbers."""
+"""The first of the ports that jax derives from SLURM job ids."""
 
 PROGRAM = """
 import sys
@@ -30,7 +30,7 @@ print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_de
 
 
 @pytest.mark.parametrize(
-    ("processes", "said"),
+    ("processes", "message"),
     [
         (Processes("node1:29500"), "go together; --num-processes and --process-id is missing"),
         (Processes(process_id=0, num_processes=1), "go together; --coordinator is missing"),
@@ -41,19 +41,19 @@ print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_de
         (Processes("node1:29500", 0, 0), "count them from 0 to 0"),
     ],
 )
-def test_half_an_answer_is_refused(processes, said):
-    with pytest.raises(LayoutError, match=said):
+def test_invalid_options(processes, message):
+    with pytest.raises(LayoutError, match=message):
         processes.check()
 
 
-def test_a_coordinator_that_is_not_there(free_port):
+def test_unreachable_coordinator(free_port):
     with pytest.raises(LayoutError, match=f"--coordinator localhost:{free_port}: nothing answers there"):
         sharding.start_processes(Processes(f"localhost:{free_port}", 2, 1), seconds=0.2)
     with pytest.raises(LayoutError, match=r"--coordinator nowhere\.invalid:1: nothing answers there"):
         sharding.start_processes(Processes("nowhere.invalid:1", 2, 1), seconds=60)
 
 
-def test_a_port_that_is_taken(free_port):
+def test_occupied_port(free_port):
     with socket.socket() as taken:
         taken.bind(("", free_port))
         taken.listen()
@@ -61,30 +61,32 @@ def test_a_port_that_is_taken(free_port):
             sharding.start_processes(Processes(f"localhost:{free_port}", 2, 0))
 
 
-def test_alone_nothing_is_started():
+def test_single_process():
     assert sharding.start_processes() == 1
     sharding.check_processes(sharding.make_mesh())
 
 
-def test_every_process_has_a_device(monkeypatch):
+def test_mesh_without_a_device_of_every_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(LayoutError, match="the mesh has 4 devices and the 2 processes have 8"):
         sharding.check_processes(sharding.make_mesh(tensor=4))
 
 
-def test_slurm_says_who_is_who(free_port):
-    """The port follows from the job's number."""
+def test_slurm_environment(free_port):
+    """The port follows from the job id."""
     job = {"SLURM_JOB_ID": str(free_port - FIRST_PORT), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    started = [start(60, job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
-    outputs = [process.communicate(timeout=120) for process in started]
+    processes = [start(60, job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
     assert [out for out, _ in outputs] == ["0 2 4 2\n", "1 2 4 2\n"], outputs
 
 
-def test_one_that_stays_alone_says_so(free_port):
+def test_timeout_is_reported(free_port):
     process = start(1, {}, f"localhost:{free_port}", "2", "0")
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert said.splitlines()[-1].startswith(f"error: --coordinator localhost:{free_port}: not all processes came")
+    assert stderr.splitlines()[-1].startswith(
+        f"error: --coordinator localhost:{free_port}: not all processes connected"
+    )
 
 
 def start(seconds, variables, *flags):
