@@ -1,4 +1,4 @@
-"""What the entry points share: options from the command line, and errors as one line."""
+"""Shared by the entry points: option parsing, the compilation cache, and errors as one line."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import tyro
@@ -19,7 +19,7 @@ from sphinx_jax.errors import UserError
 Options = TypeVar("Options")
 
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
-"""A switch that is off has no second spelling for staying off."""
+"""No --no-FLAG for a flag that is off by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +27,31 @@ class PlanOptions:
     """Options of `--plan`, the same for training and inference."""
 
     plan: bool = False
-    """Say whether it would fit on --num-gpus cards of the kind --gpu, and do nothing else. No GPU is needed."""
+    """Print whether it fits on --num-gpus GPUs of the kind --gpu, and exit. Needs no GPU."""
     gpu: str | None = None
     """With --plan: a100-40gb, a100-80gb, h100-80gb, h200, b200, l40s, a6000, a10g, l4, rtx3090, rtx4090, rtx4080, or
-    a file mine.json that describes yours."""
+    a file mine.json that describes another GPU."""
     num_gpus: int | None = None
-    """With --plan: how many cards; by default as many as the mesh has devices."""
+    """With --plan: number of GPUs; by default the size of the mesh."""
     sweep: bool = False
-    """With --plan: try the meshes for so many cards (in training also recomputation and batch sizes), best first."""
+    """With --plan: compare all meshes of --num-gpus GPUs (for training also remat and batch sizes), best first."""
     json: bool = False
-    """With --plan: print one JSON object instead of a table."""
+    """With --plan: print one JSON object instead of tables."""
+
+    @property
+    def gpu_name(self) -> str:
+        """--gpu. Raises UserError without it."""
+        if self.gpu is None:
+            raise UserError("--plan needs a GPU: give --gpu, for example --gpu a100-80gb")
+        return self.gpu
 
     def check(self) -> None:
-        """Raises UserError on options that do not go together."""
+        """Raises UserError on options that exclude each other or are out of range."""
         given = [name for name in ("gpu", "num_gpus", "sweep", "json") if getattr(self, name)]
         if not self.plan and given:
             raise UserError(f"--{given[0].replace('_', '-')} belongs to --plan; add it")
-        if self.plan and self.gpu is None:
-            raise UserError("--plan needs a card: give --gpu, for example --gpu a100-80gb")
+        if self.plan:
+            _ = self.gpu_name
         if self.num_gpus is not None and self.num_gpus < 1:
             raise UserError(f"--num-gpus must be 1 or more, got {self.num_gpus}")
 
@@ -52,52 +59,71 @@ class PlanOptions:
 NO_PLAN = PlanOptions()
 
 
-def parse(kind: type[Options], argv: Sequence[str], program: str, description: str) -> Options:
-    """The options in `argv`, a dataclass. `--help` prints and exits; raises UserError on what does not parse."""
-    drawn = io.StringIO()
+@overload
+def parse(kind: type[Options], argv: Sequence[str], program: str, description: str) -> Options: ...
+
+
+@overload
+def parse(kind: Any, argv: Sequence[str], program: str, description: str) -> Any: ...
+
+
+def parse(kind: Any, argv: Sequence[str], program: str, description: str) -> Any:
+    """The options in `argv` as an instance of `kind`, a dataclass or a union of them.
+
+    `--help` prints and exits. Raises UserError if `argv` cannot be parsed.
+    """
+    captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(drawn):
+        with contextlib.redirect_stderr(captured):
             return tyro.cli(kind, args=list(argv), prog=program, description=description, config=FLAGS)
     except SystemExit as stop:
         if not stop.code:
             raise
-    # tyro draws a box, of spaces where the terminal has no lines: a title, what is wrong, a rule, help.
-    lines = [line.strip("│ ") for line in drawn.getvalue().splitlines()[1:]]
-    is_text = lambda line: line.strip("─-╰╯") != ""
-    problem = " ".join(itertools.takewhile(is_text, itertools.dropwhile(lambda line: not is_text(line), lines)))
-    raise UserError(f"{problem or 'the options could not be read'}; see {program} --help")
+    # tyro prints a box, drawn with spaces where the terminal has no box characters: title, problem, rule, help.
+    lines = [line.strip("│ ") for line in captured.getvalue().splitlines()[1:]]
+    problem = itertools.takewhile(_has_text, itertools.dropwhile(lambda line: not _has_text(line), lines))
+    raise UserError(f"{' '.join(problem) or 'the options could not be parsed'}; see {program} --help")
 
 
-def keep_compiled_programs() -> None:
-    """Programs that took a second or more to compile are kept for the next start.
+def _has_text(line: str) -> bool:
+    return line.strip("─-╰╯") != ""
+
+
+def enable_compilation_cache() -> None:
+    """Cache compiled programs on disk, those that took a second or more to compile.
 
     In JAX_COMPILATION_CACHE_DIR if that is set, else under the user's cache directory.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    configured: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # dynamic
+    if configured is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "sphinx-jax"))
 
 
-def only_answers_on_stdout() -> None:
-    """From now on standard output is Python's alone; what libraries print there from C++ goes to standard error.
+def divert_native_stdout() -> None:
+    """Redirect what native code writes to standard output to standard error; Python's `sys.stdout` is unchanged.
 
-    Gloo, over which processes without GPUs speak, tells there whom it found, in the middle of any line of ours.
+    Gloo, the collectives library of processes without GPUs, prints its peers to file descriptor 1, in the middle of
+    lines that Python writes.
     """
-    if sys.stdout is None or sys.stderr is None:
-        # Closed by whoever started this: there is nothing to keep apart.
+    if not isinstance(sys.stdout, io.TextIOWrapper) or sys.stderr is None:
+        # Closed by the parent process, or replaced by something that is not a file.
         return
     sys.stdout.flush()
-    own = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
-    at_once, by_lines = sys.stdout.write_through, sys.stdout.line_buffering
-    file = os.fdopen(own, "wb", 0 if at_once else -1)
+    line_buffering, write_through = sys.stdout.line_buffering, sys.stdout.write_through
     sys.stdout = io.TextIOWrapper(
-        file, sys.stdout.encoding, sys.stdout.errors, line_buffering=by_lines, write_through=at_once
+        os.fdopen(stdout, "wb", 0 if write_through else -1),
+        sys.stdout.encoding,
+        sys.stdout.errors,
+        line_buffering=line_buffering,
+        write_through=write_through,
     )
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of main(argv): 2 after an error that is the user's to mend, told on the last line of stderr."""
+    """The exit code of `main(argv)`: 2 after an error that the user caused, printed as the last line of stderr."""
     try:
         return main(argv)
     except (UserError, LayoutError) as error:
@@ -106,6 +132,6 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone; Python would complain once more when it flushes on exit.
+        # The reader of standard output has gone. Python would report the error again when it flushes on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,4 +1,4 @@
-"""The console script: `sphinx-jax COMMAND ...`, one command for each script at the root of the repository."""
+"""The console script `sphinx-jax COMMAND ...`. The scripts at the root of the repository run the same commands."""
 
 import importlib
 import sys
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model, or plan a training step (--plan)",
-    "infer": "answer a question, a chat or a file of questions",
-    "export": "write the weights of one of a run's checkpoints",
-    "convert": "convert and inspect checkpoints",
+    "infer": "answer one question, chat, or answer a file of questions",
+    "convert": "convert and inspect checkpoints, and write those of a run as models",
 }
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """Run the command `name` of COMMANDS with the arguments `argv`; the exit code."""
-    # Before jax is imported by the command's own modules.
+    """Run the command `name` of COMMANDS with the arguments `argv`; returns the exit code."""
+    # Before the modules of the command import jax.
     from sphinx_jax.cli.startup import prepare_process
 
     prepare_process()
@@ -24,7 +23,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Parse the command's name, run it, and exit with its code."""
+    """Run the command that the first argument names, and exit with its code."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.exit(run_command(name, argv))

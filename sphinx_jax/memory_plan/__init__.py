@@ -1,5 +1,5 @@
-"""Will it fit? The programs of inference or training, compiled ahead of time for GPUs that are absent.
+"""Memory planning: inference and training programs, compiled ahead of time (AOT) for GPUs that are absent.
 
-Nothing here decides what runs: the programs are the engine's and the trainer's own, given shapes instead of arrays.
-docs/memory-planning.md says what a plan counts and what it leaves out.
+The programs are the engine's and the trainer's own, traced with abstract arguments (ShapeDtypeStructs), so a plan
+describes what runs. docs/memory-planning.md lists what a plan counts and what it leaves out.
 """

@@ -1,7 +1,7 @@
-"""Compiling a program for GPUs that are not there, and what such a compilation says of memory.
+"""Ahead-of-time (AOT) compilation for GPUs that are absent, and the memory analysis of compiled programs.
 
-The CUDA compiler comes in jax's plugin wheel, needs neither a GPU nor CUDA's libraries, and takes the card's
-description as text. Nothing is allocated: arguments are shapes with shardings.
+jax's CUDA plugin wheel contains the compiler. It needs neither a GPU nor the CUDA libraries, and takes a text
+description of the GPU. Nothing is allocated: arguments are ShapeDtypeStructs with shardings.
 """
 
 import dataclasses
@@ -17,36 +17,38 @@ from jax.sharding import Mesh
 from sharding.mesh import MeshShape, make_mesh, simulate_devices
 from sharding.program import Program
 from sphinx_jax.hardware import Gpu
-from sphinx_jax.memory_plan.native_stderr import silence_native_stderr
+from sphinx_jax.memory_plan.native_stderr import drop_no_driver_messages
 
 Compiler = Literal["gpu", "cpu-estimate"]
 
 GPUS_PER_HOST = 8
 
-# Without a GPU nothing can be timed, so XLA would take the first tiling of its own matrix kernels, which may not
-# even compile. With the library's products the program is always the same.
+# Autotuning needs a GPU. Without it XLA would take the first tiling of its own Triton matmuls, which may not even
+# compile. With cuBLAS matmuls the program is always the same.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def has_gpu_compiler() -> bool:
-    """Whether jax's CUDA plugin is installed, for whichever CUDA."""
-    has = lambda name: importlib.util.find_spec(name) is not None
-    return has("jax_plugins") and any(has(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    """Whether jax's CUDA plugin is installed, for CUDA 12 or 13."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
 def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:
-    """A mesh of `shape` over devices that do not exist, and which compiler its programs go through.
+    """A mesh of `shape` over devices that do not exist, and the compiler of its programs.
 
-    Without the plugin the devices are simulated CPU devices. Call it before jax has started.
+    Without the CUDA plugin the devices are simulated CPU devices. Call it before jax initialises its backends.
     """
     if not has_gpu_compiler():
-        simulate_devices(max(shape.size, jax.config.jax_num_cpu_devices))
+        num_devices: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # dynamic
+        simulate_devices(max(shape.size, num_devices))
         return make_mesh(**dataclasses.asdict(shape)), "cpu-estimate"
-    # The plugin would look for a GPU and for CUDA's libraries; only its compiler is wanted.
+    # Otherwise the plugin checks for a GPU and for the CUDA libraries; only its compiler is used here.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
     per_host = math.gcd(shape.size, GPUS_PER_HOST)
-    with silence_native_stderr():
+    with drop_no_driver_messages():
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
@@ -58,7 +60,7 @@ def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device while a program runs: arguments, results that are not arguments, and everything between."""
+    """Bytes on one device while a program runs. `results` excludes outputs that alias donated arguments."""
 
     arguments: int
     results: int
@@ -69,19 +71,30 @@ class Memory:
         return self.arguments + self.results + self.temporaries
 
 
-def compile_ahead(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
-    """`program` compiled for the devices of `mesh`, real or not; `args` are arrays or ShapeDtypeStructs."""
+def compile_aot(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compiled:
+    """`program` compiled for the devices of `mesh`, real or absent; `args` are arrays or ShapeDtypeStructs."""
     if mesh.devices.flat[0].platform == "cpu":
         return program.compile(args, mesh)
     options = program.options(mesh) | _OPTIONS
-    return program.trace(args, mesh).lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+    lowered = program.trace(args, mesh).lower(lowering_platforms=("cuda",))
+    return lowered.compile(compiler_options=options)
 
 
-def memory_of(compiled: jax.stages.Compiled) -> Memory:
-    """What the compiler says of the program's memory on each device."""
+def memory_analysis(compiled: jax.stages.Compiled) -> Memory:
+    """The compiler's buffer assignment, in bytes on each device. Raises RuntimeError if the backend has none."""
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise RuntimeError("the compiler reports no memory analysis")
     return Memory(
         arguments=stats.argument_size_in_bytes,
         results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
     )
+
+
+def hlo_text(compiled: jax.stages.Compiled) -> str:
+    """The optimised HLO of a compiled program. Raises RuntimeError if the backend has none."""
+    text = compiled.as_text()
+    if text is None:
+        raise RuntimeError("the compiler reports no HLO text")
+    return text

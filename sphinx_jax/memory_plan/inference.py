@@ -1,4 +1,4 @@
-"""What inference takes: the engine's programs for requests of a given size."""
+"""The plan of inference: the engine's programs for a number of sequences of a given length."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from jax.sharding import Mesh
 import sharding
 from sharding import MeshShape, bytes_per_device
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops, fraction_of_parameters
+from sphinx_jax.costs import Cost, Workload, decode_bytes, forward_flops, fraction_of_parameters
 from sphinx_jax.errors import UserError
-from sphinx_jax.hardware import Gpu
+from sphinx_jax.hardware import GIB, Gpu
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import prefill_tokens
-from sphinx_jax.kernels.quantized import Kind
+from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
 from sphinx_jax.memory_plan.aot import planning_mesh
 from sphinx_jax.memory_plan.jobs import Job, compile_jobs
@@ -31,77 +31,81 @@ def inference_plan(
     shape: MeshShape,
     *,
     dtype: str,
-    quantize: Kind | None = None,
+    quantize: QuantizedDtype | None = None,
     offload: bool = False,
     max_num_seqs: int,
     max_model_len: int,
 ) -> Plan:
-    """What `infer.py` takes: `max_num_seqs` answers at a time, each with a picture if the model sees any, up to `max_model_len`
-    positions. Raises UserError or LayoutError where that cannot be.
+    """The plan of `infer.py` for `max_num_seqs` sequences of up to `max_model_len` tokens, image tokens included.
+
+    Each sequence has an image if the model has vision. Raises UserError or LayoutError if that is impossible.
     """
     if max_model_len <= config.num_image_tokens:
         raise UserError(
-            f"--max-model-len {max_model_len} is too short: the picture alone takes {config.num_image_tokens} positions"
+            f"--max-model-len {max_model_len} is too short: an image alone takes {config.num_image_tokens} tokens"
         )
     mesh, compiler = planning_mesh(gpu, shape)
-    make = lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs)
-    graph, params = sharding.abstract_params(make, mesh, dtype=jnp.dtype(dtype))
+    graph, params = sharding.abstract_params(
+        lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.dtype(dtype)
+    )
     if quantize:
         params = abstract_quantized_params(params, quantize)
-    weights = params
+    device_params, host_bytes = params, 0
     if offload:
-        jobs, state, weights, waiting = offload_jobs(config, params, mesh, max_num_seqs, max_model_len)
+        jobs, state, device_params, host_bytes = offload_jobs(config, params, mesh, max_num_seqs, max_model_len)
     else:
         jobs, state = inference_jobs(config, graph, params, mesh, max_num_seqs, max_model_len)
     programs = compile_jobs(jobs, mesh)
 
-    cache = bytes_per_device(state.cache)
-    resident = bytes_per_device(state._replace(cache=[]))
-    passing = {job.name: job.passing_bytes() for job in jobs}
-    within = {p.name: p.memory.temporaries + p.memory.results + passing[p.name] for p in programs}
-    largest = max(within, key=within.get)
-    read = Work(max_num_seqs, max_model_len, max_model_len, 1, max_num_seqs if config.vision else 0)
-    flops = sum(forward_flops(config, params, mesh, read).values(), Cost(0.0, 0.0))
-    loaded = decode_bytes(config, params, mesh, max_num_seqs, max_model_len)
-    one = Work(max_num_seqs, 1, max_model_len, 1)
-    decoding = max(
-        loaded.busiest / gpu.bandwidth, forward_flops(config, params, mesh, one)["language"].busiest / gpu.bf16_flops
-    )
-    reading = flops.busiest / gpu.bf16_flops
+    # Programs run one at a time: what counts is the largest sum of transient arguments, results and temporaries.
+    transient = {job.name: job.transient_bytes() for job in jobs}
+    working_set = {p.name: p.memory.temporaries + p.memory.results + transient[p.name] for p in programs}
+    largest = max(working_set, key=lambda program: working_set[program])
+
+    # Roofline: a decode step reads the active parameters and the KV cache, or computes; prefill computes.
+    prefill_work = Workload(max_num_seqs, max_model_len, max_model_len, 1, max_num_seqs if config.vision else 0)
+    prefill_flops = sum(forward_flops(config, params, mesh, prefill_work).values(), Cost(0.0, 0.0))
+    decode_flops = forward_flops(config, params, mesh, Workload(max_num_seqs, 1, max_model_len, 1))["language"]
+    decode_read = decode_bytes(config, params, mesh, max_num_seqs, max_model_len)
+    decode_seconds = max(decode_read.per_device_max / gpu.bandwidth, decode_flops.per_device_max / gpu.bf16_flops)
+    prefill_seconds = prefill_flops.per_device_max / gpu.bf16_flops
     notes = ()
     if offload:
-        passes = -(-(max_model_len - config.num_image_tokens) // prefill_tokens(mesh))
-        decoding = max(decoding, waiting / gpu.host_bandwidth)
-        reading = max(reading, passes * waiting / gpu.host_bandwidth)
+        num_chunks = -(-(max_model_len - config.num_image_tokens) // prefill_tokens(mesh))
+        decode_seconds = max(decode_seconds, host_bytes / gpu.host_bandwidth)
+        prefill_seconds = max(prefill_seconds, num_chunks * host_bytes / gpu.host_bandwidth)
         notes = (
-            f"In host memory: {waiting / 2**30:.1f} GiB of layers for each device, copied to it for every token; on it "
-            "are two layers at a time.",
+            f"Host memory holds {host_bytes / GIB:.1f} GiB of layers per device. A decode step copies all of them to "
+            "the device, which holds two layers at a time.",
         )
     flags = (
         [f"--quantize {quantize}"] * bool(quantize) + ["--offload"] * offload + [mesh_flags(shape)] * (shape.size > 1)
     )
-    numbers = f"{dtype}, matrices {quantize}" if quantize else dtype
+    number_format = f"{dtype}, weight-only {quantize}" if quantize else dtype
     return Plan(
-        job=f"{name}, {numbers}, {max_num_seqs} answer{'s' * (max_num_seqs > 1)} of {max_model_len:,} positions at a time",
+        job=f"{name}, {number_format}, {max_num_seqs} sequence{'s' * (max_num_seqs > 1)} × {max_model_len:,} tokens",
         gpu=gpu,
         mesh=dict(mesh.shape),
         compiler=compiler,
-        parameters={part: bytes_per_device(tree) for part, tree in weights.items()},
+        parameters={part: bytes_per_device(tree) for part, tree in device_params.items()},
         optimizer=0,
         gradients=0,
-        kv_cache=cache,
-        inputs=resident + passing[largest],
-        temporaries=within[largest] - passing[largest],
-        share={"parameters": fraction_of_parameters(params), "flops": flops.busiest / flops.total},
+        kv_cache=bytes_per_device(state.cache),
+        inputs=bytes_per_device(state._replace(cache=[])) + transient[largest],
+        temporaries=working_set[largest] - transient[largest],
+        share={
+            "parameters": fraction_of_parameters(params),
+            "flops": prefill_flops.per_device_max / prefill_flops.total,
+        },
         roofline={
-            "decode_seconds_per_token_at_least": decoding,
-            "decode_tokens_per_second_at_most": max_num_seqs / decoding,
-            "prefill_seconds_at_least": reading,
-            "prefill_tokens_per_second_at_most": max_num_seqs * max_model_len / reading,
+            "decode_seconds_per_token_at_least": decode_seconds,
+            "decode_tokens_per_second_at_most": max_num_seqs / decode_seconds,
+            "prefill_seconds_at_least": prefill_seconds,
+            "prefill_tokens_per_second_at_most": max_num_seqs * max_model_len / prefill_seconds,
         },
         programs=programs,
         main_program=jobs[-1].name,
-        speed=max_num_seqs / decoding,
+        tokens_per_second=max_num_seqs / decode_seconds,
         command=" ".join(("python infer.py", f"--checkpoint {name.upper()} --max-model-len {max_model_len}", *flags)),
         notes=notes,
     )
@@ -110,15 +114,15 @@ def inference_plan(
 def inference_jobs(
     config: SphinxConfig, graph: Any, params: Any, mesh: Mesh, max_num_seqs: int, max_model_len: int
 ) -> tuple[list[Job], steps.State]:
-    """(name, program, abstract arguments) of all that the engine runs for such requests, and its state."""
-    asked = AbstractInputs(config, graph, params, mesh, max_num_seqs, max_model_len)
-    programs, state = asked.programs, asked.state
-    jobs = asked.encode_jobs(params)
-    first = (params, state, asked.chunk(asked.text), asked.words, asked.sampling, asked.stops)
-    jobs.append(Job("read a prompt's beginning", programs.prefill(state, first_chunk=True), first, (0, 1)))
-    if asked.reads_on:
-        further = (params, state, asked.chunk(asked.piece), None, asked.sampling, asked.stops)
-        jobs.append(Job("read on", programs.prefill(state, first_chunk=False), further, (0, 1)))
-    decode = (params, state, asked.sampling, asked.stops, asked.whole(()), asked.whole(()))
-    jobs.append(Job("decode one token", programs.decode(state), decode, (0, 1)))
+    """All programs that the engine runs for such sequences, the decode step last, and the engine's abstract state."""
+    inputs = AbstractInputs(config, graph, params, mesh, max_num_seqs, max_model_len)
+    programs, state, sampling_args = inputs.programs, inputs.state, (inputs.sampling, inputs.stop_table)
+    jobs = inputs.encode_jobs(params)
+    prefill_args = (params, state, inputs.chunk(inputs.first_chunk_len), inputs.image_embeds, *sampling_args)
+    jobs.append(Job("prefill", programs.prefill(state, first_chunk=True), prefill_args, (0, 1)))
+    if inputs.needs_chunked_prefill:
+        chunk_args = (params, state, inputs.chunk(inputs.chunk_len), None, *sampling_args)
+        jobs.append(Job("chunked prefill", programs.prefill(state, first_chunk=False), chunk_args, (0, 1)))
+    decode_args = (params, state, *sampling_args, inputs.replicated(()), inputs.replicated(()))
+    jobs.append(Job("decode step", programs.decode(state), decode_args, (0, 1)))
     return jobs, state

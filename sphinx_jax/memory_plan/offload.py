@@ -1,4 +1,4 @@
-"""What inference takes while its layers stay in host memory: the engine's programs, a layer at a time."""
+"""Inference jobs with the decoder's layers in host memory: the engine's programs, one layer at a time."""
 
 from typing import Any
 
@@ -16,35 +16,43 @@ from sphinx_jax.memory_plan.jobs import Job
 def offload_jobs(
     config: SphinxConfig, params: Any, mesh: Mesh, max_num_seqs: int, max_model_len: int
 ) -> tuple[list[Job], steps.State, dict, int]:
-    """Jobs and state; what lies on the devices of the weights, two layers of them; bytes of all layers a device."""
+    """Jobs, state, the parameters in device memory (two layers of them), and bytes of all layers per device.
+
+    A prefill or decode step is three programs: "embed", "layer" (run once per layer) and "finish".
+    """
     around, layers = split_layers(params)
     programs = LayerPrograms(config, config.language.vocab_size, mesh)
-    asked = AbstractInputs(config, programs.around, params, mesh, max_num_seqs, max_model_len)
-    state, layer, rest = asked.state, layers[0], asked.state._replace(cache=[])
-    ending = asked.sampling, asked.stops
-    jobs = asked.encode_jobs(around)
+    inputs = AbstractInputs(config, programs.around, params, mesh, max_num_seqs, max_model_len)
+    state, layer, rest = inputs.state, layers[0], inputs.state._replace(cache=[])
+    sampling_args = inputs.sampling, inputs.stop_table
+    jobs = inputs.encode_jobs(around)
 
-    def hidden(batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        dtype, place = around["language"]["embedding"]["table"].dtype, programs.hidden_sharding(batch, length)
-        x = jax.ShapeDtypeStruct((batch, length, config.language.dim), dtype, sharding=place)
-        return x, asked.whole((batch, length))
+    def hidden(batch_size: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Hidden states [batch, length, dim] and positions [batch, length]."""
+        dtype = around["language"]["embedding"]["table"].dtype
+        placement = programs.hidden_sharding(batch_size, length)
+        x = jax.ShapeDtypeStruct((batch_size, length, config.language.dim), dtype, sharding=placement)
+        return x, inputs.replicated((batch_size, length))
 
-    def reading(name: str, text: int, words: tuple | None, first_chunk: bool) -> None:
-        chunk, length = asked.chunk(text), text + (config.num_image_tokens if words else 0)
-        x, positions = hidden(asked.batch, length)
-        begin = programs.prefill_embed(asked.batch, length)
-        jobs.append(Job(f"begin {name}", begin, (around, chunk, words), (0,)))
-        through = programs.prefill_layer(state.cache[0], asked.batch, length, first_chunk)
-        jobs.append(Job(f"a layer of {name}", through, (layer, x, positions, state.cache[0], chunk), (0, 3)))
-        jobs.append(Job(f"end {name}", programs.prefill_finish(rest), (around, rest, chunk, x, *ending), (0, 1)))
+    def add_prefill(name: str, text_len: int, image_embeds: tuple | None, first_chunk: bool) -> None:
+        chunk, length = inputs.chunk(text_len), text_len + (config.num_image_tokens if image_embeds else 0)
+        x, positions = hidden(inputs.batch_size, length)
+        embed = programs.prefill_embed(inputs.batch_size, length)
+        jobs.append(Job(f"{name}, embed", embed, (around, chunk, image_embeds), (0,)))
+        through = programs.prefill_layer(state.cache[0], inputs.batch_size, length, first_chunk)
+        jobs.append(Job(f"{name}, layer", through, (layer, x, positions, state.cache[0], chunk), (0, 3)))
+        finish = programs.prefill_finish(rest)
+        jobs.append(Job(f"{name}, finish", finish, (around, rest, chunk, x, *sampling_args), (0, 1)))
 
-    reading("a prompt's beginning", asked.text, asked.words, first_chunk=True)
-    if asked.reads_on:
-        reading("reading on", asked.piece, None, first_chunk=False)
-    x, positions = hidden(state.max_num_seqs, 1)
-    jobs.append(Job("begin one token", programs.decode_embed(state.max_num_seqs), (around, rest), (0, 1)))
-    jobs.append(Job("end one token", programs.decode_finish(rest), (around, rest, x, *ending), (0, 1)))
-    one = programs.decode_layer(state.cache[0])
-    jobs.append(Job("a layer of one token", one, (layer, x, positions, state.cache[0]), (0, 3)))
+    add_prefill("prefill", inputs.first_chunk_len, inputs.image_embeds, first_chunk=True)
+    if inputs.needs_chunked_prefill:
+        add_prefill("chunked prefill", inputs.chunk_len, None, first_chunk=False)
+    x, positions = hidden(state.num_seqs, 1)
+    jobs.append(Job("decode step, embed", programs.decode_embed(state.num_seqs), (around, rest), (0, 1)))
+    jobs.append(Job("decode step, finish", programs.decode_finish(rest), (around, rest, x, *sampling_args), (0, 1)))
+    # Last: its collectives are the ones that a plan reports.
+    decode_layer = programs.decode_layer(state.cache[0])
+    jobs.append(Job("decode step, layer", decode_layer, (layer, x, positions, state.cache[0]), (0, 3)))
+    # While one layer computes, the next one is copied from host memory.
     on_device = around | {"language": around["language"] | {"layers": layers[:2]}}
     return jobs, state, on_device, bytes_per_device(layers)

@@ -1,7 +1,8 @@
-"""A plan: what one device holds and does, whether it fits its card, and how that is printed."""
+"""A plan: memory and work of one device, whether it fits the GPU, and its text and JSON reports."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,15 +14,15 @@ from sphinx_jax.memory_plan.aot import Compiler, Memory
 from sphinx_jax.memory_plan.hlo import Collective
 
 CONTEXT_BYTES = 1 * GIB
-"""Set aside on every card: the CUDA context, loaded kernels, cuBLAS and cuDNN workspaces."""
+"""Reserved on every GPU: the CUDA context, loaded kernels, cuBLAS and cuDNN workspaces."""
 
 COMMUNICATION_BYTES = GIB // 2
-"""Set aside where there are several cards: NCCL's buffers."""
+"""Reserved on each of several GPUs: the buffers of NCCL."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """One compiled program. `collectives` are those of one run; of one round, where it loops until it is done."""
+    """One compiled program. `collectives` are those of one run; a loop with an unknown trip count counts once."""
 
     name: str
     memory: Memory
@@ -31,7 +32,7 @@ class ProgramPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All sizes are bytes of the busiest device. `share` is of what all devices hold and do together."""
+    """Sizes are bytes on the device that holds most. `share` is that device's fraction of the total of all devices."""
 
     job: str
     gpu: Gpu
@@ -45,28 +46,28 @@ class Plan:
     temporaries: int
     share: Mapping[str, float]
     roofline: Mapping[str, float]
+    """Roofline lower bounds of time, and the upper bounds of throughput that follow."""
     programs: tuple[ProgramPlan, ...]
     main_program: str
-    """The one whose collectives are reported."""
-    speed: float
-    """Tokens a second at most, to compare plans by."""
+    """The program whose collectives are reported."""
+    tokens_per_second: float
+    """Upper bound of throughput, by which plans are compared."""
     command: str
-    """What runs it."""
+    """The command line of the planned run."""
     notes: tuple[str, ...] = ()
 
     @property
     def num_gpus(self) -> int:
-        count = 1
-        for size in self.mesh.values():
-            count *= size
-        return count
+        return math.prod(self.mesh.values())
 
     @property
     def reserve(self) -> int:
+        """Bytes that are set aside and not compiled."""
         return CONTEXT_BYTES + (COMMUNICATION_BYTES if self.num_gpus > 1 else 0)
 
     @property
-    def sharded_map(self) -> dict[str, int]:
+    def per_device(self) -> dict[str, int]:
+        """Bytes on one device by purpose, their total, and the capacity of the GPU."""
         parts = {
             "parameters_bytes": sum(self.parameters.values()),
             "optimizer_bytes": self.optimizer,
@@ -80,8 +81,8 @@ class Plan:
 
     @property
     def headroom(self) -> int:
-        """Bytes left over; negative where it does not fit."""
-        return self.gpu.memory_bytes - self.sharded_map["total_bytes"]
+        """Free bytes on one device; negative if the plan does not fit."""
+        return self.gpu.memory_bytes - self.per_device["total_bytes"]
 
     @property
     def fits(self) -> bool:
@@ -89,10 +90,11 @@ class Plan:
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
+        """The collectives of the main program."""
         return next(program.collectives for program in self.programs if program.name == self.main_program)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The object that `--json` prints."""
         return {
             "fits": self.fits,
             "job": self.job,
@@ -100,7 +102,7 @@ class Plan:
             "gpu": self.gpu.name,
             "num_gpus": self.num_gpus,
             "mesh": dict(self.mesh),
-            "per_device": self.sharded_map,
+            "per_device": self.per_device,
             "parameters": dict(self.parameters),
             "share": dict(self.share),
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
@@ -119,13 +121,14 @@ class Plan:
 
 
 def print_json(plans: Sequence[Plan], sweep: bool) -> None:
-    """One object: the plan, or with `sweep` the best one and all of them, best first."""
-    shown = {"best": plans[0].to_dict(), "plans": [plan.to_dict() for plan in plans]} if sweep else plans[0].to_dict()
-    print(json.dumps(shown, indent=2))
+    """One object: the plan; or with `sweep` the best one and all of them, best first."""
+    report = {"best": plans[0].to_dict(), "plans": [plan.to_dict() for plan in plans]} if sweep else plans[0].to_dict()
+    print(json.dumps(report, indent=2))
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The table of one plan, for a person."""
+def print_plan(plan: Plan) -> None:
+    """Print the report of one plan to standard output."""
+    console = _console()
     console.print(f"{plan.job}, on {plan.num_gpus} × {plan.gpu.name}: {mesh_text(plan.mesh)}", style="bold")
     if plan.compiler == "cpu-estimate":
         console.print(
@@ -134,69 +137,81 @@ def print_plan(plan: Plan, console: Console) -> None:
             style="yellow",
         )
     table = Table(box=None, pad_edge=False)
-    table.add_column("on each device")
+    table.add_column("per device")
     table.add_column("GiB", justify="right")
     table.add_column("", style="dim")
     for name, size, remark in _memory_rows(plan):
         table.add_row(name, f"{size / GIB:.2f}", remark)
     console.print(table)
     verdict = (
-        f"fits, with {plan.headroom / GIB:.2f} GiB to spare"
+        f"fits, with {plan.headroom / GIB:.2f} GiB of headroom on each device"
         if plan.fits
-        else f"does not fit: {-plan.headroom / GIB:.2f} GiB too much on each device"
+        else f"does not fit: {-plan.headroom / GIB:.2f} GiB over capacity on each device"
     )
     console.print(verdict, style="bold green" if plan.fits else "bold red")
-    shares = ", ".join(
-        f"{share * plan.num_gpus:.3f}/{plan.num_gpus} of the {name}" for name, share in plan.share.items()
-    )
-    console.print(f"One device holds and does {shares}.")
+    fractions = [f"{share * plan.num_gpus:.3f}/{plan.num_gpus} of the {name}" for name, share in plan.share.items()]
+    console.print(f"per-device share: {', '.join(fractions)}")
     if plan.collectives:
-        _print_collectives(plan, console)
+        console.print(_collectives_table(plan))
     for name, value in plan.roofline.items():
-        console.print(f"{name.replace('_', ' ')}: {_rounded(value)}")
+        console.print(f"roofline: {name.replace('_', ' ')} {_rounded(value)}")
     for note in plan.notes:
         console.print(note, style="dim")
 
 
+def _console() -> Console:
+    """Standard output without markup: names, paths and commands may contain brackets and colons."""
+    return Console(markup=False, emoji=False)
+
+
 def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
-    size = plan.sharded_map
-    max_num_seqs = [(f"parameters, {part}", held, "") for part, held in plan.parameters.items()]
+    """(purpose, bytes, remark) of each part that is not empty, then the total and the capacity."""
+    sizes = plan.per_device
     largest = max(plan.programs, key=lambda program: program.memory.temporaries + program.memory.results)
-    max_num_seqs += [
+    rows = [
+        *((f"parameters, {part}", size, "") for part, size in plan.parameters.items()),
         ("optimizer state", plan.optimizer, ""),
         ("gradients", plan.gradients, ""),
-        ("key/value cache", plan.kv_cache, ""),
-        ("inputs", plan.inputs, "everything else that programs are given"),
+        ("KV cache", plan.kv_cache, ""),
+        ("inputs", plan.inputs, "all other arguments of the programs"),
         ("temporaries", plan.temporaries, f"largest in: {largest.name}"),
-        ("reserve", plan.reserve, "CUDA context, cuBLAS and cuDNN workspaces, NCCL: set aside, not compiled"),
+        ("reserve", plan.reserve, "CUDA context, cuBLAS and cuDNN workspaces, NCCL: reserved, not compiled"),
     ]
-    shown = [row for row in max_num_seqs if row[1]]
-    return [*shown, ("total", size["total_bytes"], ""), (f"memory of {plan.gpu.name}", size["capacity_bytes"], "")]
+    return [
+        *(row for row in rows if row[1]),
+        ("total", sizes["total_bytes"], ""),
+        (f"capacity of {plan.gpu.name}", sizes["capacity_bytes"], ""),
+    ]
 
 
-def _print_collectives(plan: Plan, console: Console) -> None:
+def _collectives_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"exchanged in: {plan.main_program}")
-    table.add_column("along")
-    table.add_column("times", justify="right")
-    table.add_column("MiB a device", justify="right")
+    table.add_column(f"collectives of: {plan.main_program}")
+    table.add_column("mesh axes")
+    table.add_column("count", justify="right")
+    table.add_column("MiB per device", justify="right")
     for collective in plan.collectives:
         table.add_row(
             collective.kind, " × ".join(collective.axes), str(collective.count), f"{collective.bytes / 2**20:,.2f}"
         )
-    console.print(table)
+    return table
 
 
-def print_sweep(plans: Sequence[Plan], console: Console) -> None:
-    """Plans one a line, best first, and what runs the best one that fits."""
+def print_sweep(plans: Sequence[Plan]) -> None:
+    """Print plans one per line, best first, and the command of the best one that fits."""
+    console = _console()
     table = Table(box=None, pad_edge=False)
-    for name in ("mesh", "other", "GiB a device", "headroom", "tokens/s at most"):
-        table.add_column(name, justify="left" if name in ("mesh", "other") else "right")
+    for name in ("mesh", "config", "GiB per device", "headroom", "tokens/s at most"):
+        table.add_column(name, justify="left" if name in ("mesh", "config") else "right")
     for plan in plans:
-        size = f"{plan.sharded_map['total_bytes'] / GIB:.2f}"
-        style = None if plan.fits else "dim"
-        left = f"{plan.headroom / GIB:+.2f}"
-        table.add_row(mesh_text(plan.mesh), plan.job.partition(": ")[2], size, left, _rounded(plan.speed), style=style)
+        table.add_row(
+            mesh_text(plan.mesh),
+            plan.job.partition(": ")[2],
+            f"{plan.per_device['total_bytes'] / GIB:.2f}",
+            f"{plan.headroom / GIB:+.2f}",
+            _rounded(plan.tokens_per_second),
+            style=None if plan.fits else "dim",
+        )
     console.print(table)
     if plans[0].fits:
         console.print(f"run: {plans[0].command}", highlight=False, soft_wrap=True)
@@ -205,7 +220,7 @@ def print_sweep(plans: Sequence[Plan], console: Console) -> None:
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:
-    """The axes of more than one device."""
+    """The mesh axes of size above 1."""
     return " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 

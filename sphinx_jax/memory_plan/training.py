@@ -1,4 +1,4 @@
-"""What training takes: the step of a recipe, for batches of a given shape."""
+"""The plan of training: one optimizer step of a train config, for batches of given shapes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 import sharding
 from sharding import MeshShape, Program, bytes_per_device
@@ -19,23 +20,25 @@ from sphinx_jax.memory_plan.jobs import Job, compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
 from sphinx_jax.memory_plan.report import Plan
 from sphinx_jax.training.moments import MOMENTS
-from sphinx_jax.training.program import train_program
-from sphinx_jax.training.train_config import TrainConfig, check_batch
+from sphinx_jax.training.program import TrainProgram, train_program
+from sphinx_jax.training.train_config import Remat, TrainConfig, check_batch
 from sphinx_jax.training.utilisation import step_flops
 
 BatchShapes = dict[str, tuple[tuple[int, ...], Any]]
 """Shape and dtype of each array of a batch."""
 
+REMATS: tuple[Remat, ...] = ("none", "dots", "block")
+
 
 def training_batch(config: SphinxConfig, train_config: TrainConfig, length: int) -> BatchShapes:
-    """A batch of sequences of `length` positions, the picture included. Raises UserError if it leaves no text."""
-    text = length - config.num_image_tokens
-    if text < 2:
+    """A batch of sequences of `length` tokens, image tokens included. Raises UserError if no room for text is left."""
+    text_len = length - config.num_image_tokens
+    if text_len < 2:
         raise UserError(
-            f"--max-length {length} is too short: the picture alone takes {config.num_image_tokens} positions; "
+            f"--max-length {length} is too short: an image alone takes {config.num_image_tokens} tokens; "
             f"give {config.num_image_tokens + 2} or more"
         )
-    ids = (train_config.batch_size, text), jnp.int32
+    ids = (train_config.batch_size, text_len), jnp.int32
     shapes: BatchShapes = {"tokens": ids, "labels": ids}
     if config.vision:
         size = config.vision.image_size
@@ -44,7 +47,7 @@ def training_batch(config: SphinxConfig, train_config: TrainConfig, length: int)
 
 
 def shapes_of(batch: Mapping[str, np.ndarray]) -> BatchShapes:
-    """The shapes of what the step sees of a batch in memory: all but the numbers of its examples."""
+    """Shapes and dtypes of the step's inputs in a host batch: all arrays except the example indices."""
     return {name: (array.shape, array.dtype) for name, array in batch.items() if name != "examples"}
 
 
@@ -56,77 +59,88 @@ def training_plan(
     train_config: TrainConfig,
     batch_shapes: BatchShapes,
 ) -> Plan:
-    """What `train.py` takes for one optimizer step. Raises UserError or LayoutError where that cannot be."""
+    """The plan of one optimizer step of `train.py`. Raises UserError or LayoutError if that is impossible."""
     mesh, compiler = planning_mesh(gpu, shape)
     check_batch(train_config, mesh)
     program = train_program(config, train_config, mesh)
-    names = lambda dims: ("batch", *[None] * (len(dims) - 1))
     batch = {
-        key: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.named_sharding(names(dims), dims, mesh))
+        key: jax.ShapeDtypeStruct(dims, dtype, sharding=_batch_sharding(dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
     step = Program(program.step, (0,), rules=program.rules, slices_in_place=True)
-    job = Job("training step", step, (program.state, batch, program.frozen))
-    (compiled,) = compile_jobs([job], mesh)
+    (compiled,) = compile_jobs([Job("training step", step, (program.state, batch, program.frozen_params))], mesh)
 
-    learning = [
-        leaf
-        for leaf, is_trainable in zip(*map(jax.tree.leaves, (program.params, program.is_trainable)), strict=True)
-        if is_trainable
-    ]
-    # A whole batch at once is differentiated in the dtype that is computed in; parts are added up in float32.
-    width = jnp.dtype(train_config.dtype if train_config.grad_accum_steps == 1 else "float32")
-    gradients = bytes_per_device([jax.ShapeDtypeStruct(p.shape, width, sharding=p.sharding) for p in learning])
-    made = compiled.memory.temporaries + compiled.memory.results
-    text, pictures = batch_shapes["tokens"][0][1], "images" in batch_shapes
-    flops = step_flops(config, program, mesh, train_config, text, pictures, recomputed=True)
-    length = text + config.num_image_tokens * pictures
+    # Gradients are temporaries of the step; they are reported on their own as far as temporaries go.
+    gradients = _gradient_bytes(program, train_config)
+    temporaries = compiled.memory.temporaries + compiled.memory.results
+    text_len, has_images = batch_shapes["tokens"][0][1], "images" in batch_shapes
+    length = text_len + config.num_image_tokens * has_images
+    flops = step_flops(config, program, mesh, train_config, text_len, has_images, include_remat=True)
     model = program.params["model"]
     parts = model | ({"adapters": program.params["adapters"]} if train_config.lora else {})
-    seconds = flops.busiest / gpu.bf16_flops
+    seconds = flops.per_device_max / gpu.bf16_flops
     tokens = train_config.batch_size * length
-    adapted = f" of rank {train_config.lora.rank} on {train_config.lora.target_modules}" if train_config.lora else ""
     return Plan(
-        job=(
-            f"{name}, {train_config.stage}{adapted}: batch {train_config.batch_size} × {length:,} positions, {train_config.dtype}, "
-            f"remat {train_config.remat}, {train_config.moments} moments{', residual sharded' * train_config.sequence_parallel}"
-        ),
+        job=_job_text(name, train_config, length),
         gpu=gpu,
         mesh=dict(mesh.shape),
         compiler=compiler,
         parameters={part: bytes_per_device(tree) for part, tree in parts.items()},
-        optimizer=bytes_per_device(program.state.optimizer),
-        gradients=min(gradients, made),
+        optimizer=bytes_per_device(program.state.opt_state),
+        gradients=min(gradients, temporaries),
         kv_cache=0,
         inputs=bytes_per_device(batch),
-        temporaries=made - min(gradients, made),
-        share={"parameters": fraction_of_parameters(model), "flops": flops.busiest / flops.total},
+        temporaries=temporaries - min(gradients, temporaries),
+        share={"parameters": fraction_of_parameters(model), "flops": flops.per_device_max / flops.total},
         roofline={"step_seconds_at_least": seconds, "tokens_per_second_at_most": tokens / seconds},
         programs=(compiled,),
         main_program="training step",
-        speed=tokens / seconds,
+        tokens_per_second=tokens / seconds,
         command=_training_command(name, train_config, shape, length),
-        notes=(f"Weights that learn are float32. AdamW keeps {MOMENTS[train_config.moments]}.",),
+        notes=(f"Trainable parameters are float32. AdamW stores {MOMENTS[train_config.moments]}.",),
+    )
+
+
+def _batch_sharding(dims: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Dimension 0 over the "batch" axes, all others replicated."""
+    return sharding.named_sharding(("batch", *[None] * (len(dims) - 1)), dims, mesh)
+
+
+def _gradient_bytes(program: TrainProgram, train_config: TrainConfig) -> int:
+    """Bytes of the gradients on each device: of one batch in the compute dtype, accumulated in float32."""
+    pairs = zip(*map(jax.tree.leaves, (program.params, program.trainable)), strict=True)
+    dtype = jnp.dtype(train_config.dtype if train_config.grad_accum_steps == 1 else "float32")
+    return bytes_per_device(
+        [jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding) for p, is_trainable in pairs if is_trainable]
+    )
+
+
+def _job_text(name: str, train_config: TrainConfig, length: int) -> str:
+    lora = train_config.lora
+    adapters = f" of rank {lora.rank} on {lora.target_modules}" if lora else ""
+    return (
+        f"{name}, {train_config.stage}{adapters}: batch {train_config.batch_size} × {length:,} tokens, "
+        f"{train_config.dtype}, remat {train_config.remat}, {train_config.moments} moments"
+        f"{', sequence parallel' * train_config.sequence_parallel}"
     )
 
 
 def training_sweep(
     plan: Callable[[MeshShape, TrainConfig], Plan], meshes: list[MeshShape], train_config: TrainConfig
 ) -> Iterator[Plan]:
-    """Plans for all meshes, then for the two best ones with less recomputed and with larger batches."""
-    tried = {}
+    """Plans for all meshes, then for the two best of them with other rematerialisation and larger batches."""
+    plans: dict[MeshShape, Plan] = {}
     for shape in meshes:
         if train_config.batch_size % (shape.fsdp * shape.data * train_config.grad_accum_steps) == 0:
-            tried[shape] = plan(shape, train_config)
-            yield tried[shape]
-    if not tried:
+            plans[shape] = plan(shape, train_config)
+            yield plans[shape]
+    if not plans:
         raise UserError(
-            f"--batch-size {train_config.batch_size} divides over none of the meshes; give a multiple of "
+            f"--batch-size {train_config.batch_size} is divisible over none of the meshes; give a multiple of "
             f"{min(shape.fsdp for shape in meshes) * train_config.grad_accum_steps}"
         )
-    best = sorted(tried, key=lambda shape: order(tried[shape]))[:2]
-    for shape in best:
-        for remat in ("none", "dots", "block"):
+    for shape in sorted(plans, key=lambda shape: sort_key(plans[shape]))[:2]:
+        for remat in REMATS:
             if remat != train_config.remat:
                 yield plan(shape, dataclasses.replace(train_config, remat=remat))
         for factor in (2, 4):
@@ -136,21 +150,22 @@ def training_sweep(
                 break
 
 
-def order(plan: Plan) -> tuple:
-    """Sorts plans, best first: what fits, then the fastest to a hundredth, then the least exchanged."""
-    exchanged = sum(collective.bytes for collective in plan.collectives)
-    return (not plan.fits, -float(f"{plan.speed:.2g}"), exchanged, -plan.headroom)
+def sort_key(plan: Plan) -> tuple:
+    """Sorts plans best first: those that fit, then the fastest (to two digits), then the least communication."""
+    communication = sum(collective.bytes for collective in plan.collectives)
+    return (not plan.fits, -float(f"{plan.tokens_per_second:.2g}"), communication, -plan.headroom)
 
 
 def _training_command(name: str, train_config: TrainConfig, shape: MeshShape, length: int) -> str:
-    lora = train_config.lora and {
-        "lora-rank": train_config.lora.rank,
-        "lora-target-modules": train_config.lora.target_modules,
-    }
-    options = {
+    """The command line of the planned run."""
+    lora = train_config.lora
+    options: dict[str, object] = {"preset": name}
+    if lora:
         # Adapters belong to a checkpoint.
-        **({"init": name.upper(), **lora} if lora else {"preset": name}),
-        **({} if train_config.aux_loss_weight else {"data": "DATA.yaml", "max-length": length}),
+        options = {"init": name.upper(), "lora-rank": lora.rank, "lora-target-modules": lora.target_modules}
+    if not train_config.aux_loss_weight:
+        options |= {"data": "DATA.yaml", "max-length": length}
+    options |= {
         "batch-size": train_config.batch_size,
         "grad-accum-steps": train_config.grad_accum_steps,
         "stage": train_config.stage,
@@ -158,7 +173,6 @@ def _training_command(name: str, train_config: TrainConfig, shape: MeshShape, le
         "remat": train_config.remat,
         "moments": train_config.moments,
     }
-    said = [f"--{key} {value}" for key, value in options.items()] + [
-        "--sequence-parallel"
-    ] * train_config.sequence_parallel
-    return f"python train.py {' '.join(said)} {mesh_flags(shape)}"
+    flags = [f"--{option} {value}" for option, value in options.items()]
+    flags += ["--sequence-parallel"] * train_config.sequence_parallel
+    return f"python train.py {' '.join(flags)} {mesh_flags(shape)}"

@@ -1,4 +1,4 @@
-"""Plans of full-size models; each is compiled once a test run."""
+"""Plans of full-size models, each compiled once per test run."""
 
 import dataclasses
 import functools
@@ -17,39 +17,39 @@ from sphinx_jax.training.train_config import TrainConfig
 @pytest.fixture(scope="session")
 def needs_gpu_compiler():
     if not has_gpu_compiler():
-        pytest.skip("needs jax's CUDA plugin, to compile for GPUs that are not there: pip install -e '.[plan]'")
+        pytest.skip("needs jax's CUDA plugin to compile for absent GPUs: pip install -e '.[plan]'")
 
 
 @pytest.fixture(scope="session")
 def inference(needs_gpu_compiler):
-    """(model, card, mesh) -> the plan of one answer of 4,096 positions in bfloat16."""
+    """(preset, GPU, mesh) -> the plan of one sequence of 4,096 tokens in bfloat16."""
 
     @functools.cache
-    def compiled(model, card, axes):
+    def compiled(model, gpu, axes):
         shape = MeshShape(**dict(axes))
         return inference_plan(
-            model, preset(model), find_gpu(card), shape, dtype="bfloat16", max_num_seqs=1, max_model_len=4096
+            model, preset(model), find_gpu(gpu), shape, dtype="bfloat16", max_num_seqs=1, max_model_len=4096
         )
 
-    def plan(model, card, shape):
-        # These take the same, to the byte; only the memory differs that they have to fit into.
-        kind = "rtx3090" if find_gpu(card).compute_capability in ((8, 6), (8, 9)) else card
-        return dataclasses.replace(compiled(model, kind, tuple(shape.items())), gpu=find_gpu(card))
+    def plan(model, gpu, shape):
+        # GPUs of these compute capabilities need the same memory, to the byte; only their capacity differs.
+        kind = "rtx3090" if find_gpu(gpu).compute_capability in ((8, 6), (8, 9)) else gpu
+        return dataclasses.replace(compiled(model, kind, tuple(shape.items())), gpu=find_gpu(gpu))
 
     return plan
 
 
 @pytest.fixture(scope="session")
 def training(needs_gpu_compiler):
-    """(card, mesh, batch, recipe) -> the plan of a step of SPHINX-MoE on 2,048 positions, encoders frozen."""
+    """(GPU, mesh, batch size, moments) -> the plan of a step of SPHINX-MoE on 2,048 tokens, encoders frozen."""
 
     @functools.cache
-    def compiled(card, axes, batch, moments):
+    def compiled(gpu, axes, batch_size, moments):
         train_config = TrainConfig(
-            steps=1000, batch_size=batch, stage="mm_stage2", dtype="bfloat16", remat="block", moments=moments
+            steps=1000, batch_size=batch_size, stage="mm_stage2", dtype="bfloat16", remat="block", moments=moments
         )
         config = preset("sphinx-moe")
         shapes = training_batch(config, train_config, 2048)
-        return training_plan("sphinx-moe", config, find_gpu(card), MeshShape(**dict(axes)), train_config, shapes)
+        return training_plan("sphinx-moe", config, find_gpu(gpu), MeshShape(**dict(axes)), train_config, shapes)
 
-    return lambda card, shape, batch, moments="float32": compiled(card, tuple(shape.items()), batch, moments)
+    return lambda gpu, shape, batch_size, moments="float32": compiled(gpu, tuple(shape.items()), batch_size, moments)

@@ -1,4 +1,4 @@
-"""`--plan` on the command line: what is asked wrongly, what is printed, and what happens without the CUDA compiler."""
+"""`--plan` on the command line: user errors, reports, and plans without the CUDA compiler."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from sphinx_jax import config
 from sphinx_jax.cli import common, infer, train
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
-from sphinx_jax.memory_plan import aot as compiling
+from sphinx_jax.memory_plan import aot
 from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.training import training_batch, training_plan
 from sphinx_jax.training.train_config import TrainConfig
@@ -18,27 +18,27 @@ from sphinx_jax.training.train_config import TrainConfig
 SMALL = SphinxConfig(DecoderConfig(64, 128, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
 
 WRONG = {
-    "infer --plan": "--plan needs a card",
+    "infer --plan": "--plan needs a GPU",
     "infer --gpu l4": "--gpu belongs to --plan",
     "infer --preset nano": "--preset belongs to --plan",
     "infer --plan --gpu t4": "no bfloat16",
     "infer --plan --gpu unheard": "unknown GPU 'unheard'",
     "infer --plan --gpu l4 --preset unheard": "unknown preset",
-    "infer --plan --gpu l4 --num-gpus 6": "over 6 devices; 4 or 8 would do",
+    "infer --plan --gpu l4 --num-gpus 6": "over 6 devices; use 4 or 8 devices",
     "infer --plan --gpu l4 --num-gpus 0": "--num-gpus must be 1 or more",
     "infer --plan --gpu l4 --num-gpus 4 --mesh.tensor 2": "has 2 devices and --num-gpus is 4",
-    "infer --plan --gpu l4 --sweep --mesh.tensor 2": "leave the --mesh options out",
-    "infer --plan --gpu l4 --max-model-len 1000": "the picture alone takes 1455 positions",
+    "infer --plan --gpu l4 --sweep --mesh.tensor 2": "leave out either the --mesh options or --sweep",
+    "infer --plan --gpu l4 --max-model-len 1000": "an image alone takes 1455 tokens",
     "infer --plan --gpu l4 --mesh.tensor 3": "not divisible by mesh axis 'tensor' of size 3",
-    "train --plan": "--plan needs a card",
-    "train --plan --gpu l4 --preset sphinx-moe --num-gpus 7": "over 7 devices; 4 or 8 would do",
+    "train --plan": "--plan needs a GPU",
+    "train --plan --gpu l4 --preset sphinx-moe --num-gpus 7": "over 7 devices; use 4 or 8 devices",
     "train --plan --gpu l4 --preset sphinx-moe --batch-size 3 --num-gpus 16 --max-length 512": "does not divide",
     "train --plan --gpu l4 --preset sphinx-moe": "--max-length 256 is too short",
 }
 
 
 @pytest.mark.parametrize(("line", "message"), WRONG.items())
-def test_wrong_questions(line, message, capsys, needs_gpu_compiler):
+def test_user_errors(line, message, capsys, needs_gpu_compiler):
     program, *args = line.split()
     main = {"infer": infer.main, "train": train.main}[program]
     assert common.run(main, args) == 2
@@ -73,11 +73,11 @@ def test_json_of_inference(small, capsys, needs_gpu_compiler):
     assert 0.5 <= plan["share"]["parameters"] < 0.6
 
 
-def test_a_table_for_a_person_and_a_sweep(small, capsys, needs_gpu_compiler):
+def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
     args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64"]
     assert infer.main(args) == 0
     out = capsys.readouterr().out
-    for part in ("parameters, language", "key/value cache", "reserve", "fits, with", "all-reduce", "tensor"):
+    for part in ("parameters, language", "KV cache", "reserve", "fits, with", "collectives of: decode step", "all-reduce", "tensor"):
         assert part in out
     assert infer.main([*args, "--sweep"]) == 0
     out = capsys.readouterr().out
@@ -87,22 +87,39 @@ def test_a_table_for_a_person_and_a_sweep(small, capsys, needs_gpu_compiler):
 
 
 def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
-    card = tmp_path / "small.json"
-    card.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small card", "memory_mib": 1024}))
-    assert infer.main(["--plan", "--gpu", str(card), "--preset", "small", "--max-model-len", "64"]) == 1
+    gpu = tmp_path / "small.json"
+    gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small GPU", "memory_mib": 1024}))
+    assert infer.main(["--plan", "--gpu", str(gpu), "--preset", "small", "--max-model-len", "64"]) == 1
     assert "does not fit" in capsys.readouterr().out
 
 
-def test_without_the_compiler_arguments_are_exact(monkeypatch, capsys):
-    """The same numbers from the CPU's compiler, but for temporaries; and training's parts, known by arithmetic."""
-    monkeypatch.setattr(compiling, "has_gpu_compiler", lambda: False)
-    shape, card = MeshShape(fsdp=2, tensor=2), find_gpu("rtx3090")
-    plan = inference_plan("small", SMALL, card, MeshShape(tensor=2), dtype="bfloat16", max_num_seqs=1, max_model_len=64)
+def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
+    """The CPU compiler gives the same argument bytes; parameters, moments and gradients follow by arithmetic."""
+    monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
+    shape, gpu = MeshShape(fsdp=2, tensor=2), find_gpu("rtx3090")
+    plan = inference_plan("small", SMALL, gpu, MeshShape(tensor=2), dtype="bfloat16", max_num_seqs=1, max_model_len=64)
     assert plan.compiler == "cpu-estimate"
     assert plan.kv_cache == 2 * 2 * 64 * 2 * 16 * 2 // 2
     train_config = TrainConfig(steps=10, batch_size=4, moments="bfloat16")
-    step = training_plan("small", SMALL, card, shape, train_config, training_batch(SMALL, train_config, 32))
+    step = training_plan("small", SMALL, gpu, shape, train_config, training_batch(SMALL, train_config, 32))
     assert step.compiler == "cpu-estimate"
     assert step.optimizer == pytest.approx(sum(step.parameters.values()), abs=64)
     assert step.gradients == sum(step.parameters.values())
     assert step.temporaries > 0
+
+
+def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_path):
+    """Reports contain no markup: names, paths and commands of the user, and the hint to install an extra."""
+    monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
+    monkeypatch.setitem(config.PRESETS, "[b]small[/b]:cat:", lambda: SMALL)
+    monkeypatch.setenv("COLUMNS", "400")
+    gpu = tmp_path / "bracket.json"
+    gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "gpu [red] :dog:"}))
+    args = ["--plan", "--gpu", str(gpu), "--preset", "[b]small[/b]:cat:", "--max-model-len", "64"]
+    assert infer.main(args) == 0
+    out = capsys.readouterr().out
+    assert "pip install -e '.[plan]'" in out
+    assert "[b]small[/b]:cat:, bfloat16" in out
+    assert "capacity of gpu [red] :dog:" in out
+    assert infer.main([*args, "--sweep"]) == 0
+    assert "--checkpoint [B]SMALL[/B]:CAT:" in capsys.readouterr().out

@@ -1,12 +1,14 @@
-"""Reading programs: texts written by hand with known answers, and a small program compiled here."""
+"""The HLO parser on handwritten text with known results, and on a small compiled program."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sharding
-from sphinx_jax.memory_plan.hlo import Collective, collectives, executed, largest_values, parse, type_bytes
+from sphinx_jax.memory_plan.aot import hlo_text
+from sphinx_jax.memory_plan.hlo import Collective, collectives, executed_instructions, parse, type_bytes
+from tests.instruments import largest_values
 
 TEXT = """HloModule example, is_scheduled=true
 
@@ -67,7 +69,7 @@ def mesh():
 
 
 @pytest.mark.parametrize(("groups", "axes"), GROUPS.items())
-def test_exchanges_by_axis_with_the_rounds_of_loops(mesh, groups, axes):
+def test_collectives_by_axis_and_trip_count(mesh, groups, axes):
     found = collectives(TEXT.replace("GROUPS", groups), mesh)
     reduced = Collective("all-reduce", axes, 32, 32 * 16 * 64 * 2)
     gathered = Collective("all-gather", ("fsdp", "expert", "tensor"), 1, 64 * 4 * 2)
@@ -75,21 +77,24 @@ def test_exchanges_by_axis_with_the_rounds_of_loops(mesh, groups, axes):
     assert found == [reduced, gathered, scattered]
 
 
-def test_an_exchange_that_says_what_goes_in_beside_what_comes_out(mesh):
-    """As the compilers of jax 0.11.2 and 0.12 do of a sum: it is of the same bytes as before."""
-    said = "bf16[16,64]{1,0} all-reduce-start", "((bf16[16,64]{1,0}), bf16[16,64]{1,0}) all-reduce-start"
-    assert said[0] in TEXT
-    of = lambda text: collectives(text.replace("GROUPS", "[4,2]<=[8]"), mesh)
-    assert of(TEXT.replace(*said)) == of(TEXT)
-    # Two at once, as older compilers write them.
+def test_all_reduce_whose_type_is_a_pair(mesh):
+    """jax 0.11.2 and 0.12 give an all-reduce-start the type (input, output): the bytes are the same."""
+    types = "bf16[16,64]{1,0} all-reduce-start", "((bf16[16,64]{1,0}), bf16[16,64]{1,0}) all-reduce-start"
+    assert types[0] in TEXT
+
+    def parsed(text):
+        return collectives(text.replace("GROUPS", "[4,2]<=[8]"), mesh)
+
+    assert parsed(TEXT.replace(*types)) == parsed(TEXT)
+    # A combined all-reduce of two arrays, in the older and the newer form.
     two = "(bf16[16,64]{1,0}, f32[3]{0}) all-reduce-start"
-    assert of(TEXT.replace(said[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
+    assert parsed(TEXT.replace(types[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
     two = "((bf16[16,64]{1,0}, f32[3]{0}), (bf16[16,64]{1,0}, f32[3]{0})) all-reduce-start"
-    assert of(TEXT.replace(said[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
+    assert parsed(TEXT.replace(types[0], two))[0].bytes == 32 * (16 * 64 * 2 + 3 * 4)
 
 
 def test_values_written_to_memory():
-    """Parameters and loops only name memory; what is inside a fused kernel is never written."""
+    """Parameters and loops alias memory; values inside a fusion are not written."""
     assert [name for _, name in largest_values(TEXT, 1)] == [
         "all-reduce-start ar",
         "all-gather-start ag",
@@ -108,16 +113,19 @@ def test_sizes_of_types():
 
 
 def test_a_compiled_program(mesh):
-    """A product summed over `tensor`, in a loop of five rounds."""
-    place = lambda *names: jax.NamedSharding(mesh, jax.P(*names))
-    x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=place(None, None))
-    w = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place("tensor", None))
+    """A matmul all-reduced over `tensor`, in a loop of trip count five."""
+    replicated, row_parallel = (NamedSharding(mesh, PartitionSpec(axis, None)) for axis in (None, "tensor"))
+    x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=replicated)
+    w = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=row_parallel)
 
     def function(x, w):
-        step = lambda x, _: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), place(None, None)), None)
+        def step(x, _):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), replicated), None
+
         return jax.lax.scan(step, x, None, length=5)[0]
 
-    text = sharding.Program(function).compile((x, w), mesh).as_text()
+    text = hlo_text(sharding.Program(function).compile((x, w), mesh))
     assert collectives(text, mesh) == [Collective("all-reduce", ("tensor",), 5, 5 * 4 * 8 * 4)]
     computations, entry = parse(text)
-    assert np.sum([times for instruction, times in executed(computations, entry) if instruction.opcode == "while"]) == 1
+    counts = [count for i, count in executed_instructions(computations, entry) if i.opcode == "while"]
+    assert counts == [1]

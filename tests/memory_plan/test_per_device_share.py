@@ -10,13 +10,13 @@ import pytest
 import sharding
 from sharding import MeshShape
 from sphinx_jax.config import DecoderConfig, SphinxConfig, preset
-from sphinx_jax.costs import Cost, Work, forward_flops, fraction_of_parameters
+from sphinx_jax.costs import Cost, Workload, forward_flops, fraction_of_parameters
 from sphinx_jax.hardware import find_gpu
-from sphinx_jax.memory_plan.aot import compile_ahead, planning_mesh
-from sphinx_jax.memory_plan.hlo import collectives, largest_values
+from sphinx_jax.memory_plan.aot import compile_aot, planning_mesh
+from sphinx_jax.memory_plan.hlo import collectives
 from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.model import SphinxMoE
-from tests.instruments import traffic
+from tests.instruments import largest_values, traffic
 
 MESHES = [{"tensor": 8}, {"tensor": 8, "expert": 2}, {"tensor": 8, "expert": 4}]
 
@@ -27,8 +27,8 @@ def test_one_device_holds_and_does_its_share(needs_gpu_compiler, shape):
     mesh, _ = planning_mesh(find_gpu("a100-80gb"), MeshShape(**shape))
     params = sharding.abstract_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh)[1]
     assert fraction_of_parameters(params) <= 1.02 / mesh.size
-    flops = sum(forward_flops(config, params, mesh, Work(1, 4096, 4096, 1, 1)).values(), Cost(0, 0))
-    assert flops.busiest <= 1.05 * flops.total / mesh.size
+    flops = sum(forward_flops(config, params, mesh, Workload(1, 4096, 4096, 1, 1)).values(), Cost(0, 0))
+    assert flops.per_device_max <= 1.05 * flops.total / mesh.size
 
 
 LAYERS, MAX_MODEL_LEN = 2, 4096
@@ -47,7 +47,7 @@ def program(needs_gpu_compiler):
         graph, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
         jobs, _ = inference_jobs(CONFIG, graph, params, mesh, rows, MAX_MODEL_LEN)
         job = next(job for job in jobs if job.name == name)
-        return mesh, params, compile_ahead(job.program, job.args, mesh).as_text()
+        return mesh, params, compile_aot(job.program, job.args, mesh).as_text()
 
     return lambda shape, name="decode one token", rows=1: compiled(tuple(shape.items()), name, rows)
 

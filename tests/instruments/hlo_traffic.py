@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from sphinx_jax.memory_plan.hlo import Computations, Instruction, called, parse, rounds, type_bytes
+from sphinx_jax.memory_plan.hlo import Computations, Instruction, called_computations, parse, trip_count, type_bytes
 
 Origin = int | tuple["Origin", ...] | None
 """Which argument of the program a value is, unchanged; a tuple of origins for a tuple; None if it was made."""
@@ -76,20 +76,20 @@ class _Walk:
                 return inside[_index(instruction)] if isinstance(inside, tuple) else None
             case "while":
                 kept = self._unchanged(instruction, operands[0])
-                for name in called(instruction):
-                    self.through(name, (kept,), times * rounds(instruction))
+                for name in called_computations(instruction):
+                    self.through(name, (kept,), times * trip_count(instruction))
                 return kept
             case "conditional":
-                for name, origin in zip(called(instruction), operands[1:], strict=True):
+                for name, origin in zip(called_computations(instruction), operands[1:], strict=True):
                     self.through(name, (origin,), times)
                 return None
             case "call":
-                for name in called(instruction):
+                for name in called_computations(instruction):
                     self.through(name, tuple(operands), times)
                 return None
             case opcode if opcode in _NAMES or opcode.endswith(("-done", "-update")):
                 return operands[0] if opcode in _SAME else None
-        inner = self._computations[called(instruction)[0]] if instruction.opcode == "fusion" else None
+        inner = self._computations[called_computations(instruction)[0]] if instruction.opcode == "fusion" else None
         self.total += times * _written(instruction, body, inner)
         for number, origin in enumerate(operands):
             size = times * _read(instruction, number, body, inner)
