@@ -26,9 +26,10 @@ from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tasks import YamlData, YamlOptions
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.optimizer import adamw
+from sphinx_jax.training.program import normalise_images
 from sphinx_jax.training.step import make_loss, make_train_step
 from sphinx_jax.training.train_state import init_state
-from sphinx_jax.training.trainer import normalised, put
+from sphinx_jax.training.trainer import shard_batch
 
 PEAK_FLOPS, USED, TEXT_WORDS = 989e12, 0.4, 221
 """An H100's dense bfloat16 peak, a good share of it, and text beside 291 image words: 512 positions."""
@@ -58,13 +59,13 @@ def consumer(config: SphinxConfig, batch: dict[str, np.ndarray]) -> Callable[[],
     """A call of it is one training step on `batch`."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     graph, params = sharding.init_params(lambda rngs: SphinxMoE(config, rngs=rngs), 0, mesh)
-    params = {"model": params, "attributes": {}}
+    params = {"model": params, "aux_probe": {}}
     optimizer = adamw(lambda step: 1e-3)
     loss = make_loss(graph, config)
     shardings = sharding.shardings_of(params)
-    step = jax.jit(make_train_step(lambda p, b: loss(p, normalised(b)), optimizer, shardings), donate_argnums=0)
+    step = jax.jit(make_train_step(lambda p, b: loss(p, normalise_images(b)), optimizer, shardings), donate_argnums=0)
     held = [init_state(params, optimizer, mesh)]
-    placed = put({name: x for name, x in batch.items() if name != "examples"}, mesh)
+    placed = shard_batch({name: x for name, x in batch.items() if name != "examples"}, mesh)
 
     def run() -> None:
         with sharding.mesh_context(mesh):

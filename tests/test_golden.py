@@ -8,13 +8,13 @@ import pytest
 
 import sharding
 from sphinx_jax.checkpoints.formats import accessory
-from sphinx_jax.checkpoints.mapping.language import language_entries
-from sphinx_jax.checkpoints.mapping.vision import vision_entries
+from sphinx_jax.checkpoints.mapping.language import language_mappings
+from sphinx_jax.checkpoints.mapping.vision import vision_mappings
 from sphinx_jax.model import bind
 from sphinx_jax.training.optimizer import ENCODERS, adamw, decays, is_trainable, map_with_path
-from sphinx_jax.training.step import next_tokens
+from sphinx_jax.training.step import next_token_losses
 from tests.conftest import mesh_name
-from tests.vision.test_golden import pictures
+from tests.vision.test_golden import golden_images
 
 QUICK = [("ens", {}), ("ens", {"tensor": 2, "expert": 2, "fsdp": 2})]
 SLOW = [
@@ -38,7 +38,7 @@ class Run:
         used = self.facts["train_tokens_used"]
         self.tokens = jnp.asarray(self.inputs["examples"][:, :used])
         self.labels = jnp.asarray(self.inputs["labels"][:, : used + 1])
-        self.images = jnp.asarray(pictures(variant))
+        self.images = jnp.asarray(golden_images(variant))
         with sharding.mesh_context(self.mesh):
             self.gradient = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
             (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params, self.encoders, self.images))
@@ -48,7 +48,7 @@ class Run:
         # in other roundings, and where those meet a rounding to half a pixel tips over.
         whole = params | {"vision": params["vision"] | encoders}
         logits, record = bind(self.graph, whole)(self.tokens, images)
-        losses, _, counted = next_tokens(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), self.labels)
+        losses, _, counted = next_token_losses(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), self.labels)
         words = losses.sum(where=counted) / counted.sum()
         balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]])
         out = {"logits": logits, "record": record, "words": words, "balance": balance}
@@ -56,17 +56,17 @@ class Run:
 
     def published(self, tree):
         """Blocks of a parameter tree under the original's names."""
-        entries = language_entries(self.config.language, "sparse", unstacked=True, prefix="llma.")
-        entries += vision_entries(self.config.vision, self.config.language.dim)
+        mappings = language_mappings(self.config.language, "sparse", unstacked=True, prefix="llma.")
+        mappings += vision_mappings(self.config.vision, self.config.language.dim)
         named = {}
-        for entry in entries:
-            if entry.path[:1] == ("vision",) and entry.path[1] in ENCODERS:
+        for mapping in mappings:
+            if mapping.path[:1] == ("vision",) and mapping.path[1] in ENCODERS:
                 continue
             leaf = tree
-            for key in entry.path:
+            for key in mapping.path:
                 leaf = leaf[key]
-            name = entry.name if entry.name.startswith("llma.") else f"llma.{entry.name}"
-            named[name] = entry.to_published(np.asarray(leaf)[entry.index])
+            name = mapping.name if mapping.name.startswith("llma.") else f"llma.{mapping.name}"
+            named[name] = mapping.to_published(np.asarray(leaf)[mapping.index])
         return named
 
 
@@ -205,7 +205,7 @@ def test_text_without_a_picture(run):
     @jax.jit
     def blind(params, encoders):
         logits, record = bind(run.graph, params | {"vision": params["vision"] | encoders})(run.tokens)
-        losses, _, counted = next_tokens(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), run.labels)
+        losses, _, counted = next_token_losses(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), run.labels)
         balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]]).mean()
         return logits, losses.sum(where=counted) / counted.sum(), balance
 

@@ -1,4 +1,4 @@
-"""train.py as a person meets it: a short run, going on with it, and every way of asking for the wrong thing."""
+"""train.py as users call it: a short run, resuming, and every kind of invalid input."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ import pytest
 
 import sphinx_jax
 from sphinx_jax import checkpoints
-from sphinx_jax.cli import common, export, train
+from sphinx_jax.cli import common, convert, train
 
 QUICK = ["--validation-split", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
-EIGHT = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
+EIGHT_DEVICES = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
 
 
 def call(*argv):
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_what_it_promises(run):
+def test_run_outputs(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert set(summary["held_out"]) == set(summary["blind"]) == {"overall", "yes_no", "open"}
@@ -44,9 +44,12 @@ def test_a_run_leaves_what_it_promises(run):
 
 @pytest.mark.parametrize(
     ("mesh", "tolerance"),
-    [pytest.param([], 0, id="same mesh"), pytest.param(EIGHT, 1e-3, id="eight devices", marks=pytest.mark.slow)],
+    [
+        pytest.param([], 0, id="same mesh"),
+        pytest.param(EIGHT_DEVICES, 1e-3, id="eight devices", marks=pytest.mark.slow),
+    ],
 )
-def test_resume_goes_on_as_if_never_interrupted(run, tmp_path, mesh, tolerance):
+def test_resume_equals_the_uninterrupted_run(run, tmp_path, mesh, tolerance):
     """Killed after the save at step 2: the losses of steps 3 and 4 are the uninterrupted run's."""
     out = tmp_path / "killed"
     shutil.copytree(run, out)
@@ -57,7 +60,7 @@ def test_resume_goes_on_as_if_never_interrupted(run, tmp_path, mesh, tolerance):
     assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
-def test_a_run_is_never_overwritten_unasked(run, capsys):
+def test_run_is_not_overwritten_by_default(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     assert call("--out", run, *QUICK) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -66,7 +69,7 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--preset", "micro"], "unknown preset 'micro'; choose one of nano"),
         (["--preset", "mixtral-8x7b"], "choose --preset nano"),
@@ -85,7 +88,7 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
         (["--seed", "-1"], "--seed"),
         (["--coordinator", "node1:29500"], "--num-processes and --process-id is missing"),
         (["--workers", "0"], "--workers must be 1 or more"),
-        (["--max-skipped", "1.5"], "--max-skipped must be a share"),
+        (["--max-skipped", "1.5"], "--max-skipped must be a fraction"),
         (["--save-minutes", "0"], "--save-minutes must be above 0"),
         (["--profile", "5"], "--profile 5: must be FIRST:LAST"),
         (["--profile", "5:4"], "--profile 5:4: must be FIRST:LAST"),
@@ -94,41 +97,47 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
         (["--no-such-flag"], "no-such-flag"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(argv, said, tmp_path, capsys):
+def test_invalid_input_is_one_sentence_and_writes_nothing(argv, message, tmp_path, capsys):
     out = tmp_path / "run"
     assert call("--out", out, *argv) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and said in last
+    assert last.startswith("error: ") and message in last
     assert not out.exists()
 
 
-def test_a_directory_that_is_no_run_is_left_alone(tmp_path, capsys):
+def test_directory_that_is_no_run_is_not_touched(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert call("--out", tmp_path, "--overwrite") == 2
-    assert "is not a run; choose another directory" in capsys.readouterr().err
+    assert "is not a run directory; choose another directory" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_checkpoint_is_exported(run, tmp_path, capsys):
-    """The newest is what the run wrote at its end; another is another; one that is gone is said."""
-    export_it = lambda *argv: common.run(export.main, list(map(str, argv)))
-    assert export_it(run, tmp_path / "newest") == 0
-    assert export_it(run, tmp_path / "second", "--step", 2) == 0
+def test_convert_writes_any_checkpoint_of_a_run(run, tmp_path, capsys):
+    """The newest equals the final weights, an older one differs, and a missing step is an error."""
+
+    def run_convert(*argv) -> int:
+        return common.run(convert.main, list(map(str, argv)))
+
+    assert run_convert(run, tmp_path / "newest") == 0
+    assert run_convert(run, tmp_path / "second", "--step", 2) == 0
     newest, second, final = (
         checkpoints.load(path, unstacked=False).params for path in (tmp_path / "newest", tmp_path / "second", run)
     )
-    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+    def same(a, b):
+        return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
     assert same(newest, final) and not same(second, final)
     assert (tmp_path / "newest" / "tokenizer.model").read_bytes() == (run / "tokenizer.model").read_bytes()
-    assert export_it(run, tmp_path / "third", "--step", 3) == 2
-    assert "--step 3: not among the checkpoints" in capsys.readouterr().err
-    assert export_it(tmp_path, tmp_path / "third") == 2
+    assert run_convert(run, tmp_path / "third", "--step", 3) == 2
+    assert "--step 3 is not among the checkpoints" in capsys.readouterr().err
+    assert run_convert(tmp_path, tmp_path / "third") == 2
     assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.slow
-def test_only_the_stage_learns(run, tmp_path):
-    """From a checkpoint, the projection alone: everything else stays bit for bit, through a resume too."""
+def test_only_the_stage_is_trained(run, tmp_path):
+    """From a checkpoint, the projection alone: everything else is unchanged bit for bit, also after a resume."""
     out = tmp_path / "stage1"
     argv = ["--out", out, *QUICK, "--init", run, "--stage", "mm_stage1"]
     assert call(*argv) == 0
@@ -146,14 +155,14 @@ def test_only_the_stage_learns(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("image", "argv", "said"),
+    ("image", "argv", "message"),
     [
         ("gone.png", [], "none of the 30 pictures of type 'picture' that were looked for is there"),
         (None, ["--batch-size", "64"], "the largest type has 27 records, too few for one step of 64"),
         (None, ["--max-length", "20"], "at least 1 of 30 records cannot be used"),
     ],
 )
-def test_bad_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, capsys, image, argv, said):
+def test_invalid_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, capsys, image, argv, message):
     turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
     record = {"conversations": turns} if image is None else {"conversations": turns, "image": image}
     (tmp_path / "records.json").write_text(json.dumps([record] * 30))
@@ -162,13 +171,13 @@ def test_bad_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, capsys, 
     before = sorted(path.name for path in run.iterdir())
     assert call("--out", run, "--overwrite", "--data", tmp_path / "data.yaml", "--batch-size", 8, *argv) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and said in last
+    assert last.startswith("error: ") and message in last
     assert sorted(path.name for path in run.iterdir()) == before
 
 
 @pytest.mark.slow
 def test_own_labels(tmp_path, capsys):
-    """The example: a labelled image set learned to 90 %, one picture that does not open passed over."""
+    """The example: a labelled image set learned to 90 %, one unreadable image skipped."""
     file = Path(__file__).parents[1] / "examples" / "own_labels.py"
     spec = importlib.util.spec_from_file_location("own_labels", file)
     example = importlib.util.module_from_spec(spec)
@@ -183,7 +192,7 @@ def test_own_labels(tmp_path, capsys):
     assert "1 of 1600 records were skipped" in capsys.readouterr().out
     (line,) = (out / "skipped.jsonl").read_text().splitlines()
     assert "rows/17.png: not a picture" in json.loads(line)["reason"]
-    # Trained on, so asked for sure; through the engine, as a user would.
+    # On training images, through the public interface.
     model = sphinx_jax.load(out)
-    asked = [tmp_path / "patterns" / label / "0.png" for label in ("rows", "columns")]
-    assert model.generate([example.QUESTION] * 2, asked, max_new_tokens=8) == ["rows", "columns"]
+    images = [tmp_path / "patterns" / label / "0.png" for label in ("rows", "columns")]
+    assert model.generate([example.QUESTION] * 2, images, max_new_tokens=8) == ["rows", "columns"]

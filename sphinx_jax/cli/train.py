@@ -30,15 +30,15 @@ from sphinx_jax.training.trainer import train
 
 EXAMPLES = """examples:
   python train.py
-      train the nano preset on easy-vqa and print its held-out accuracy, about ten minutes on two CPU cores
+      train the nano preset on easy-vqa and print its held-out accuracy: about ten minutes on two CPU cores
   python train.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2 --steps 20
-      the same program over eight simulated devices
+      the same program on eight simulated devices
   python train.py --out runs/mine --steps 5000 --seed 1
   python train.py --out runs/mine --resume
-      go on where a run was interrupted
+      resume an interrupted run
   python train.py --plan --gpu a100-80gb --num-gpus 32 --preset sphinx-moe --stage mm_stage2 --max-length 2048
                   --batch-size 32 --dtype bfloat16 --remat block
-      would this fit? needs no GPU and no data
+      check whether this fits; needs no GPU and no data
 """
 
 
@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(options: Options) -> None:
-    """Check everything that can be checked, then train and say how it went."""
+    """Check the options and the data, then train and report the result."""
     if sharding.start_processes(options.processes) > 1:
-        common.only_answers_on_stdout()
+        common.divert_native_stdout()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     out = run_directory.choose(options.out, options.preset)
@@ -63,40 +63,40 @@ def run(options: Options) -> None:
     if options.resume:
         run_directory.check_adapters(out, make_lora(options), options.init)
         run_directory.check_same(out, dataclasses.asdict(options))
-    common.keep_compiled_programs()
+    common.enable_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
     sharding.check_processes(mesh)
 
-    # A base that only carries adapters is held as it is computed with; what learns needs float32.
+    # A frozen LoRA base is stored in the compute dtype; trainable parameters are float32.
     dtype = options.dtype if options.stage == "lora" else "float32"
-    start = checkpoints.load(options.init, mesh, dtype, unstacked=False) if options.init else None
-    config = start.config if start else preset(options.preset)
+    checkpoint = checkpoints.load(options.init, mesh, dtype, unstacked=False) if options.init else None
+    config = checkpoint.config if checkpoint else preset(options.preset)
     skipped = SkippedRecords(options.max_skipped)
-    tokenizer_bytes = start.tokenizer_bytes if start else run_directory.tokenizer_bytes(out, options.resume)
+    tokenizer_bytes = checkpoint.tokenizer_bytes if checkpoint else run_directory.tokenizer_bytes(out, options.resume)
     task = make_task(options, config, tokenizer_bytes, skipped)
     train_config = make_train_config(options, make_steps(options, task.examples))
     check_batch(train_config, mesh)
-    task.batches(train_config.batch_size, train_config.seed)  # raises where the data cannot fill a batch
+    task.batches(train_config.batch_size, train_config.seed)  # raises UserError if the data cannot fill a batch
     sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
     if is_primary_process():
-        skipped.keep_in(out / "skipped.jsonl")
+        skipped.log_to(out / "skipped.jsonl")
         if train_config.lora:
-            checkpoints.lora.write_record(out, checkpoints.open(options.init), train_config.lora)
+            checkpoints.lora.write_adapter_info(out, checkpoints.open(options.init), train_config.lora)
     summary = train(
         config,
         task,
         train_config,
         mesh,
         out,
-        initial=start.params if start else None,
+        initial=checkpoint.params if checkpoint else None,
         run_config=make_run_config(options),
         resume=options.resume,
     )
     if not is_primary_process():
         return
     if summary is None:
-        print(f"stopped by SIGTERM, everything is saved; to go on: the same command with --out {out} --resume")
+        print(f"stopped by SIGTERM, the state is saved; to continue: the same command with --out {out} --resume")
     else:
         report(summary, out)
     if skipped:
@@ -104,7 +104,7 @@ def run(options: Options) -> None:
 
 
 def plan(options: Options) -> int:
-    """Say whether a step would fit on the cards that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    """Print whether a step fits on --num-gpus GPUs of the kind --gpu; the exit code: 0 if it fits, else 1."""
     config = checkpoints.open(options.init).config if options.init else preset(options.preset)
     train_config = make_train_config(options, options.steps or 900)
     if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
@@ -121,17 +121,17 @@ def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | N
     if options.data == "easy-vqa":
         return EasyVqa(config, tokenizer_bytes, validation_split=options.validation_split)
     if Path(options.data).suffix in (".yaml", ".yml"):
-        said = {field.name: getattr(options, field.name) for field in dataclasses.fields(YamlOptions)}
-        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, YamlOptions(**said))
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(YamlOptions)}
+        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, YamlOptions(**values))
     raise UserError(f"--data {options.data}: unknown; give easy-vqa or a .yaml file")
 
 
 def report(summary: dict, out: Path) -> None:
-    """The end of a run, for a person."""
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Held-out accuracy, and that of answering blind:")
-    for kind, share in summary["held_out"].items():
+    """Print the results of a run."""
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Held-out accuracy, and that of a blind baseline:")
+    for kind, accuracy in summary["held_out"].items():
         blind = summary.get("blind", {}).get(kind)
-        print(f"  {kind:8} {share:6.1%}" + ("" if blind is None else f"   blind {blind:6.1%}"))
-    shares = ", ".join(f"{share:.1%}" for share in summary["expert_share"])
-    print(f"share of the words that each expert received: {shares}")
+        print(f"  {kind:8} {accuracy:6.1%}" + ("" if blind is None else f"   blind {blind:6.1%}"))
+    expert_load = ", ".join(f"{fraction:.1%}" for fraction in summary["expert_share"])
+    print(f"expert load, the fraction of tokens routed to each expert: {expert_load}")
     print(f"try it: python infer.py --checkpoint {out}")

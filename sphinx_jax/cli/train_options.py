@@ -1,4 +1,4 @@
-"""The options of `train.py`, and what is made of them."""
+"""The options of `train.py`."""
 
 import dataclasses
 from pathlib import Path
@@ -22,82 +22,83 @@ class Options:
     """Train a model and write a run directory that `infer.py --checkpoint` takes."""
 
     preset: str = "nano"
-    """Which model: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
+    """Model preset: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
     init: Path | None = None
-    """Start from the weights of this checkpoint, instead of from random ones."""
+    """Checkpoint to start from, in any format; random initialisation by default."""
     data: str = "easy-vqa"
-    """What to train on: easy-vqa, or a data.yaml that names files of conversations (docs/data.md)."""
+    """Training data: easy-vqa, or a data.yaml that lists files of conversations (docs/data.md)."""
     max_length: int = 256
-    """Longest sequence of one conversation, image words included; for a data.yaml."""
+    """data.yaml: longest sequence of one conversation, in tokens, image tokens included."""
     image_transform: ImageTransform = "pad"
-    """How its training pictures become squares: padded, or cropped at random."""
+    """data.yaml: how training images become square: pad, or random crop."""
     no_group_by_length: bool = False
-    """Mix conversations of all lengths in a batch, instead of neighbours in length: right where the answer's length
-    tells the answer, as with labels."""
+    """data.yaml: mix lengths within a batch instead of grouping conversations by length. Needed where the length
+    reveals the answer, as with class labels."""
     pack: bool = False
-    """Put several of its conversations without pictures into one sequence, where each sees itself only."""
+    """data.yaml: pack several conversations without images into one sequence; attention stays within each of them."""
     max_skipped: float = 0.01
-    """Share of its records, malformed or with pictures that do not open, that may be passed over."""
+    """data.yaml: largest fraction of records to skip, malformed or with unreadable images, before the run stops."""
     workers: int = 2
-    """Threads that read its pictures and make batches."""
+    """data.yaml: threads that load images and build batches."""
     out: Path | None = None
     """Run directory to write; runs/PRESET-DATE by default."""
     steps: int | None = None
     """Optimizer steps; 900 unless --epochs is given."""
     epochs: float | None = None
-    """Length in passes over the data, instead of --steps."""
+    """Epochs over the training data, instead of --steps."""
     batch_size: int = 64
-    """Pictures (conversations) in one optimizer step, over all devices."""
+    """Global batch size: sequences per optimizer step, over all devices."""
     grad_accum_steps: int = 1
-    """Work through each batch in this many parts, to save memory."""
+    """Gradient accumulation: microbatches per optimizer step."""
     lr: float = 3e-3
     """Peak learning rate."""
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Random seed of initialisation, data order and augmentation."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
-    """Devices along each axis; one device by default."""
+    """Devices along each mesh axis; one device by default."""
     simulate_devices: int | None = None
-    """Pretend that this CPU is so many devices; with several processes, for each of them."""
+    """Simulate this many devices on the CPU, per process."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = NO_PROCESSES
     aux_loss_weight: float = 1.0
-    """Weight of the auxiliary loss on shape and colour of easy-vqa pictures; 0 trains on the answers alone."""
+    """easy-vqa: weight of the auxiliary probe loss on the shape and colour in each image; 0 disables it."""
     stage: Stage = "all"
-    """What learns: everything; mm_stage2, all but the encoders; mm_stage1, the projection of the encoders' words and
-    the image markers; language, the decoder; lora, adapters beside --init, which stays as it is
-    (docs/fine-tuning.md)."""
+    """Trainable parameters. all: every parameter; mm_stage2: all but the vision encoders; mm_stage1: the projection of
+    the image embeddings and the image start and end vectors; language: the decoder; lora: LoRA adapters on the frozen
+    --init (docs/fine-tuning.md)."""
     lora_rank: int | None = None
-    """Rank of the adapters, 8 by default."""
+    """Rank of the LoRA adapters; 8 by default."""
     lora_alpha: float | None = None
-    """Their product is scaled by alpha / rank; twice the rank by default."""
+    """LoRA scaling: the product of the factors is multiplied by alpha / rank; twice the rank by default."""
     lora_target_modules: LoraTargets | None = None
-    """Which matrices get one: those of attention alone, or all, the experts' too, which is the default."""
+    """Matrices with a LoRA adapter: attention, or all, the experts included; all by default."""
     dtype: ComputeDtype = "float32"
-    """What the model computes in. Master weights are float32 either way."""
+    """Compute dtype. Master weights are always float32."""
     remat: Remat = "none"
-    """What is computed a second time for the gradient, to save memory: nothing; each layer (block); each layer but
-    its matrix products (dots)."""
+    """Rematerialisation (activation checkpointing) in the backward pass. none; block: each layer; dots: each layer
+    except its matrix products."""
     sequence_parallel: bool = False
-    """Split the residual stream along the sequence between blocks, over the devices of tensor and expert: saves memory
-    for the same exchanges. The length of the sequences should be a multiple of their number."""
+    """Sequence parallelism: shard the residual stream along the sequence over the tensor and expert axes. Saves
+    activation memory; all-reduces become reduce-scatters and all-gathers of the same volume. The sequence length should
+    be a multiple of tensor x expert."""
     moments: Moments = "float32"
-    """What AdamW keeps of its two moments: float32, 8 bytes a parameter; bfloat16, 4; factored, Adafactor's second
-    moment beside a first in bfloat16, 2; int8, both in blocks of 8 bits, 2.1 (docs/training-runs.md)."""
+    """AdamW moments. float32: 8 bytes per parameter; bfloat16: 4; factored: first moment in bfloat16, second
+    factored as in Adafactor, 2; int8: both blockwise quantized, 2.1 (docs/training-runs.md)."""
     validation_split: bool = False
-    """Hold out a tenth of the training pictures and judge by them; the test set is left alone."""
+    """easy-vqa: evaluate on a tenth of the training images, held out, instead of on the test set."""
     log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
+    """Steps between log lines in metrics.jsonl."""
     save_every: int = 500
     """Steps between checkpoints."""
     save_minutes: float = 15.0
-    """Minutes after which one is saved in any case."""
+    """Longest time between checkpoints, in minutes."""
     keep_last: int = 2
-    """How many of the newest checkpoints stay."""
+    """Newest checkpoints to preserve."""
     keep_best: int = 1
-    """How many of those with the best held-out accuracy stay besides; see --eval-every."""
+    """Checkpoints with the best held-out accuracy to preserve as well; see --eval-every."""
     profile: str | None = None
-    """Steps FIRST:LAST to record in OUT/profile, for TensorBoard or Perfetto."""
+    """Profile the steps FIRST:LAST into OUT/profile, for TensorBoard or Perfetto."""
     eval_every: int | None = None
-    """Steps between evaluations on the held-out examples, each followed by a checkpoint; only at the end by default."""
+    """Steps between evaluations on the held-out examples, each followed by a checkpoint; by default only at the end."""
     planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
@@ -112,7 +113,7 @@ def make_train_config(options: Options, steps: int) -> TrainConfig:
         batch_size=options.batch_size,
         grad_accum_steps=options.grad_accum_steps,
         lr=options.lr,
-        # Adapters do not reach the encoders.
+        # LoRA freezes the encoders.
         aux_loss_weight=options.aux_loss_weight if options.data == "easy-vqa" and not lora else 0.0,
         stage=options.stage,
         lora=lora,
@@ -131,7 +132,7 @@ def make_lora(options: Options) -> LoraConfig | None:
 
 
 def check_options(options: Options) -> None:
-    """Raises UserError on values that no run can have."""
+    """Raises UserError on options that are out of range or exclude each other."""
     counts = (
         "steps",
         "batch_size",
@@ -154,7 +155,7 @@ def check_options(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
     profiled_steps(options.profile)
     if not 0 <= options.max_skipped <= 1:
-        raise UserError(f"--max-skipped must be a share from 0 to 1, got {options.max_skipped:g}")
+        raise UserError(f"--max-skipped must be a fraction from 0 to 1, got {options.max_skipped:g}")
     for name in ("seed", "keep_best"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(options, name)}")
@@ -170,15 +171,15 @@ def check_options(options: Options) -> None:
 
 
 def make_run_config(options: Options) -> RunConfig:
-    said = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunConfig)}
-    return RunConfig(**said | {"profile": profiled_steps(options.profile)})
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**values | {"profile": profiled_steps(options.profile)})
 
 
-def profiled_steps(said: str | None) -> range:
-    """Raises UserError on what is not FIRST:LAST."""
-    first, _, last = (said or "1:0").partition(":")
-    if not (first.isdecimal() and last.isdecimal()) or (said and not 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile {said}: must be FIRST:LAST, two steps, such as 20:22")
+def profiled_steps(text: str | None) -> range:
+    """The steps of FIRST:LAST, none by default. Raises UserError on another form."""
+    first, _, last = (text or "1:0").partition(":")
+    if not (first.isdecimal() and last.isdecimal()) or (text and not 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {text}: must be FIRST:LAST, two steps, such as 20:22")
     return range(int(first), int(last) + 1)
 
 

@@ -1,4 +1,4 @@
-"""AdamW as the original trains: schedule, clipping, and what decays."""
+"""AdamW as in the original training: schedule, clipping, decayed parameters and trainable parameters."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def cosine_with_warmup(
 
 
 def decays(path: Path) -> bool:
-    """Whether weight decay acts on a parameter: not on biases, nor on the scales of norms.
+    """Whether weight decay applies to a parameter: not to biases, nor to the scales of norms.
 
     The published names end in `.bias` or `norm.weight` there. The scales of the two projections' norms
     are published as `visual_proj.1.weight` and `qformer_proj.1.weight`, so they do decay.
@@ -37,16 +37,16 @@ def decays(path: Path) -> bool:
 
 
 Stage = Literal["all", "mm_stage2", "mm_stage1", "language", "lora"]
-"""What learns: all; all but the encoders; the projection of the encoders' words and the image markers; the decoder;
-nothing but adapters beside the model."""
+"""Trainable parameters: all; all but the encoders; the projection of the image embeddings and the image start and end
+vectors; the decoder; LoRA adapters only."""
 
 ENCODERS = ("clip", "convnext", "dino", "qformer")
 
 
 def is_trainable(path: Path, stage: Stage) -> bool:
-    """Whether a parameter of the model learns in a stage of the original's training.
+    """Whether a parameter of the model is trainable in a stage of the original training.
 
-    In `mm_stage1` the Q-Former's projection stays as it is, as in the original.
+    In `mm_stage1` the Q-Former's projection is frozen, as in the original.
     """
     part, member = path[0], path[1]
     if stage == "lora":
@@ -63,10 +63,10 @@ def map_with_path(function: Callable[[Path, Array], object], tree: object) -> ob
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(tuple(key.key for key in path), leaf), tree)
 
 
-def only(optimizer: optax.GradientTransformation, flags: object) -> optax.GradientTransformation:
-    """`optimizer` on the parameters whose flag is True; the others stay, and have no state."""
-    labels = jax.tree.map(lambda flag: "learns" if flag else "stays", flags)
-    return optax.partition({"learns": optimizer, "stays": optax.set_to_zero()}, labels)
+def trainable_only(optimizer: optax.GradientTransformation, trainable: object) -> optax.GradientTransformation:
+    """`optimizer` on the parameters where the mask `trainable` is True; the others are frozen and have no state."""
+    labels = jax.tree.map(lambda is_trainable: "trainable" if is_trainable else "frozen", trainable)
+    return optax.partition({"trainable": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def adamw(

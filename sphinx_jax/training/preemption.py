@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM lets the step under way finish and its state be saved."""
+"""Preemption: after SIGTERM the current step finishes and its state is saved."""
 
 import signal
 from types import FrameType
@@ -9,24 +9,24 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionGuard:
-    """While entered, SIGTERM sets `asked` instead of ending the process. Enter it in the main thread."""
+    """While entered, SIGTERM sets `requested` instead of ending the process. Enter it in the main thread."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> "PreemptionGuard":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._previous_handler = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, self._previous_handler)
 
-    def _ask(self, _: int, __: FrameType | None) -> None:
-        self.asked = True
+    def _request(self, _: int, __: FrameType | None) -> None:
+        self.requested = True
 
 
-def in_any_process(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, set if any process has it set: all processes must call this at the same step.
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """Each flag, reduced by logical or over all processes, which must call this at the same step.
 
     Signals and clocks differ between processes, and what they do next must not.
     """

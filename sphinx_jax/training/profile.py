@@ -1,4 +1,4 @@
-"""What the devices do in some steps of a run, recorded for TensorBoard's profiler or Perfetto."""
+"""A profile of some steps of a run, for TensorBoard's profiler or Perfetto."""
 
 from pathlib import Path
 
@@ -6,24 +6,24 @@ import jax
 
 
 class StepProfile:
-    """Records the steps in `steps` into `directory`; each is marked "train" with its number."""
+    """Traces the steps in `steps` into `directory`; each is annotated "train" with its number."""
 
     def __init__(self, directory: Path, steps: range):
         self._directory = directory
         self._steps = steps
-        self._running = False
+        self._tracing = False
 
     def before(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """To be entered around the step."""
-        # A run resumed in the middle records the rest.
-        if step in self._steps and not self._running:
+        """Start the trace at its first step; the context to run the step in."""
+        # A run resumed within the range traces the rest of it.
+        if step in self._steps and not self._tracing:
             jax.profiler.start_trace(self._directory)
-            self._running = True
+            self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, result: object) -> None:
-        """Ends the recording where `step` is the last of it, when its `result` is there."""
-        if self._running and step + 1 not in self._steps:
+        """Stop the trace after its last step, once that step's `result` is computed."""
+        if self._tracing and step + 1 not in self._steps:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
-            self._running = False
+            self._tracing = False

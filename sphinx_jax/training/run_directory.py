@@ -1,4 +1,4 @@
-"""The directory that a run writes: when it may be used, and what stands in it from the start."""
+"""The run directory: whether it may be used, and the files written to it before the first step."""
 
 import json
 import shutil
@@ -16,66 +16,66 @@ from sphinx_jax.errors import UserError
 
 
 def choose(out: Path | None, preset: str) -> Path:
-    """`out`, or else runs/PRESET-DATE. Raises UserError where several processes would each choose their own."""
+    """`out`, by default runs/PRESET-DATE. Raises UserError with several processes, which need one common directory."""
     if out is None and jax.process_count() > 1:
-        raise UserError("several processes need --out, one directory that all of them see")
+        raise UserError("several processes need --out, one directory that all of them share")
     return out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError before anything is read or written where `out` must not be used."""
+    """Raises UserError where `out` must not be used, before anything is read or written."""
     is_run = (out / "options.json").is_file()
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     if resume and not is_run:
-        raise UserError(f"--resume: {out} holds no run; give the run's directory with --out")
+        raise UserError(f"--resume: {out} holds no run; give the run directory with --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())) or resume:
         return
     if not is_run:
-        raise UserError(f"--out {out} exists and is not a run; choose another directory")
+        raise UserError(f"--out {out} exists and is not a run directory; choose another directory")
     if not overwrite:
         raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
 
 
 def check_same(out: Path, options: dict[str, Any]) -> None:
-    """Raises UserError where the run to be resumed was begun with options that give its state another shape."""
-    begun = json.loads((out / "options.json").read_text())
+    """Raises UserError where the run to resume was started with options that give its train state other shapes."""
+    started = json.loads((out / "options.json").read_text())
     for name in ("preset", "stage", "moments"):
-        if begun[name] != options[name]:
+        if started[name] != options[name]:
             raise UserError(
-                f"--resume: {out} was begun with --{name} {begun[name]}, not {options[name]}; give the same"
+                f"--resume: {out} was started with --{name} {started[name]}, not {options[name]}; give the same"
             )
 
 
 def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) -> None:
-    """Raises UserError where the run to be resumed has not these adapters (None: none) of the checkpoint `base`."""
-    recorded = lora.read_record(out) if lora.is_lora(out) else None
+    """Raises UserError unless the run to resume has these adapters (None: none) on the checkpoint `base`."""
+    recorded = lora.read_adapter_info(out) if lora.is_lora(out) else None
 
-    def said(it: LoraConfig | None) -> str:
-        if it is None:
+    def flags(config: LoraConfig | None) -> str:
+        if config is None:
             return "no adapters"
-        sizes = f"--lora-rank {it.rank} --lora-alpha {it.alpha:g}"
-        return f"--stage lora {sizes} --lora-target-modules {it.target_modules}"
+        sizes = f"--lora-rank {config.rank} --lora-alpha {config.alpha:g}"
+        return f"--stage lora {sizes} --lora-target-modules {config.target_modules}"
 
-    begun = recorded and recorded.lora
-    if begun != adapters:
-        raise UserError(f"--resume: {out} was begun with {said(begun)}, not with {said(adapters)}; give the same")
+    started = recorded and recorded.lora
+    if started != adapters:
+        raise UserError(f"--resume: {out} was started with {flags(started)}, not with {flags(adapters)}; give the same")
     if recorded and lora.fingerprint(checkpoints.open(base)) != recorded.fingerprint:
         raise UserError(f"--resume: {out} adapts {recorded.base}, and --init {base} is another checkpoint")
 
 
 def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:
-    """Make `out`, empty unless resuming, and write down what was asked for: one process, once all have looked at it."""
-    barrier("looked at the run directory")
+    """Create `out`, empty unless resuming, and write the options: the primary process, after all have checked it."""
+    barrier("run directory checked")
     if is_primary_process():
         if overwrite and out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "options.json").write_text(json.dumps(options, indent=2, default=str) + "\n")
-    barrier("made the run directory")
+    barrier("run directory created")
 
 
 def tokenizer_bytes(out: Path, resume: bool) -> bytes | None:
-    """The tokenizer of a run to be resumed, if it has come so far: data that has changed since would give another."""
+    """The tokenizer of a run to resume, if it was written yet: one trained on data that has changed would differ."""
     file = out / "tokenizer.model"
     return file.read_bytes() if resume and file.exists() else None

@@ -1,4 +1,4 @@
-"""How to train: what changes the numbers or the memory of a run, besides the model and the data."""
+"""The train config: what changes the numbers or the memory of a run, besides the model and the data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Remat = Literal["none", "block", "dots"]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Master weights and gradients' sums are float32, whatever `dtype` the model computes in."""
+    """Master weights and accumulated gradients are float32, whatever the compute dtype `dtype`."""
 
     steps: int
     batch_size: int = 64
@@ -33,17 +33,17 @@ class TrainConfig:
     lora: LoraConfig | None = None
     """The adapters of the stage "lora"."""
     remat: Remat = "none"
-    """What is computed again for the gradient: nothing; each layer; each layer but its matrix products."""
+    """Rematerialisation in the backward pass: none; each layer; each layer except its matrix products."""
     sequence_parallel: bool = False
-    """The residual stream is split along the sequence between blocks (`sharding.SEQUENCE_PARALLEL_RULES`)."""
+    """Sequence parallelism: the residual stream is sharded along the sequence (`sharding.SEQUENCE_PARALLEL_RULES`)."""
     dtype: ComputeDtype = "float32"
     moments: Moments = "float32"
     seed: int = 0
 
 
 def schedule(train_config: TrainConfig) -> Callable[[int | Array], Array]:
-    """Learning rate by optimizer step. Step 0 already learns: the warm-up is taken one step ahead."""
-    # A run no longer than the warm-up ends in it.
+    """Learning rate by optimizer step, from 0. The warm-up starts one step ahead, so that step 0 is not wasted."""
+    # A run no longer than the warm-up ends within it.
     end = max(train_config.steps, train_config.warmup_steps + 1)
     return lambda step: cosine_with_warmup(
         step + 1, lr=train_config.lr, min_lr=train_config.min_lr, warmup_epochs=train_config.warmup_steps, epochs=end
@@ -51,12 +51,13 @@ def schedule(train_config: TrainConfig) -> Callable[[int | Array], Array]:
 
 
 def check_batch(train_config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError unless each part of the batch divides over the mesh."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = train_config.grad_accum_steps * replicas
-    if train_config.batch_size % parts:
-        near = max(train_config.batch_size // parts, 1) * parts
+    """Raises UserError unless each microbatch divides over the data-parallel devices of the mesh."""
+    batch_size, accum_steps = train_config.batch_size, train_config.grad_accum_steps
+    data_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    multiple = accum_steps * data_parallel
+    if batch_size % multiple:
+        nearest = max(batch_size // multiple, 1) * multiple
         raise UserError(
-            f"--batch-size {train_config.batch_size} does not divide into --grad-accum-steps {train_config.grad_accum_steps} parts over "
-            f"{replicas} devices of data x fsdp; try --batch-size {near}"
+            f"--batch-size {batch_size} does not divide into --grad-accum-steps {accum_steps} microbatches over "
+            f"{data_parallel} devices of data x fsdp; try --batch-size {nearest}"
         )

@@ -1,4 +1,4 @@
-"""The train state: where each part of it lives, making it, saving it and taking it up again."""
+"""The train state: its shardings, initialisation, checkpoints and restoring."""
 
 import math
 from pathlib import Path
@@ -16,38 +16,41 @@ from sphinx_jax.training.step import Params, TrainState
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the train state of (abstract) parameters: each moment lies where its parameter does.
+    """The abstract train state of (abstract) parameters: each moment is sharded like its parameter.
 
-    So does what is smaller than the parameter: means along one of its dimensions, and scales of blocks.
+    So are smaller arrays of the optimizer: means along one dimension of a parameter, and scales of blocks.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def keys(path: tuple) -> tuple:
+        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
     by_path = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A moment stands under its parameter's path, behind whatever the optimizer puts in front.
+    def with_sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment's path ends with its parameter's path, after a prefix from the optimizer.
         names = keys(path)
         param = next((by_path[names[n:]] for n in range(len(names)) if names[n:] in by_path), None)
-        beside = everywhere if param is None else _beside(param, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=beside)
+        sharding = replicated if param is None else _moment_sharding(param, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
-    moments = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, abstract))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, moments)
+    moments = jax.tree_util.tree_map_with_path(with_sharding, jax.eval_shape(optimizer.init, abstract))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, moments)
 
 
-def _beside(param: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> NamedSharding:
-    """Where something of `shape` lies that belongs to a parameter.
+def _moment_sharding(param: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an optimizer array of `shape` that belongs to a parameter.
 
     It has the parameter's dimensions, fewer along one of them where it is of blocks, or lacks one of them where it is
-    of means. A dimension that its mesh axes do not divide stays whole; what is neither, too.
+    of means. A dimension that its mesh axes do not divide is replicated, as is any other array.
     """
     mesh, dims = param.sharding.mesh, len(param.shape)
     axes = [*param.sharding.spec, *[None] * (dims - len(param.sharding.spec))]
     if len(shape) == dims - 1:
-        # Of two equal dimensions either may be the one that is gone: at worst it is laid out otherwise than best.
-        gone = next((d for d in reversed(range(dims)) if param.shape[:d] + param.shape[d + 1 :] == shape), None)
-        axes = [] if gone is None else axes[:gone] + axes[gone + 1 :]
+        # Of two equal dimensions either may be the missing one; the wrong guess only costs a resharding.
+        missing = next((d for d in reversed(range(dims)) if param.shape[:d] + param.shape[d + 1 :] == shape), None)
+        axes = [] if missing is None else axes[:missing] + axes[missing + 1 :]
     elif len(shape) != dims or any(whole % part for whole, part in zip(param.shape, shape, strict=True)):
         axes = []
     parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
@@ -56,16 +59,16 @@ def _beside(param: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> NamedShardin
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Step 0, with the optimizer's state made where it lives."""
+    """The train state of step 0, the optimizer state created with its shardings."""
     shardings = shardings_of(abstract_state(params, optimizer, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return TrainState(step, params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params))
+    return TrainState(step, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
 
 
-class StateStore:
-    """Checkpoints of a run under `directory`/STEP, written in the background and renamed into place when whole.
+class CheckpointStore:
+    """Checkpoints of a run in `directory`/STEP, written asynchronously and renamed into place once complete.
 
-    Kept are the newest `keep_last`, and the `keep_best` of those saved with the highest scores.
+    Preserves the newest `keep_last`, and the `keep_best` with the highest scores.
     """
 
     def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 1):
@@ -77,13 +80,13 @@ class StateStore:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
-                # What a killed process left half written.
+                # Incomplete checkpoints of a killed process.
                 cleanup_tmp_directories=True,
             ),
         )
 
     def save(self, state: TrainState, data_position: dict[str, Any], score: float | None = None) -> None:
-        """Save the state, and where the data iterator stands; `score` is of held-out examples, higher is better."""
+        """Save the state and the position of the data iterator; `score`: held-out accuracy, higher is better."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -93,14 +96,14 @@ class StateStore:
             metrics=None if score is None else {"score": score},
         )
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint, once a save under way is done."""
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, after waiting for a save in progress."""
         self._manager.wait_until_finished()
         step = self._manager.latest_step()
         return None if step is None else Path(self._manager.directory) / str(step)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint, laid out as `abstract` says, whatever mesh wrote it; None if there is none yet."""
+        """The newest checkpoint with the shardings of `abstract`, whatever mesh wrote it; None if there is none yet."""
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -111,6 +114,6 @@ class StateStore:
         return restored["state"], restored["data"]
 
     def close(self) -> None:
-        """Wait for the last save to be whole."""
+        """Wait for the last save to complete."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -1,10 +1,10 @@
-"""How much of its devices' arithmetic a training step uses."""
+"""FLOPs of a training step, and the peak FLOP/s of its devices, for model FLOPs utilisation (MFU)."""
 
 import jax
 from jax.sharding import Mesh
 
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.costs import Cost, Work, forward_flops
+from sphinx_jax.costs import Cost, Workload, forward_flops
 from sphinx_jax.hardware import gpu_of_device
 from sphinx_jax.training.program import TrainProgram
 from sphinx_jax.training.train_config import TrainConfig
@@ -15,33 +15,30 @@ def step_flops(
     program: TrainProgram,
     mesh: Mesh,
     train_config: TrainConfig,
-    text: int,
-    pictures: bool,
+    text_len: int,
+    has_images: bool,
     *,
-    recomputed: bool = False,
+    include_remat: bool = False,
 ) -> Cost:
-    """Operations of one optimizer step on sequences of `text` tokens, each with a picture or none.
+    """FLOPs of one optimizer step on sequences of `text_len` tokens, with one image each if `has_images`.
 
-    What is done a second time to save memory counts only if `recomputed`: model FLOPs utilisation (MFU) leaves it
-    out (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+    Rematerialisation counts only if `include_remat`: MFU excludes it (PaLM, https://arxiv.org/abs/2204.02311,
+    appendix B).
     """
-    length = text + config.num_image_tokens * pictures
-    work = Work(train_config.batch_size, length, length, text, train_config.batch_size * pictures)
+    length = text_len + config.num_image_tokens * has_images
+    work = Workload(train_config.batch_size, length, length, text_len, train_config.batch_size * has_images)
     forward = forward_flops(config, program.params["model"], mesh, work)
-    # Backwards costs twice a forward pass: once for what came in, once for the weights.
-    again = recomputed and train_config.remat == "block"
-    is_trainable = any(jax.tree.leaves(program.is_trainable["model"]["language"]))
+    # The backward pass costs two forward passes: the gradients of the activations and those of the weights.
+    remat_passes = include_remat and train_config.remat == "block"
+    decoder_trainable = any(jax.tree.leaves(program.trainable["model"]["language"]))
     passes = {
-        "language": (3 if is_trainable else 2) + again,
-        "vision": 3 + again if train_config.stage == "all" else 1,
+        "language": (3 if decoder_trainable else 2) + remat_passes,
+        "vision": 3 + remat_passes if train_config.stage == "all" else 1,
     }
     return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0))
 
 
 def peak_flops(mesh: Mesh, train_config: TrainConfig) -> float | None:
-    """Operations a second that all devices could do at most; None where that is not known.
-
-    Known are the cards of `sphinx_jax.hardware`, computing in bfloat16.
-    """
+    """Peak FLOP/s of all devices together: known for the GPUs of `sphinx_jax.hardware` in bfloat16, else None."""
     gpu = gpu_of_device(mesh.devices.flat[0].device_kind)
     return gpu.bf16_flops * mesh.size if gpu and train_config.dtype == "bfloat16" else None

@@ -1,4 +1,4 @@
-"""Runs killed, stopped and diverged: what is left goes on as if nothing had happened, bit for bit."""
+"""Runs that are killed, preempted or diverge resume from their checkpoint bit for bit."""
 
 import json
 import os
@@ -26,8 +26,10 @@ TINY = Path(__file__).with_name("tiny.py")
 
 def write_data(folder):
     """Sums as text: a data.yaml and its records."""
-    said = lambda i: [{"from": "human", "value": f"{i} plus {i % 7}?"}, {"from": "gpt", "value": str(i + i % 7)}]
-    records = [{"id": str(i), "conversations": said(i)} for i in range(120)]
+    records = []
+    for i in range(120):
+        pair = [{"from": "human", "value": f"{i} plus {i % 7}?"}, {"from": "gpt", "value": str(i + i % 7)}]
+        records.append({"id": str(i), "conversations": pair})
     (folder / "records.json").write_text(json.dumps(records))
     entry = {"path": str(folder / "records.json"), "type": "text"}
     (folder / "data.yaml").write_text(json.dumps({"META": [entry]}))
@@ -35,7 +37,7 @@ def write_data(folder):
 
 
 class Program:
-    """`tiny.py` on one data set, in processes of its own that share their compiled programs."""
+    """`tiny.py` on one data set, in subprocesses that share the compilation cache."""
 
     def __init__(self, folder):
         self.argv = [sys.executable, str(TINY), "--preset", "tiny", "--data", str(write_data(folder))]
@@ -69,7 +71,7 @@ class Program:
         return losses(out)
 
     def wait(self, process, condition, seconds=120):
-        """Until `condition()` holds; the process must not end before."""
+        """Until `condition()` holds; the process must not exit before."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert process.poll() is None, self.errors.read_text()
@@ -86,42 +88,49 @@ def losses(out):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
+def file_size(file):
+    return file.stat().st_size if file.exists() else 0
+
+
+def is_saving(out):
+    """Whether a checkpoint is half written."""
+    return any("tmp" in path.name for path in (out / "checkpoints").iterdir())
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("program"))
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(20, 400, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(program, tmp_path, kills, steps):
-    """kill -9, every other time while a checkpoint is half written; then SIGTERM, then to the end.
+def test_resume_after_random_kills(program, tmp_path, kills, steps):
+    """kill -9, every other time during a save; then SIGTERM, then to the end.
 
-    On two cores twenty killed runs come to step 90 or so: there are steps enough left for machines four times as fast.
+    On two cores twenty killed runs reach about step 90: machines four times as fast still have steps left.
     """
-    chance = random.Random(kills)
+    rng = random.Random(kills)
     out = tmp_path / "killed"
     during_save = 0
     for kill in range(kills):
         process = program.start(out, steps)
         log = out / "metrics.jsonl"
-        size = lambda log=log: log.stat().st_size if log.exists() else 0
-        before = size()
-        half_written = lambda: any("tmp" in path.name for path in (out / "checkpoints").iterdir())
-        program.wait(process, lambda before=before, size=size: size() > before)
-        time.sleep(chance.uniform(0, 0.15))
+        before = file_size(log)
+        program.wait(process, lambda log=log, before=before: file_size(log) > before)
+        time.sleep(rng.uniform(0, 0.15))
         if kill % 2:
-            program.wait(process, half_written)
-            time.sleep(chance.uniform(0, 0.01))
+            program.wait(process, lambda: is_saving(out))
+            time.sleep(rng.uniform(0, 0.01))
         process.kill()
         process.communicate()
-        during_save += half_written()
+        during_save += is_saving(out)
     assert during_save > 3 or kills < 20
     process = program.start(out, steps)
-    start = size()
-    program.wait(process, lambda: size() > start)
+    before = file_size(log)
+    program.wait(process, lambda: file_size(log) > before)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert f"--out {out} --resume" in said
+    assert f"--out {out} --resume" in stdout
     newest = max(int(path.name) for path in (out / "checkpoints").iterdir())
     assert newest == losses(out)[-1][0] < steps
     assert not (out / "summary.json").exists()
@@ -130,12 +139,12 @@ def test_killed_at_random_moments(program, tmp_path, kills, steps):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The preset in this process, and its model's config."""
-    made = config.nano()
+    """The preset in this process; its config."""
+    nano = config.nano()
     small = {"dim": 16, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}
-    made = config.SphinxConfig(language=config.dataclasses.replace(made.language, **small), vision=None)
-    monkeypatch.setitem(config.PRESETS, "tiny", lambda: made)
-    return made
+    tiny = config.SphinxConfig(language=config.dataclasses.replace(nano.language, **small), vision=None)
+    monkeypatch.setitem(config.PRESETS, "tiny", lambda: tiny)
+    return tiny
 
 
 def call(tmp_path, *argv):
@@ -143,26 +152,26 @@ def call(tmp_path, *argv):
     return common.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
-    """Whichever step it happens in: here one that is not logged, after an update that was far too large."""
+def test_nonfinite_loss_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
+    """At any step: here at one that is not logged, after an update that was far too large."""
     monkeypatch.setattr(train_config, "cosine_with_warmup", lambda step, **_: jnp.where(step == 6, 1e30, 1e-3))
     assert call(tmp_path, "--steps", 60, "--lr", "1e-3", "--save-every", 4, "--log-every", 50) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    message = capsys.readouterr().err.splitlines()[-1]
     report = json.loads((tmp_path / "run" / "diverged.json").read_text())
-    assert said.startswith("error: ") and "at step 7" in said and report["step"] == 7
+    assert message.startswith("error: ") and "at step 7" in message and report["step"] == 7
     assert not all(np.isfinite(float(report[name])) for name in ("loss", "grad_norm"))
-    assert "checkpoints/4 with --resume" in said
+    assert "checkpoints/4 with --resume" in message
     task = YamlData(tmp_path / "data.yaml", tiny, None, SkippedRecords(0.0), YamlOptions(max_length=100))
     batches = task.batches(4, seed=0)
     batch = [next(batches) for _ in range(7)][-1]
     assert report["examples"] == [task.name(i) for i in batch["examples"]]
-    assert report["examples"][0] in said
+    assert report["examples"][0] in message
 
 
-def test_what_is_kept(tiny, tmp_path, monkeypatch):
-    """The newest two and the best one; each evaluation saves, and is logged with its step."""
+def test_preserved_checkpoints(tiny, tmp_path, monkeypatch):
+    """The newest two and the best one; each evaluation is logged with its step and followed by a save."""
     scores = iter([0.1, 0.7, 0.3, 0.2, 0.5])
-    monkeypatch.setattr(YamlData, "score", lambda *_: {"held_out": {"accuracy": next(scores)}})
+    monkeypatch.setattr(YamlData, "evaluate", lambda *_: {"held_out": {"accuracy": next(scores)}})
     assert call(tmp_path, "--steps", 10, "--save-every", 3, "--eval-every", 2, "--log-every", 5) == 0
     out = tmp_path / "run"
     assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [4, 9, 10]
@@ -173,7 +182,7 @@ def test_what_is_kept(tiny, tmp_path, monkeypatch):
     assert json.loads((out / "summary.json").read_text())["held_out"] == {"accuracy": 0.5}
 
 
-def test_profile_holds_the_steps_asked_for(tiny, tmp_path):
+def test_profile_contains_the_given_steps(tiny, tmp_path):
     assert call(tmp_path, "--steps", 5, "--profile", "2:3") == 0
     (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(file)).planes
@@ -181,17 +190,17 @@ def test_profile_holds_the_steps_asked_for(tiny, tmp_path):
     assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
 
 
-def test_data_that_ends_the_run_loses_nothing(tiny, tmp_path, monkeypatch, capsys):
-    """Too many records skipped after three steps: the state is there, and goes on once the data is mended."""
-    mended = YamlData.batches
+def test_data_error_loses_no_steps(tiny, tmp_path, monkeypatch, capsys):
+    """Too many records skipped after three steps: the state is saved, and resumes once the data is repaired."""
+    repaired = YamlData.batches
 
     class Failing:
         def __init__(self, *sizes, **more):
-            self.made, self.inner = 0, mended(*sizes, **more)
+            self.count, self.inner = 0, repaired(*sizes, **more)
 
         def __next__(self):
-            self.made += 1
-            if self.made > 3:
+            self.count += 1
+            if self.count > 3:
                 raise UserError("too many")
             return next(self.inner)
 
@@ -202,7 +211,7 @@ def test_data_that_ends_the_run_loses_nothing(tiny, tmp_path, monkeypatch, capsy
     assert call(tmp_path, "--steps", 6, "--log-every", 1) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: too many"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
-    monkeypatch.setattr(YamlData, "batches", mended)
+    monkeypatch.setattr(YamlData, "batches", repaired)
     assert call(tmp_path, "--steps", 6, "--log-every", 1, "--resume") == 0
     resumed = losses(tmp_path / "run")
     assert call(tmp_path, "--steps", 6, "--log-every", 1, "--overwrite") == 0
@@ -210,18 +219,18 @@ def test_data_that_ends_the_run_loses_nothing(tiny, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("moments", ["int8", "factored"])
-def test_narrow_moments_are_saved_and_found_again(moments, tmp_path, monkeypatch):
-    """Split over a mesh, a run that lost its second half does it again bit for bit."""
+def test_narrow_moments_resume(moments, tmp_path, monkeypatch):
+    """Sharded over a mesh, a run that lost its second half repeats it bit for bit."""
     wide = config.dataclasses.replace(config.nano().language, dim=128, hidden_dim=16, num_layers=1, num_experts=2)
     monkeypatch.setitem(config.PRESETS, "tiny", lambda: config.SphinxConfig(language=wide, vision=None))
-    said = ["--steps", 6, "--save-every", 3, "--log-every", 1, "--lr", "1e-2", "--moments", moments]
-    said += ["--mesh.fsdp", 2]
-    assert call(tmp_path, *said) == 0
+    argv = ["--steps", 6, "--save-every", 3, "--log-every", 1, "--lr", "1e-2", "--moments", moments]
+    argv += ["--mesh.fsdp", 2]
+    assert call(tmp_path, *argv) == 0
     out = tmp_path / "run"
-    whole = losses(out)
+    uninterrupted = losses(out)
     (out / "checkpoints" / "6").rename(tmp_path / "lost")
-    assert call(tmp_path, *said, "--resume") == 0
-    assert losses(out) == whole and len(whole) == 6
+    assert call(tmp_path, *argv, "--resume") == 0
+    assert losses(out) == uninterrupted and len(uninterrupted) == 6
 
 
 def test_saved_by_minutes(tiny, tmp_path):

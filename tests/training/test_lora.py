@@ -13,7 +13,7 @@ import sharding
 import sphinx_jax
 from sphinx_jax import checkpoints, config, lora_params
 from sphinx_jax.checkpoints import loaded_model
-from sphinx_jax.cli import common, export, train
+from sphinx_jax.cli import common, convert, train
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.tokenizer import train_tokenizer
@@ -93,8 +93,8 @@ def test_the_optimizer_holds_moments_of_adapters_only():
     experts = 8 * rank * (dim / fsdp + 2 * hidden / tensor + hidden / tensor + dim / fsdp)
     held = 32 * (attention + experts) * 4
     assert sharding.bytes_per_device(program.state.params) == held
-    assert sharding.bytes_per_device(program.state.optimizer) == pytest.approx(2 * held, abs=64)
-    model = jax.tree.leaves(program.frozen["model"])
+    assert sharding.bytes_per_device(program.state.opt_state) == pytest.approx(2 * held, abs=64)
+    model = jax.tree.leaves(program.frozen_params["model"])
     assert {leaf.dtype for leaf in model} == {jnp.dtype("bfloat16")}
 
 
@@ -173,7 +173,7 @@ def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
     tokens = np.random.default_rng(1).integers(1, 512, (2, 16))
     unmerged = jax.jit(lambda p: bind(graph, p)(tokens)[0])(lora_params.join(before, tree))
     np.testing.assert_allclose(sphinx_jax.load(run, sharding.make_mesh()).logits(tokens), unmerged, atol=1e-5)
-    assert common.run(export.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
+    assert common.run(convert.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
     exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(tensor=2), unstacked=False).params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
     checkpoints.convert(run, tmp_path / "converted", "mixtral")
@@ -198,7 +198,7 @@ def test_on_attention_alone(call, base, tmp_path, capsys):
     before, after = (checkpoints.load(path, sharding.make_mesh(), unstacked=False).params for path in (base, out))
     changed = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
     assert {p[-1].key for p, flag in jax.tree_util.tree_leaves_with_path(changed) if flag} == {"wqkv", "wo"}
-    assert common.run(export.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
+    assert common.run(convert.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
     exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(), unstacked=False).params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
     assert call(*asked(base, out, "--resume")) == 2
@@ -225,7 +225,7 @@ def test_bad_input_is_one_sentence(call, run, base, tmp_path, capsys):
     assert "--stage lora adapts a checkpoint" in said(call("--stage", "lora", "--out", tmp_path / "a"))
     assert "--lora-rank belongs to --stage lora" in said(call("--lora-rank", 4, "--out", tmp_path / "a"))
     assert "--lora-rank must be 1 or more" in said(call(*asked(base, tmp_path / "a", "--lora-rank", 0)))
-    assert "was begun with --stage lora --lora-rank 3" in said(call(*asked(base, run, "--resume", "--lora-rank", 4)))
+    assert "was started with --stage lora --lora-rank 3" in said(call(*asked(base, run, "--resume", "--lora-rank", 4)))
     assert "not with no adapters" in said(call("--init", base, "--out", run, "--resume"))
 
     load = lambda path: said(common.run(lambda _: sphinx_jax.load(path), []))

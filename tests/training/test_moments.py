@@ -1,4 +1,4 @@
-"""Each form of the moments against a plain reference over four steps, its bytes, and what it learns."""
+"""Each kind of moments against a plain reference over four steps, its memory, and its convergence."""
 
 import functools
 
@@ -11,7 +11,7 @@ import pytest
 import sharding
 from sphinx_jax.training.moments import MOMENTS, blocks_of, decode, encode, scale_by_moments
 from sphinx_jax.training.optimizer import adamw
-from sphinx_jax.training.train_state import StateStore, abstract_state, init_state
+from sphinx_jax.training.train_state import CheckpointStore, abstract_state, init_state
 
 B1, B2 = 0.9, 0.95
 SHAPES = {"matrix": (2, 128, 130), "odd": (3, 96, 131), "bias": (50,)}
@@ -147,7 +147,7 @@ def states():
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
-def test_bytes_are_few_and_lie_with_the_parameters(states, moments):
+def test_bytes_and_shardings(states, moments):
     abstract, made = states(moments, fsdp=2, tensor=4)
     for expected, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(made), strict=True):
         assert (expected.shape, expected.dtype) == (leaf.shape, leaf.dtype)
@@ -162,27 +162,27 @@ def test_bytes_are_few_and_lie_with_the_parameters(states, moments):
         "factored": 2 * elements + means,
         "int8": 2 * elements + scales,
     }
-    assert sharding.bytes_per_device(abstract.optimizer) == pytest.approx(expected[moments], abs=64)
+    assert sharding.bytes_per_device(abstract.opt_state) == pytest.approx(expected[moments], abs=64)
 
 
 @pytest.mark.parametrize("moments", ["factored", "int8"])
-def test_a_saved_state_is_taken_up_on_another_mesh(states, moments, tmp_path):
+def test_restored_on_another_mesh(states, moments, tmp_path):
     _, made = states(moments, fsdp=2, tensor=4)
     numbered = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), made)
-    store = StateStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     store.save(numbered._replace(step=jnp.array(3)), {"position": 5})
     # So many devices cut blocks of 64 apart; their scales then lie whole on each of them.
     wanted, _ = states(moments, fsdp=8)
     restored, position = store.restore(wanted)
     store.close()
     assert position == {"position": 5}
-    states = (state.optimizer for state in (numbered, wanted, restored))
+    states = (state.opt_state for state in (numbered, wanted, restored))
     for saved, target, leaf in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(saved, leaf)
         assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
 
 
-def test_all_learn_alike():
+def test_all_converge_alike():
     """A small network fitted to another one, 100 steps: the loss of float32 moments, to a tenth."""
     draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape) / shape[0] ** 0.5
     network = lambda p, x: jnp.tanh(x @ p["in"]["kernel"]) @ p["out"]["kernel"]

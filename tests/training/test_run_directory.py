@@ -1,4 +1,4 @@
-"""Resuming with options that give the state another shape."""
+"""Resuming with options that change the shapes of the train state."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ from sphinx_jax.training import run_directory
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("changes", "message"),
     [
         ({"moments": "int8"}, "--moments float32, not int8"),
         ({"stage": "language"}, "--stage all, not language"),
         ({"preset": "sphinx-tiny"}, "--preset nano, not sphinx-tiny"),
     ],
 )
-def test_resumed_otherwise(tmp_path, other, said):
-    begun = Options()
-    run_directory.prepare(tmp_path / "run", dataclasses.asdict(begun), overwrite=False)
-    run_directory.check_same(tmp_path / "run", dataclasses.asdict(begun))
-    with pytest.raises(UserError, match=f"was begun with {said}; give the same"):
-        run_directory.check_same(tmp_path / "run", dataclasses.asdict(dataclasses.replace(begun, **other)))
+def test_resume_with_other_options(tmp_path, changes, message):
+    options = Options()
+    run_directory.prepare(tmp_path / "run", dataclasses.asdict(options), overwrite=False)
+    run_directory.check_same(tmp_path / "run", dataclasses.asdict(options))
+    with pytest.raises(UserError, match=f"was started with {message}; give the same"):
+        run_directory.check_same(tmp_path / "run", dataclasses.asdict(dataclasses.replace(options, **changes)))

@@ -1,4 +1,4 @@
-"""Operations of a step against plain sums, and how much of a card's that is in the log."""
+"""FLOPs of a step against plain sums, and MFU in the log."""
 
 import importlib.util
 import json
@@ -22,10 +22,10 @@ METRICS = {"loss": 1.0, "accuracy": 0.5, "balance_loss": 1.0, "grad_norm": 1.0, 
 
 
 @pytest.mark.parametrize(("stage", "passes"), [("all", 3), ("mm_stage1", 2)])
-def test_operations_of_a_step(stage, passes):
-    """Mixtral-8x7B: twice the weights at work on a word, and attention, forward and twice that backward.
+def test_step_flops(stage, passes):
+    """Mixtral-8x7B: twice the active parameters per token, and attention; the backward pass costs twice the forward.
 
-    Recomputing is no work done, but work that a plan has to count.
+    Rematerialisation counts in a plan, not in MFU.
     """
     config, mesh = preset("mixtral-8x7b"), sharding.make_mesh(fsdp=2, tensor=4)
     train_config = TrainConfig(steps=1, batch_size=4, remat="block", stage=stage)
@@ -36,7 +36,7 @@ def test_operations_of_a_step(stage, passes):
     assert step_flops(config, program, mesh, train_config, 2048, False).total == pytest.approx(
         passes * forward, rel=1e-12
     )
-    planned = step_flops(config, program, mesh, train_config, 2048, False, recomputed=True).total
+    planned = step_flops(config, program, mesh, train_config, 2048, False, include_remat=True).total
     assert planned == pytest.approx((passes + 1) * forward, rel=1e-12)
 
 
@@ -50,14 +50,14 @@ def test_operations_of_a_step(stage, passes):
         ("cpu", "bfloat16", None),
     ],
 )
-def test_a_peak_that_is_not_known_is_not_invented(kind, dtype, each):
+def test_peak_flops_is_none_where_unknown(kind, dtype, each):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4), size=4)
     assert peak_flops(mesh, TrainConfig(steps=1, dtype=dtype)) == (each and 4 * each)
 
 
 @pytest.mark.parametrize("peak", [1000.0, None])
-def test_what_is_logged(tmp_path, monkeypatch, capsys, peak):
-    """Two steps of 300 operations in two seconds; and memory where the device tells it."""
+def test_logged_throughput(tmp_path, monkeypatch, capsys, peak):
+    """Two steps of 300 FLOPs in two seconds; and memory where the device reports it."""
     clock = iter([10.0, 12.0, 12.0])
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30} if peak else None)
@@ -67,18 +67,18 @@ def test_what_is_logged(tmp_path, monkeypatch, capsys, peak):
         log.count(2, 100, 0, 300.0)
         log.write(2, METRICS)
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert record["tokens_per_second"] == 100
     if peak:
         assert record["mfu"] == 0.3 and record["memory_bytes"] == 3 * 2**30
-        assert "MFU 30.0%" in said and "memory 3.0 GiB" in said
+        assert "MFU 30.0%" in stderr and "memory 3.0 GiB" in stderr
     else:
         assert not {"mfu", "memory_bytes"} & set(record)
-        assert "MFU" not in said and "memory" not in said
+        assert "MFU" not in stderr and "memory" not in stderr
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="without torch there is nothing to import")
-def test_a_log_for_tensorboard_does_not_import_torch(tmp_path):
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
+def test_tensorboard_log_does_not_import_torch(tmp_path):
     code = "import sys; from pathlib import Path; from sphinx_jax.training.metrics import RunLog; "
     code += "RunLog(Path(sys.argv[1]), 1); print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
     root, cpu = Path(__file__).parents[2], os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,4 @@
-"""train.py with one preset more: a decoder that compiles and steps in no time. Run as a program by the tests."""
+"""train.py with one more preset, a tiny decoder. The tests run it in subprocesses."""
 
 import sys
 from pathlib import Path
