@@ -81,8 +81,8 @@ class Options:
     activation memory; all-reduces become reduce-scatters and all-gathers of the same volume. The sequence length should
     be a multiple of tensor x expert."""
     moments: Moments = "float32"
-    """AdamW moments. float32: 8 bytes per parameter; bfloat16: 4; factored: first moment in bfloat16, second
-    factored as in Adafactor, 2; int8: both blockwise quantized, 2.1 (docs/training-runs.md)."""
+    """AdamW moments. float32: 8 bytes per parameter; bfloat16: 4; factored: first moment in bfloat16, second factored
+    as in Adafactor, 2 (docs/training-runs.md)."""
     validation_split: bool = False
     """easy-vqa: evaluate on a tenth of the training images, held out, instead of on the test set."""
     log_every: int = 20

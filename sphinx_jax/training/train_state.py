@@ -18,7 +18,7 @@ from sphinx_jax.training.step import Params, TrainState
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The abstract train state of (abstract) parameters: each moment is sharded like its parameter.
 
-    So are smaller arrays of the optimizer: means along one dimension of a parameter, and scales of blocks.
+    So are the means along one dimension of a parameter (factored moments).
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -42,20 +42,23 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
 def _moment_sharding(param: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of an optimizer array of `shape` that belongs to a parameter.
 
-    It has the parameter's dimensions, fewer along one of them where it is of blocks, or lacks one of them where it is
-    of means. A dimension that its mesh axes do not divide is replicated, as is any other array.
+    A full moment has the parameter's sharding, and means along one dimension that of the remaining dimensions, each
+    replicated where its mesh axes do not divide it. Any other array is replicated.
     """
-    mesh, dims = param.sharding.mesh, len(param.shape)
-    axes = [*param.sharding.spec, *[None] * (dims - len(param.sharding.spec))]
-    if len(shape) == dims - 1:
+    mesh, rank = param.sharding.mesh, len(param.shape)
+    axes = [*param.sharding.spec, *[None] * (rank - len(param.sharding.spec))]
+    if len(shape) == rank - 1:
         # Of two equal dimensions either may be the missing one; the wrong guess only costs a resharding.
-        missing = next((d for d in reversed(range(dims)) if param.shape[:d] + param.shape[d + 1 :] == shape), None)
+        missing = next((d for d in reversed(range(rank)) if param.shape[:d] + param.shape[d + 1 :] == shape), None)
         axes = [] if missing is None else axes[:missing] + axes[missing + 1 :]
-    elif len(shape) != dims or any(whole % part for whole, part in zip(param.shape, shape, strict=True)):
+    elif shape != param.shape:
         axes = []
-    parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-    fitting = (axis if size % parts(axis) == 0 else None for axis, size in zip(axes, shape, strict=False))
-    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    def num_shards(axis: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    divisible = (axis if size % num_shards(axis) == 0 else None for axis, size in zip(axes, shape, strict=False))
+    return NamedSharding(mesh, PartitionSpec(*divisible))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import sharding
-from sphinx_jax.training.moments import MOMENTS, blocks_of, decode, encode, scale_by_moments
+from sphinx_jax.training.moments import MOMENTS, scale_by_moments
 from sphinx_jax.training.optimizer import adamw
 from sphinx_jax.training.train_state import CheckpointStore, abstract_state, init_state
 
@@ -18,14 +18,18 @@ SHAPES = {"matrix": (2, 128, 130), "odd": (3, 96, 131), "bias": (50,)}
 
 
 def gradients(steps=4):
-    """Of magnitudes from 1e-6 to 1, some of them zero at times."""
-    chance = np.random.default_rng(0)
+    """Of magnitudes from 1e-6 to 1, a fifth of them zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        values = rng.normal(size=shape) * 10.0 ** rng.uniform(-6, 0, shape) * (rng.random(shape) > 0.2)
+        return values.astype(np.float32)
+
     for _ in range(steps):
-        draw = lambda s: chance.normal(size=s) * 10.0 ** chance.uniform(-6, 0, s) * (chance.random(s) > 0.2)
-        yield {name: draw(shape).astype(np.float32) for name, shape in SHAPES.items()}
+        yield {name: draw(shape) for name, shape in SHAPES.items()}
 
 
-def ours(moments):
+def update_directions(moments):
     transform = scale_by_moments(moments, B1, B2)
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     state, update = transform.init(params), jax.jit(transform.update)
@@ -34,63 +38,17 @@ def ours(moments):
         yield directions
 
 
-def close(found, expected):
-    """But for a few: what lies half way between two numbers that are kept may be rounded either way."""
-    off = np.abs(np.asarray(found) - expected) > 1e-3 * np.abs(expected) + 1e-5
+def assert_close(actual, expected):
+    """Except for 1 %: a value midway between two bfloat16 numbers may be rounded either way."""
+    off = np.abs(np.asarray(actual) - expected) > 1e-3 * np.abs(expected) + 1e-5
     assert off.mean() < 0.01
 
 
-def table(signed):
-    """The data type as a table: where each code begins, ascending, and what it stands for."""
-    parts = [np.linspace(0.1, 1, 2 ** (n if signed else n + 1) + 1) * 10.0 ** (n - 6) for n in range(7)]
-    begins = np.concatenate([part[:-1] for part in parts])
-    values = np.concatenate([(part[:-1] + part[1:]) / 2 for part in parts])
-    return begins, np.append(values[:-1], 1.0)
-
-
-def rounded(x, dim, block, signed):
-    """What is kept of x: its blocks one after another."""
-    begins, values = table(signed)
-    out = np.moveaxis(x.copy(), dim, -1)
-    rows = out.reshape(-1, block)
-    for row in rows:
-        share = np.abs(row) / max(np.abs(row).max(), 1e-38)
-        found = values[np.maximum(np.searchsorted(begins, share, side="right") - 1, 0)]
-        row[:] = np.abs(row).max() * (np.where(share < 1e-7, 0, np.sign(row) * found) if signed else found)
-    return np.moveaxis(rows.reshape(out.shape), -1, dim)
-
-
-def test_int8_against_numpy():
-    first, second = ({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()} for _ in range(2))
-    for t, (grads, found) in enumerate(zip(gradients(), ours("int8"), strict=True), 1):
-        for name, g in grads.items():
-            m, v = B1 * first[name] + (1 - B1) * g, B2 * second[name] + (1 - B2) * g**2
-            expected = m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + 1e-8)
-            close(found[name], expected)
-            assert np.abs(found[name]).max() < 5
-            if blocks := blocks_of(g.shape):
-                m, v = rounded(m, *blocks, True), rounded(v, *blocks, False)
-            first[name], second[name] = m, v
-
-
-def test_every_code_comes_back():
-    """255 values signed, 254 unsigned, by the table; zero is one of the first only. The largest is exact."""
-    for signed, dtype in ((True, jnp.int8), (False, jnp.uint8)):
-        values = table(signed)[1]
-        assert len(values) == (127 if signed else 254)
-        wanted = np.concatenate([-values[::-1], [0], values]) if signed else values
-        wanted = jnp.asarray(np.pad(wanted, (0, 1), constant_values=1), jnp.float32)
-        kept = encode(wanted * 3, jnp.array([3.0]), 0, len(wanted), signed)
-        assert kept.code.dtype == dtype and len(np.unique(kept.code)) == len(wanted) - 1
-        np.testing.assert_allclose(decode(kept, 0, len(wanted)), wanted * 3, rtol=1e-5)
-
-
 def test_factored_against_numpy():
-    """Means of g^2 by row and by column of the large array, g^2 itself of the others, the mean of what they scale."""
-    zeros = lambda: {name: np.zeros(shape) for name, shape in SHAPES.items()}
-    second, mean = zeros(), zeros()
+    """Row and column means of g^2 for the large array, g^2 for the others; then a running mean of the scaled g."""
+    second, mean = ({name: np.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
     rows, columns = np.zeros((2, 128, 1)), np.zeros((2, 1, 130))
-    for t, (grads, found) in enumerate(zip(gradients(), ours("factored"), strict=True), 1):
+    for t, (grads, actual) in enumerate(zip(gradients(), update_directions("factored"), strict=True), 1):
         for name, g in grads.items():
             g = g.astype(np.float64)
             if name == "matrix":
@@ -101,28 +59,27 @@ def test_factored_against_numpy():
                 v = second[name] = B2 * second[name] + (1 - B2) * g**2
             scaled = g / np.sqrt(np.maximum(v / (1 - B2**t), 1e-30))
             exact = B1 * mean[name] + (1 - B1) * scaled
-            close(found[name], exact / (1 - B1**t))
+            assert_close(actual[name], exact / (1 - B1**t))
             mean[name] = exact.astype(jnp.bfloat16).astype(np.float64)
 
 
-def test_factored_against_optax_adafactors_pieces():
-    """Its own decay is another; given ours, and a mean of the scaled gradients beside it, the steps are the same."""
+def test_factored_against_optax():
+    """optax's Adafactor has another decay; with ours, and a running mean of the scaled gradients, steps are equal."""
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
-    bias_corrected = lambda i, _: 1 - (1 - B2) / (1 - B2 ** (i + 1))
-    scale = optax.scale_by_factored_rms(decay_rate_fn=bias_corrected)
+    scale = optax.scale_by_factored_rms(decay_rate_fn=lambda i, _: 1 - (1 - B2) / (1 - B2 ** (i + 1)))
     state, mean = scale.init(params), {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    for t, (grads, found) in enumerate(zip(gradients(), ours("factored"), strict=True), 1):
+    for t, (grads, actual) in enumerate(zip(gradients(), update_directions("factored"), strict=True), 1):
         scaled, state = scale.update(grads, state, params)
         for name in SHAPES:
             exact = B1 * mean[name] + (1 - B1) * np.asarray(scaled[name])
-            close(found[name], exact / (1 - B1**t))
+            assert_close(actual[name], exact / (1 - B1**t))
             mean[name] = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float32)
-    # Where nothing is factored, it is Adam's second moment.
+    # An array that is not factored has Adam's second moment.
     adam = optax.scale_by_rms(decay=B2, bias_correction=True, eps=0)
     state = adam.init(params)
-    for grads, found in zip(gradients(1), ours("factored"), strict=False):
+    for grads, actual in zip(gradients(1), update_directions("factored"), strict=False):
         expected, state = adam.update(grads, state, params)
-        np.testing.assert_allclose(found["bias"], np.nan_to_num(expected["bias"]), rtol=1e-4)
+        np.testing.assert_allclose(actual["bias"], np.nan_to_num(expected["bias"]), rtol=1e-4)
 
 
 MATRICES = {"w": (("layers", "embed", "mlp"), (2, 128, 512)), "head": (("embed", "vocab"), (256, 132))}
@@ -130,7 +87,7 @@ MATRICES = {"w": (("layers", "embed", "mlp"), (2, 128, 512)), "head": (("embed",
 
 @pytest.fixture(scope="module")
 def states():
-    """(moments, mesh) -> abstract and made train state of two matrices."""
+    """(moments, mesh) -> abstract and concrete train state of two matrices."""
 
     @functools.cache
     def make(moments, **shape):
@@ -148,49 +105,46 @@ def states():
 
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_bytes_and_shardings(states, moments):
-    abstract, made = states(moments, fsdp=2, tensor=4)
-    for expected, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(made), strict=True):
+    abstract, concrete = states(moments, fsdp=2, tensor=4)
+    for expected, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(concrete), strict=True):
         assert (expected.shape, expected.dtype) == (leaf.shape, leaf.dtype)
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
     elements = (2 * 128 * 512 + 256 * 132) / 8
     means = 4 * (2 * 128 / 2 + 2 * 512 / 4 + 256 / 2 + 132 / 4)
-    # Blocks of 64 along 512 of the one, split over 4, and along 256 of the other, split over 2.
-    scales = 2 * 4 * (2 * 128 * 8 / 8 + 4 * 132 / 8)
-    expected = {
-        "float32": 8 * elements,
-        "bfloat16": 4 * elements,
-        "factored": 2 * elements + means,
-        "int8": 2 * elements + scales,
-    }
+    expected = {"float32": 8 * elements, "bfloat16": 4 * elements, "factored": 2 * elements + means}
     assert sharding.bytes_per_device(abstract.opt_state) == pytest.approx(expected[moments], abs=64)
 
 
-@pytest.mark.parametrize("moments", ["factored", "int8"])
-def test_restored_on_another_mesh(states, moments, tmp_path):
-    _, made = states(moments, fsdp=2, tensor=4)
-    numbered = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), made)
+def test_restored_on_another_mesh(states, tmp_path):
+    _, saved = states("factored", fsdp=2, tensor=4)
+    saved = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), saved)
     store = CheckpointStore(tmp_path)
-    store.save(numbered._replace(step=jnp.array(3)), {"position": 5})
-    # So many devices cut blocks of 64 apart; their scales then lie whole on each of them.
-    wanted, _ = states(moments, fsdp=8)
-    restored, position = store.restore(wanted)
+    store.save(saved._replace(step=jnp.array(3)), {"position": 5})
+    target, _ = states("factored", fsdp=8)
+    restored, position = store.restore(target)
     store.close()
     assert position == {"position": 5}
-    states = (state.opt_state for state in (numbered, wanted, restored))
-    for saved, target, leaf in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(saved, leaf)
-        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+    leaves = (jax.tree.leaves(state.opt_state) for state in (saved, target, restored))
+    for expected, abstract, leaf in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(expected, leaf)
+        assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim)
 
 
 def test_all_converge_alike():
-    """A small network fitted to another one, 100 steps: the loss of float32 moments, to a tenth."""
-    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape) / shape[0] ** 0.5
-    network = lambda p, x: jnp.tanh(x @ p["in"]["kernel"]) @ p["out"]["kernel"]
-    weights = lambda i: {"in": {"kernel": draw(i, (64, 128))}, "out": {"kernel": draw(i + 1, (128, 128))}}
-    x = draw(9, (256, 64)) * 16
-    loss = lambda params: jnp.mean((network(params, x) - network(weights(7), x)) ** 2)
+    """Regression to a small random network, 100 steps: within a tenth of the loss with float32 moments."""
 
-    def fitted(moments):
+    def weights(seed):
+        init = jax.nn.initializers.lecun_normal()
+        first, second = jax.random.split(jax.random.key(seed))
+        return {"in": {"kernel": init(first, (64, 128))}, "out": {"kernel": init(second, (128, 128))}}
+
+    def network(params):
+        return jnp.tanh(x @ params["in"]["kernel"]) @ params["out"]["kernel"]
+
+    def loss(params):
+        return jnp.mean((network(params) - target) ** 2)
+
+    def fitted_loss(moments):
         optimizer = adamw(lambda step: 1e-2 * (1 - step / 100), moments=moments)
 
         def step(carry, _):
@@ -202,7 +156,9 @@ def test_all_converge_alike():
         (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=100))((params, optimizer.init(params)))
         return float(loss(params))
 
-    exact = fitted("float32")
+    x = jax.random.normal(jax.random.key(9), (256, 64)) * 2
+    target = network(weights(7))
+    exact = fitted_loss("float32")
     assert exact < loss(weights(0)) / 20
-    for moments in ("bfloat16", "factored", "int8"):
-        assert fitted(moments) == pytest.approx(exact, rel=0.1), moments
+    for moments in ("bfloat16", "factored"):
+        assert fitted_loss(moments) == pytest.approx(exact, rel=0.1), moments

@@ -12,7 +12,7 @@ from sphinx_jax.training import run_directory
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moments": "int8"}, "--moments float32, not int8"),
+        ({"moments": "factored"}, "--moments float32, not factored"),
         ({"stage": "language"}, "--stage all, not language"),
         ({"preset": "sphinx-tiny"}, "--preset nano, not sphinx-tiny"),
     ],
