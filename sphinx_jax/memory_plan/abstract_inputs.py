@@ -4,73 +4,113 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 import sharding
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.bucketing import bucket, cache_len_for, power_of_two, prefill_tokens
+from sphinx_jax.inference.bucketing import (
+    BATCHES,
+    LENGTHS,
+    batch_bucket,
+    bucket,
+    positions_for,
+    power_of_two,
+    prefill_tokens,
+)
 from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.engine import ENCODE_PIXELS
-from sphinx_jax.inference.programs import Programs
-from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.inference.serving import prefill_batch_size
+from sphinx_jax.inference.generate import MAX_PREFIXES
+from sphinx_jax.inference.programs import Programs, StateShape
+from sphinx_jax.inference.sampling import SamplingArrays
+from sphinx_jax.inference.scheduler import PREFILL_BUDGET
+from sphinx_jax.inference.stop_strings import NUM_STATES
 from sphinx_jax.memory_plan.jobs import Job
-
-STOP_STATES = 32
-"""Rows of the table of stop strings (`inference.stop_strings`); more only with many stop strings."""
 
 
 class AbstractInputs:
-    """The abstract arguments of the engine's programs, for the longest prompt that `max_model_len` admits."""
+    """The abstract arguments of the engine's programs, for the longest prompts that `max_model_len` admits."""
 
     def __init__(
         self, config: SphinxConfig, graph: Any, params: Any, mesh: Mesh, max_num_seqs: int, max_model_len: int
     ):
-        self._config, vision, vocab_size = config, config.vision, config.language.vocab_size
-        self._dtype = params["language"]["embedding"]["table"].dtype
-        self.programs = Programs(config, graph, vocab_size, mesh, self._dtype)
-        self.chunk_len = prefill_tokens(mesh)
-        num_image_tokens, max_text_len = config.num_image_tokens, max_model_len - config.num_image_tokens
+        self._config, self._dtype = config, params["language"]["embedding"]["table"].dtype
+        self.programs = Programs(config, graph, config.language.vocab_size, mesh, self._dtype)
+        self._groups, self.chunk_len = sharding.num_shards("batch", mesh), prefill_tokens(mesh)
+        self.max_text_len = max_model_len - config.num_image_tokens
+        self.needs_chunked_prefill = self.max_text_len > self.chunk_len
+        self.shape = self._state_shape(max_num_seqs, max_model_len)
+        self.state = self.programs.abstract_state(self.shape)
+        self.stops = self.replicated((NUM_STATES, config.language.vocab_size), jnp.int16)
+
+    def _state_shape(self, max_num_seqs: int, max_model_len: int) -> StateShape:
+        """The state of `generate.run`; of `generate.stream_alone`, without prefixes, for one sequence."""
+        num_seqs = round_up_to_groups(max_num_seqs, self._groups)
         # The last chunk is padded to its bucket, so cache_len may exceed max_model_len.
-        cache_len = cache_len_for(max_text_len - 1, num_image_tokens, 1, max_model_len, self.chunk_len)
-        groups = sharding.num_shards("batch", mesh)
-        max_num_seqs = round_up_to_groups(max_num_seqs, groups)
-        self.state = self.programs.abstract_state(max_num_seqs, cache_len)
-        self.sampling = jax.tree.map(lambda x: self.replicated((), np.asarray(x).dtype), SamplingParams().values())
-        self.stop_table = self.replicated((STOP_STATES, vocab_size), jnp.int16)
-        # Prompts of one prefill call: as many per data-parallel group as the scheduler admits at once.
-        per_group = prefill_batch_size(max_text_len, self.chunk_len, groups, vision is not None)
-        self.batch_size = groups * power_of_two(min(max_num_seqs // groups, per_group))
-        self.first_chunk_len = bucket(min(self.chunk_len, max_text_len))
-        self.needs_chunked_prefill = max_text_len > self.chunk_len
-        self.image_embeds: tuple | None = None
-        if vision:
-            shape = (vision.num_crops, vision.tokens_per_crop, config.language.dim)
-            self.image_embeds = (self.replicated(shape, self._dtype),) * self.batch_size
+        num_image_tokens = self._config.num_image_tokens
+        positions = positions_for(self.max_text_len - 1, num_image_tokens, 1, max_model_len, self.chunk_len)
+        cache_len = bucket(positions)
+        if max_num_seqs == 1:
+            return StateShape(num_seqs, cache_len)
+        # As `Engine.prefix_len`.
+        prefix_len = min(cache_len, bucket(num_image_tokens + 128 if self._config.vision else 512))
+        return StateShape(
+            num_seqs, cache_len, round_up_to_groups(min(num_seqs, MAX_PREFIXES), self._groups), prefix_len
+        )
 
     def replicated(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         """A ShapeDtypeStruct, replicated over all devices; typed `Any` because it takes the place of an array."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.programs.everywhere)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.programs.replicated)
 
-    def chunk(self, length: int) -> steps.Chunk:
-        """`length` text tokens of each prompt of one prefill call."""
-        per_prompt = self.replicated((self.batch_size,))
+    def first_chunk(self) -> tuple[steps.Chunk, tuple | None]:
+        """The first chunk of prompts, with the most tokens that the scheduler admits, and its image embeddings."""
+        vision = self._config.vision
+        longest = bucket(min(self.chunk_len, self.max_text_len))
+        lengths = [length for length in LENGTHS if length < longest] + [longest]
+        batch_sizes = {length: self._batch_size(length, has_image=vision is not None) for length in lengths}
+        length = max(lengths, key=lambda n: (batch_sizes[n] * (n + self._config.num_image_tokens), n))
+        image_embeds = None
+        if vision:
+            shape = (vision.num_crops, vision.tokens_per_crop, self._config.language.dim)
+            image_embeds = (self.replicated(shape, self._dtype),) * batch_sizes[length]
+        return self._chunk(batch_sizes[length], length), image_embeds
+
+    def later_chunk(self) -> steps.Chunk:
+        """A chunk of prompts after their first, of the full chunk length."""
+        return self._chunk(self._batch_size(self.chunk_len, has_image=False), self.chunk_len)
+
+    def _batch_size(self, length: int, has_image: bool) -> int:
+        """Prompts of one chunk, padding included: as `Scheduler._batch_limit` and `data_parallel.assign`."""
+        tokens = length + self._config.num_image_tokens * has_image
+        per_group = max(PREFILL_BUDGET // tokens, 1)
+        if has_image:
+            per_group = min(per_group, max(BATCHES[-1] // self._groups, 1))
+        per_group = max(size for size in BATCHES if size <= per_group)
+        return self._groups * batch_bucket(min(per_group, self.shape.num_seqs // self._groups))
+
+    def _chunk(self, batch_size: int, length: int) -> steps.Chunk:
+        integers = self.replicated((batch_size,))
+        floats, booleans = (self.replicated((batch_size,), dtype) for dtype in (jnp.float32, jnp.bool_))
         return steps.Chunk(
-            row=per_prompt,
-            tokens=self.replicated((self.batch_size, length)),
-            length=per_prompt,
-            start=per_prompt,
-            limit=per_prompt,
-            seeds=self.replicated((self.batch_size, 2), jnp.uint32),
-            seen=self.replicated((self.batch_size, self._config.language.vocab_size), jnp.bool_),
+            slot=integers,
+            tokens=self.replicated((batch_size, length)),
+            length=integers,
+            start=integers,
+            source=integers,
+            target=integers,
+            last=booleans,
+            limit=integers,
+            stop=integers,
+            seeds=self.replicated((batch_size, 2), jnp.uint32),
+            seen=self.replicated((batch_size, self._config.language.vocab_size), jnp.bool_),
+            sampling=SamplingArrays(floats, floats, integers, floats),
         )
 
     def encode_jobs(self, params: Any) -> list[Job]:
         """The vision encoders on as many images as the engine encodes at once; empty for a language model."""
         if not (vision := self._config.vision):
             return []
-        num_images = power_of_two(min(self.batch_size, max(1, ENCODE_PIXELS // vision.image_size**2)))
+        num_images = self._batch_size(bucket(1), has_image=True)
+        num_images = power_of_two(min(num_images, max(1, ENCODE_PIXELS // vision.image_size**2)))
         images = self.replicated((num_images, vision.image_size, vision.image_size, 3), jnp.float32)
         return [Job("encode images", self.programs.encode(), (params, images), (0,))]

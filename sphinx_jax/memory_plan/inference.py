@@ -90,8 +90,8 @@ def inference_plan(
         parameters={part: bytes_per_device(tree) for part, tree in device_params.items()},
         optimizer=0,
         gradients=0,
-        kv_cache=bytes_per_device(state.cache),
-        inputs=bytes_per_device(state._replace(cache=[])) + transient[largest],
+        kv_cache=bytes_per_device([state.cache, state.prefixes]),
+        inputs=bytes_per_device(state.without_cache) + transient[largest],
         temporaries=working_set[largest] - transient[largest],
         share={
             "parameters": fraction_of_parameters(params),
@@ -116,13 +116,15 @@ def inference_jobs(
 ) -> tuple[list[Job], steps.State]:
     """All programs that the engine runs for such sequences, the decode step last, and the engine's abstract state."""
     inputs = AbstractInputs(config, graph, params, mesh, max_num_seqs, max_model_len)
-    programs, state, sampling_args = inputs.programs, inputs.state, (inputs.sampling, inputs.stop_table)
+    programs, state, stops = inputs.programs, inputs.state, inputs.stops
     jobs = inputs.encode_jobs(params)
-    prefill_args = (params, state, inputs.chunk(inputs.first_chunk_len), inputs.image_embeds, *sampling_args)
-    jobs.append(Job("prefill", programs.prefill(state, first_chunk=True), prefill_args, (0, 1)))
+    prefill = programs.prefill(state, first_chunk=True, top_logprobs=False)
+    jobs.append(Job("prefill", prefill, (params, state, *inputs.first_chunk(), stops), (0, 1)))
     if inputs.needs_chunked_prefill:
-        chunk_args = (params, state, inputs.chunk(inputs.chunk_len), None, *sampling_args)
-        jobs.append(Job("chunked prefill", programs.prefill(state, first_chunk=False), chunk_args, (0, 1)))
-    decode_args = (params, state, *sampling_args, inputs.replicated(()), inputs.replicated(()))
-    jobs.append(Job("decode step", programs.decode(state), decode_args, (0, 1)))
+        chunked = programs.prefill(state, first_chunk=False, top_logprobs=False)
+        jobs.append(Job("chunked prefill", chunked, (params, state, inputs.later_chunk(), None, stops), (0, 1)))
+    # Attention over the whole KV cache.
+    decode = programs.decode(state, state.cache_len, top_logprobs=False)
+    cancelled, scalar = inputs.replicated((state.num_seqs,), jnp.bool_), inputs.replicated(())
+    jobs.append(Job("decode step", decode, (params, state, cancelled, stops, scalar, scalar), (0, 1)))
     return jobs, state

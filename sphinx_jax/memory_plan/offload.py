@@ -22,9 +22,9 @@ def offload_jobs(
     """
     around, layers = split_layers(params)
     programs = LayerPrograms(config, config.language.vocab_size, mesh)
-    inputs = AbstractInputs(config, programs.around, params, mesh, max_num_seqs, max_model_len)
-    state, layer, rest = inputs.state, layers[0], inputs.state._replace(cache=[])
-    sampling_args = inputs.sampling, inputs.stop_table
+    inputs = AbstractInputs(config, programs.graph, params, mesh, max_num_seqs, max_model_len)
+    state, layer, rest, stops = inputs.state, layers[0], inputs.state.without_cache, inputs.stops
+    layer_cache, layer_prefixes = state.cache[0], state.prefixes[0] if state.prefixes else None
     jobs = inputs.encode_jobs(around)
 
     def hidden(batch_size: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -34,25 +34,28 @@ def offload_jobs(
         x = jax.ShapeDtypeStruct((batch_size, length, config.language.dim), dtype, sharding=placement)
         return x, inputs.replicated((batch_size, length))
 
-    def add_prefill(name: str, text_len: int, image_embeds: tuple | None, first_chunk: bool) -> None:
-        chunk, length = inputs.chunk(text_len), text_len + (config.num_image_tokens if image_embeds else 0)
-        x, positions = hidden(inputs.batch_size, length)
-        embed = programs.prefill_embed(inputs.batch_size, length)
+    def add_prefill(name: str, chunk: steps.Chunk, image_embeds: tuple | None, first_chunk: bool) -> None:
+        batch_size, length = chunk.tokens.shape
+        length += config.num_image_tokens if image_embeds else 0
+        x, positions = hidden(batch_size, length)
+        embed = programs.prefill_embed(batch_size, length)
         jobs.append(Job(f"{name}, embed", embed, (around, chunk, image_embeds), (0,)))
-        through = programs.prefill_layer(state.cache[0], inputs.batch_size, length, first_chunk)
-        jobs.append(Job(f"{name}, layer", through, (layer, x, positions, state.cache[0], chunk), (0, 3)))
-        finish = programs.prefill_finish(rest)
-        jobs.append(Job(f"{name}, finish", finish, (around, rest, chunk, x, *sampling_args), (0, 1)))
+        through = programs.prefill_layer(layer_cache, layer_prefixes, batch_size, length, first_chunk)
+        args = (layer, x, positions, layer_cache, layer_prefixes, chunk)
+        jobs.append(Job(f"{name}, layer", through, args, (0, 3, 4)))
+        finish = programs.prefill_finish(rest, top_logprobs=False)
+        jobs.append(Job(f"{name}, finish", finish, (around, rest, chunk, x, stops), (0, 1)))
 
-    add_prefill("prefill", inputs.first_chunk_len, inputs.image_embeds, first_chunk=True)
+    add_prefill("prefill", *inputs.first_chunk(), first_chunk=True)
     if inputs.needs_chunked_prefill:
-        add_prefill("chunked prefill", inputs.chunk_len, None, first_chunk=False)
+        add_prefill("chunked prefill", inputs.later_chunk(), None, first_chunk=False)
     x, positions = hidden(state.num_seqs, 1)
     jobs.append(Job("decode step, embed", programs.decode_embed(state.num_seqs), (around, rest), (0, 1)))
-    jobs.append(Job("decode step, finish", programs.decode_finish(rest), (around, rest, x, *sampling_args), (0, 1)))
+    finish = programs.decode_finish(rest, top_logprobs=False)
+    jobs.append(Job("decode step, finish", finish, (around, rest, x, stops), (0, 1)))
     # Last: its collectives are the ones that a plan reports.
-    decode_layer = programs.decode_layer(state.cache[0])
-    jobs.append(Job("decode step, layer", decode_layer, (layer, x, positions, state.cache[0]), (0, 3)))
+    decode_layer = programs.decode_layer(layer_cache, state.cache_len)
+    jobs.append(Job("decode step, layer", decode_layer, (layer, x, positions, layer_cache), (0, 3)))
     # While one layer computes, the next one is copied from host memory.
     on_device = around | {"language": around["language"] | {"layers": layers[:2]}}
     return jobs, state, on_device, bytes_per_device(layers)

@@ -139,7 +139,7 @@ def _read(instruction: Instruction, number: int, body: dict[str, Instruction], i
     whole = _elements(operand.type) if "[" in operand.type else 0
     if not whole:
         return 0
-    if "grouped_rows" in instruction.attributes and operand.type.count(",", 0, operand.type.index("]")) == 2:
+    if "grouped_matmul_kernel" in instruction.attributes and operand.type.count(",", 0, operand.type.index("]")) == 2:
         # [groups, in, out]; the last operands but one are of one number for each tile.
         groups, tiles = _elements(operand.type[: operand.type.index(",")] + "]"), body[instruction.operand_names[-2]]
         used = min(whole, whole // groups * _elements(tiles.type))

@@ -27,7 +27,7 @@ def test_inference(inference, gpu, tensor):
 
 
 def test_four_small_gpus_are_too_few(needs_gpu_compiler, monkeypatch):
-    """The decode step, which needs the least memory, does not fit on 4 x 24 GB; the other programs need no compiling."""
+    """The decode step, which needs the least memory, does not fit on 4 x 24 GB; the rest need not be compiled."""
     monkeypatch.setattr(inference_module, "compile_jobs", lambda jobs, mesh: compile_jobs(jobs[-1:], mesh))
     config, shape = preset("sphinx-moe-1k"), MeshShape(tensor=4)
     plan = inference_plan(

@@ -1,4 +1,4 @@
-"""Bytes moved, of a program written by hand, where they can be counted."""
+"""Memory traffic of a handwritten program, whose bytes are known."""
 
 from tests.instruments import traffic
 
@@ -62,11 +62,11 @@ ENTRY %main (weights: f32[8,16], empty: f32[100,16], n: s32[]) -> f32[8,16] {
 
 
 def test_slices_updates_and_loops():
-    row, cache, matrix, number = 16 * 4, 100 * 16 * 4, 8 * 16 * 4, 4
+    row, cache, matrix, scalar = 16 * 4, 100 * 16 * 4, 8 * 16 * 4, 4
     moved = traffic(TEXT)
-    # A row in each of five rounds; and once all of it, in the branch that may be taken.
+    # One row in each of five iterations; and the whole matrix once, in a branch of the conditional.
     assert moved.arguments[0] == 5 * row + matrix
-    # After a round the cache is not the argument any more.
+    # After one iteration the carried cache is not the argument any more.
     assert 1 not in moved.arguments or moved.arguments[1] == 0
-    choosing, writing = number + row + row, number + row + row
-    assert moved.total == 5 * (choosing + writing) + 2 * cache + 2 * matrix
+    slice_bytes, update_bytes = scalar + row + row, scalar + row + row
+    assert moved.total == 5 * (slice_bytes + update_bytes) + 2 * cache + 2 * matrix
