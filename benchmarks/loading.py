@@ -25,7 +25,7 @@ import numpy as np
 from sphinx_jax.checkpoints.formats import accessory
 from sphinx_jax.checkpoints.formats.config_files import mistral_values
 from sphinx_jax.checkpoints.io import torch_files
-from sphinx_jax.checkpoints.mapping.language import language_entries
+from sphinx_jax.checkpoints.mapping.language import language_mappings
 from sphinx_jax.config import DecoderConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -48,8 +48,8 @@ def write_synthetic(path: Path, config: DecoderConfig, shards: int) -> None:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(mistral_values(config)))
     (path / "meta.json").write_text(json.dumps({"llama_type": "mixtral_sparse"}))
-    entries = language_entries(config, "sparse", unstacked=True, prefix="llma.")
-    shapes = {entry.name: (entry.shard_shape(shards), BFLOAT16) for entry in entries}
+    mappings = language_mappings(config, "sparse", unstacked=True, prefix="llma.")
+    shapes = {mapping.name: (mapping.shard_shape(shards), BFLOAT16) for mapping in mappings}
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(BFLOAT16)
     for i in range(shards):
         with torch_files.Writer(path / f"consolidated.{i:02d}-of-{shards:02d}.model.pth", shapes) as file:

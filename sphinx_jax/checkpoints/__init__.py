@@ -1,6 +1,6 @@
-"""Checkpoints of every format: native, LLaMA2-Accessory, Mixtral of Hugging Face and of Mistral; and adapters of one.
+"""Checkpoints of every format: native, LLaMA2-Accessory, Mixtral of Hugging Face and of Mistral; and LoRA adapters.
 
-    loaded = checkpoints.load("SPHINX-MoE", mesh)      # the format is read off the files
+    loaded = checkpoints.load("SPHINX-MoE", mesh)      # the format is detected from the files
     checkpoints.save("out", config, params, tokenizer_bytes, format="mixtral")
 
 `python -m sphinx_jax.checkpoints --help` converts and inspects.
@@ -16,21 +16,21 @@ from sphinx_jax.checkpoints import lora, reader
 from sphinx_jax.checkpoints.formats import accessory, mixtral, native
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model
 from sphinx_jax.checkpoints.source import CheckpointSource, match
-from sphinx_jax.checkpoints.writer import check_new
+from sphinx_jax.checkpoints.writer import check_destination
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
-__all__ = ["FORMATS", "Loaded", "Opened", "convert", "load", "open", "save"]
+__all__ = ["FORMATS", "CheckpointSource", "Loaded", "check_destination", "convert", "load", "open", "save"]
 
-_FOREIGN = {"accessory": accessory, "mixtral": mixtral}
-FORMATS = ("native", *_FOREIGN)
-"""What can be written. "mixtral" is Hugging Face's layout and holds the language part alone."""
+_FOREIGN_FORMATS = {"accessory": accessory, "mixtral": mixtral}
+FORMATS = ("native", *_FOREIGN_FORMATS)
+"""The formats that can be written. "mixtral" is Hugging Face's layout and holds the language part alone."""
 
 
 def open(path: str | os.PathLike) -> CheckpointSource:
-    """The checkpoint in a directory, whatever its format; no weight is read.
+    """The checkpoint in a directory, of any format. Reads no weights.
 
-    Raises UserError if there is none, or what can be seen of it without reading is damaged.
+    Raises UserError if there is none, or if the files are visibly damaged.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -54,17 +54,18 @@ def load(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     unstacked: bool = True,
-    keep: reader.Keep | None = None,
-    on_abstract_model: reader.Meanwhile | None = None,
+    transform: reader.Transform | None = None,
+    on_abstract_model: reader.AbstractModelCallback | None = None,
 ) -> Loaded:
     """The model of a checkpoint of any format on `mesh` (None: all devices).
 
-    `dtype` is "bfloat16", "float32", or None for as stored. `unstacked` holds the decoder's layers as a list, for
-    decoding, instead of stacked, for training. `keep` makes of each parameter, as soon as it is read, what is kept
-    of it. `on_abstract_model` is called beside the reading, with the model as it will be but for `keep`, its parameters
-    abstract. Raises UserError that names everything missing, unexpected, mis-shaped or damaged; nothing is loaded then.
+    `dtype` is "bfloat16", "float32", or None for as stored. `unstacked` makes the decoder's layers a list, for
+    decoding, instead of stacked, for training. `transform(path, array)` replaces each parameter as soon as it is
+    read. `on_abstract_model` is called in a thread while weights are read, with the model before any `transform`
+    and with abstract parameters. Raises UserError that lists everything missing, unexpected, mis-shaped or damaged;
+    then nothing is loaded.
     """
-    return reader.load(open(path), mesh, dtype, unstacked, keep, on_abstract_model)
+    return reader.load(open(path), mesh, dtype, unstacked, transform, on_abstract_model)
 
 
 def save(
@@ -75,24 +76,24 @@ def save(
     format: str = "native",
     shards: int | None = None,
 ) -> None:
-    """Write a model in memory. `shards` is the number of files of the other formats (None: as few as usual).
+    """Write a model in memory. `shards`: the number of files of a published format (None: as few as usual).
 
     Raises UserError if `path` exists and is not empty, or the format cannot hold the model.
     """
-    _check(format, shards, tokenizer_bytes)
+    _check_options(format, shards, tokenizer_bytes)
     if format == "native":
-        native.save(path, config, params, tokenizer_bytes)
+        native.save(path, config, params, tokenizer_bytes or b"")
     else:
-        _FOREIGN[format].save(path, config, params, tokenizer_bytes, shards)
+        _FOREIGN_FORMATS[format].save(path, config, params, tokenizer_bytes, shards)
 
 
-def _check(format: str, shards: int | None, tokenizer_bytes: bytes | None) -> None:
+def _check_options(format: str, shards: int | None, tokenizer_bytes: bytes | None) -> None:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     if shards is not None and (format == "native" or shards < 1):
         raise UserError(f"--shards {shards} does not go with format {format}; leave it out or give another number")
     if format == "native" and tokenizer_bytes is None:
-        raise UserError("a native checkpoint needs a tokenizer; put tokenizer.model beside the weights it is made of")
+        raise UserError("a native checkpoint needs a tokenizer; copy the model's tokenizer.model next to its weights")
 
 
 def convert(
@@ -104,18 +105,18 @@ def convert(
 ) -> None:
     """Write a checkpoint of any format in another one, in `dtype` (None: as stored).
 
-    Accessory and Mixtral checkpoints are written parameter by parameter; a native one takes the whole model
-    into device memory first. Raises UserError as `load` and `save` do.
+    Accessory and Mixtral checkpoints are written parameter by parameter; for a native one, the whole model is
+    loaded first. Raises UserError as `load` and `save` do.
     """
-    check_new(Path(path))
+    check_destination(Path(path))
     opened = open(source)
     tokenizer_bytes = opened.tokenizer_bytes
-    _check(format, shards, tokenizer_bytes)
+    _check_options(format, shards, tokenizer_bytes)
     if format == "native":
         loaded = reader.load(opened, None, dtype, False)
-        native.save(path, loaded.config, loaded.params, tokenizer_bytes)
+        native.save(path, loaded.config, loaded.params, tokenizer_bytes or b"")
         return
-    parts = match(opened, unstacked=True)
+    matched = match(opened, unstacked=True)
     _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True)
-    with reader.Reader(opened, parts, abstract, dtype) as opened_reader:
-        _FOREIGN[format].write(Path(path), opened.config, opened_reader, tokenizer_bytes, shards)
+    with reader.CheckpointReader(opened, matched, abstract, dtype) as params:
+        _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, tokenizer_bytes, shards)

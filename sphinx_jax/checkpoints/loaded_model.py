@@ -1,6 +1,6 @@
-"""What a checkpoint is loaded into: the model's graph and parameters on a mesh.
+"""The result of loading: the model's graph and parameters on a mesh.
 
-The one place where this package meets the model: everything else here knows names and shapes only.
+The only place where this package depends on the model: everything else knows names and shapes only.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.lora_params import split
 from sphinx_jax.model import SphinxMoE
 
-Params = dict[str, Any]
+Params = dict[Any, Any]
 
 _DTYPES = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in memory: `model.bind(graph, params)` makes it callable.
+    """A loaded model: `model.bind(graph, params)` makes it callable.
 
-    `tokenizer_bytes` is the SentencePiece file that lay beside the weights, None if there was none.
+    `tokenizer_bytes` is the checkpoint's SentencePiece file, None if it has none.
     """
 
     config: SphinxConfig
@@ -36,7 +36,7 @@ class Loaded:
 
 
 def model_mesh(config: SphinxConfig) -> Mesh:
-    """The mesh that a model gets when the user names none: all devices, split by tensor, then by expert."""
+    """The default mesh of a model: all devices, tensor parallel first, then expert parallel."""
     language = config.language
     shape = default_mesh_shape(jax.device_count(), language.num_kv_heads, language.num_experts)
     return make_mesh(**dataclasses.asdict(shape))
@@ -45,7 +45,7 @@ def model_mesh(config: SphinxConfig) -> Mesh:
 def abstract_model(config: SphinxConfig, mesh: Mesh, dtype: str | None, unstacked: bool) -> tuple[nnx.GraphDef, Params]:
     """Graph and abstract, sharded parameters of the model; float32 where `dtype` is None.
 
-    `unstacked` holds the decoder's layers as a list instead of stacked. Raises UserError on an unknown dtype.
+    `unstacked` makes the decoder's layers a list instead of stacked. Raises UserError on an unknown dtype.
     """
     if dtype not in (None, *_DTYPES):
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
@@ -53,10 +53,11 @@ def abstract_model(config: SphinxConfig, mesh: Mesh, dtype: str | None, unstacke
 
 
 def abstract_adapters(config: SphinxConfig, lora: LoraConfig) -> Params:
-    """Shapes of the model's adapters, layers stacked."""
-    return split(abstract_params(lambda rngs: SphinxMoE(config, lora=lora, rngs=rngs), make_mesh())[1])[1]
+    """Abstract adapters of the model, layers stacked."""
+    params: Params = abstract_params(lambda rngs: SphinxMoE(config, lora=lora, rngs=rngs), make_mesh())[1]
+    return split(params)[1]
 
 
 def layers_are_unstacked(params: Params) -> bool:
-    """Whether the decoder's layers are a list, with numbers for keys, rather than stacked."""
+    """Whether the decoder's layers are a list, with integer keys, rather than stacked."""
     return isinstance(next(iter(params["language"]["layers"])), int)

@@ -1,8 +1,7 @@
-"""Adapters on disk: DIR/lora.json names the base that they belong to, DIR/adapters holds them, written by Orbax.
+"""Adapters on disk: DIR/lora.json names their base checkpoint, DIR/adapters holds them, written by Orbax.
 
-Such a directory is opened like any other checkpoint: what is read is the base, and each matrix that has an adapter
-gets scale x a b added when it is read. An adapter is worth nothing beside another base, so lora.json has a
-fingerprint of the one that it was trained on.
+Such a directory opens like any other checkpoint: the base is read, and scale x a b is merged into each adapted
+matrix on load. Adapters fit one base only, so lora.json has a fingerprint of the base that they were trained on.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 
 from sphinx_jax.checkpoints.loaded_model import abstract_adapters
 from sphinx_jax.checkpoints.source import Adapters, CheckpointSource, read_json
@@ -27,97 +26,101 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.lora_params import SUFFIX, Params
 
 _FORMAT, _VERSION = "sphinx-jax-lora", 1
-_RECORD = "lora.json"
+_INFO_FILE = "lora.json"
 
-_FINGERPRINTED = 1 << 16
-"""Most elements of a tensor that counts for the fingerprint: norms, biases, routers. No training leaves them all."""
+_FINGERPRINT_ELEMENTS = 1 << 16
+"""Largest tensor that enters the fingerprint, in elements: norms, biases, routers. Training changes some of them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What lora.json says."""
+class AdapterInfo:
+    """The content of lora.json."""
 
     base: Path
     fingerprint: str
     lora: LoraConfig
 
 
-def write_record(directory: Path, base: CheckpointSource, lora: LoraConfig) -> None:
+def write_adapter_info(directory: Path, base: CheckpointSource, lora: LoraConfig) -> None:
     """Write DIRECTORY/lora.json: adapters of the sizes of `lora`, trained on `base`."""
-    described = {"format": _FORMAT, "version": _VERSION, "base": str(base.path), "fingerprint": fingerprint(base)}
-    write_json(directory / _RECORD, described | dataclasses.asdict(lora))
+    info = {"format": _FORMAT, "version": _VERSION, "base": str(base.path), "fingerprint": fingerprint(base)}
+    write_json(directory / _INFO_FILE, info | dataclasses.asdict(lora))
 
 
 def is_lora(path: Path) -> bool:
-    """Whether a directory holds adapters, or will at the end of the run that writes it."""
-    return (path / _RECORD).is_file()
+    """Whether a directory holds adapters, or is a LoRA run that has not ended."""
+    return (path / _INFO_FILE).is_file()
 
 
-def read_record(path: Path) -> Record:
-    """Inverse of `write_record`. Raises UserError where it is damaged."""
-    values = read_json(path / _RECORD)
+def read_adapter_info(path: Path) -> AdapterInfo:
+    """Inverse of `write_adapter_info`. Raises UserError if the file is damaged."""
+    values = read_json(path / _INFO_FILE)
     if (values.get("format"), values.get("version")) != (_FORMAT, _VERSION):
-        raise UserError(f"{path / _RECORD} does not describe adapters that this program reads; update it")
+        raise UserError(f"{path / _INFO_FILE} does not describe adapters that this program reads; update it")
     try:
-        lora = LoraConfig(int(values["rank"]), float(values["alpha"]), str(values["target_modules"]))
-        if lora.target_modules not in get_args(LoraTargets):
-            raise ValueError(f"unknown target_modules {lora.target_modules}")
-        return Record(Path(values["base"]), str(values["fingerprint"]), lora)
+        targets = str(values["target_modules"])
+        if targets not in get_args(LoraTargets):
+            raise ValueError(f"unknown target_modules {targets}")
+        lora = LoraConfig(int(values["rank"]), float(values["alpha"]), targets)  # pyright: ignore[reportArgumentType]
+        return AdapterInfo(Path(values["base"]), str(values["fingerprint"]), lora)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / _RECORD} is damaged, restore it from a copy: {error}") from error
+        raise UserError(f"{path / _INFO_FILE} is damaged, restore it from a copy: {error}") from error
 
 
 def open_directory(
-    path: Path, open_base: Callable[[Path], CheckpointSource], state: Path | None = None
+    path: Path, open_base: Callable[[Path], CheckpointSource], train_state: Path | None = None
 ) -> CheckpointSource:
-    """The base of the adapters in `path`, with them; `state` is a training checkpoint to take them from instead.
+    """The base checkpoint of the adapters in `path`, with the adapters.
 
-    Raises UserError if the base has gone or has changed, or the run has not ended and there is no `state`.
+    `train_state` is a training checkpoint to read the adapters from instead. Raises UserError if the base is missing
+    or has changed, or the run has not ended and there is no `train_state`.
     """
-    record = read_record(path)
-    if not record.base.is_dir():
+    info = read_adapter_info(path)
+    if not info.base.is_dir():
         raise UserError(
-            f"{path} holds adapters of {record.base}, which is not there; put that checkpoint back, or write where it "
-            f"is now into {path / _RECORD}"
+            f"{path} holds adapters of {info.base}, which does not exist; restore that checkpoint, or write its "
+            f"new path into {path / _INFO_FILE}"
         )
-    base = open_base(record.base)
-    if fingerprint(base) != record.fingerprint:
-        raise UserError(f"{path} holds adapters of {record.base}, which has changed since: bring the old one back")
-    if state is None and not (path / "adapters").is_dir():
+    base = open_base(info.base)
+    if fingerprint(base) != info.fingerprint:
+        raise UserError(f"{path} holds adapters of {info.base}, which has changed since; restore the old one")
+    if train_state is None and not (path / "adapters").is_dir():
         raise UserError(
-            f"{path} is a run that has not ended: go on with --resume, or export one of its checkpoints with "
-            "python -m sphinx_jax.training.export"
+            f"{path} is a run that has not ended; continue it with --resume, or convert one of its checkpoints with "
+            "sphinx-jax convert RUN DIR --step N"
         )
-    inside = () if state is None else ("params", "adapters")
-    factors = _read(state or path / "adapters", inside, base.config, record.lora)
-    return dataclasses.replace(base, path=path, adapters=(*base.adapters, Adapters(record.lora.scale, factors)))
+    subtree = () if train_state is None else ("params", "adapters")
+    factors = _read_factors(train_state or path / "adapters", subtree, base.config, info.lora)
+    return dataclasses.replace(base, path=path, adapters=(*base.adapters, Adapters(info.lora.scale, factors)))
 
 
 def save(path: Path, adapters: Params) -> None:
-    """Write a run's adapters beside its lora.json. Every process of a multi-process run calls this."""
+    """Write a run's adapters next to its lora.json. Every process of a multi-process run calls this."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute() / "adapters", args=ocp.args.PyTreeSave(adapters), force=True)
 
 
-def fingerprint(opened: CheckpointSource) -> str:
-    """Of a checkpoint's small tensors, and of adapters that it has itself."""
+def fingerprint(source: CheckpointSource) -> str:
+    """Hash of a checkpoint's small tensors and of its own adapters."""
     digest = hashlib.sha256()
-    for entry in opened.entries(True):
-        tensor = opened.shards[0].get(entry.name)
-        if tensor is not None and math.prod(tensor.shape) <= _FINGERPRINTED:
+    for mapping in source.mappings(True):
+        tensor = source.shards[0].get(mapping.name)
+        if tensor is not None and math.prod(tensor.shape) <= _FINGERPRINT_ELEMENTS:
             digest.update(np.ascontiguousarray(tensor[(slice(None),) * len(tensor.shape)]).tobytes())
-    for adapters in opened.adapters:
+    for adapters in source.adapters:
         for path in sorted(adapters.factors):
             for factor in adapters.factors[path]:
                 digest.update(factor.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _read(directory: Path, inside: tuple[str, ...], config: SphinxConfig, lora: LoraConfig) -> dict[tuple, Any]:
-    """The factors of each adapted matrix, by its path with layers stacked, in host memory."""
+def _read_factors(
+    directory: Path, subtree: tuple[str, ...], config: SphinxConfig, lora: LoraConfig
+) -> dict[tuple, Any]:
+    """(a, b) of each adapted matrix by its path, layers stacked, in host memory."""
     abstract = abstract_adapters(config, lora)
     target: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract)
-    for key in reversed(inside):
+    for key in reversed(subtree):
         target = {key: target}
     to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     try:
@@ -126,44 +129,55 @@ def _read(directory: Path, inside: tuple[str, ...], config: SphinxConfig, lora: 
             tree = checkpointer.restore(directory.absolute(), args=request)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory} is damaged, restore it from a copy: {str(error).splitlines()[0]}") from error
-    for key in inside:
+    for key in subtree:
         tree = tree[key]
-    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
-    if shapes(tree) != shapes(abstract):
+    if [leaf.shape for leaf in jax.tree.leaves(tree)] != [leaf.shape for leaf in jax.tree.leaves(abstract)]:
         raise UserError(
-            f"{directory} does not hold the adapters of rank {lora.rank} on {lora.target_modules} that {_RECORD} says"
+            f"{directory} does not hold the adapters of rank {lora.rank} on {lora.target_modules} that {_INFO_FILE} "
+            "describes; restore it from a copy"
         )
     factors: dict[tuple, dict[str, np.ndarray]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaves: list[tuple[Any, Any]] = jax.tree_util.tree_leaves_with_path(tree)
+    for keys, leaf in leaves:
         *path, module, factor = (key.key for key in keys)
         factors.setdefault((*path, module.removesuffix(SUFFIX)), {})[factor] = leaf
     return {path: (pair["a"], pair["b"]) for path, pair in factors.items()}
 
 
-def merged(weight: jax.Array, path: tuple[str | int, ...], adapters: Adapters) -> jax.Array:
-    """A parameter with its adapter added, where it lies; itself if it has none. Takes its memory over."""
+def merge_adapter(weight: jax.Array, path: tuple[str | int, ...], adapters: Adapters) -> jax.Array:
+    """A parameter with its adapter merged, same sharding; the parameter itself if it has none. Donates `weight`."""
     layer = next((key for key in path if isinstance(key, int)), None)
     factors = adapters.factors.get(tuple(key for key in path if not isinstance(key, int)))
     if factors is None:
         return weight
     a, b = factors if layer is None else (factor[layer] for factor in factors)
-    return _merger(weight.sharding, adapters.scale, layer is None)(weight, a, b)
+    return _compile_merge(weight.sharding, adapters.scale, layer is None)(weight, a, b)
 
 
 @functools.cache
-def _merger(sharding: NamedSharding, scale: float, stacked: bool) -> Callable[..., jax.Array]:
-    """weight + scale a b in float32, of stacked layers one at a time."""
+def _compile_merge(sharding: Sharding, scale: float, stacked: bool) -> Callable[..., jax.Array]:
+    """weight + scale a b in float32; stacked layers one at a time, to bound the float32 temporaries."""
 
     def merge(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         weight, a, b = args
         # weight[*stack, *in, *out], a[*stack, *in, rank], b[*stack, rank, *out]
         stack = a.ndim + b.ndim - 2 - weight.ndim
         dims = list(range(weight.ndim))
-        rank, split = weight.ndim, a.ndim - 1
+        rank, num_in = weight.ndim, a.ndim - 1
         product = jnp.einsum(
-            a, [*dims[:split], rank], b, [*dims[:stack], rank, *dims[split:]], dims, precision=jax.lax.Precision.HIGHEST
+            a,
+            [*dims[:num_in], rank],
+            b,
+            [*dims[:stack], rank, *dims[num_in:]],
+            dims,
+            precision=jax.lax.Precision.HIGHEST,
         )
         return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
 
-    layers = lambda *args: jax.lax.map(merge, args)
-    return jax.jit(layers if stacked else lambda *args: merge(args), donate_argnums=0, out_shardings=sharding)
+    def merge_one(*args: jax.Array) -> jax.Array:
+        return merge((args[0], args[1], args[2]))
+
+    def merge_layers(*args: jax.Array) -> jax.Array:
+        return jax.lax.map(merge, args)
+
+    return jax.jit(merge_layers if stacked else merge_one, donate_argnums=0, out_shardings=sharding)

@@ -1,7 +1,7 @@
-"""From files to devices: each device's slice of each parameter is read for it alone.
+"""From files to devices: each device's slice of each parameter is read for that device alone.
 
-The host holds one slice at a time and the file pages that it is copied from, nothing more. Meanwhile the
-next parameter is read ahead into the page cache.
+Host memory holds one slice at a time and the file pages that it is copied from. The next parameters are
+prefetched into the page cache while one is copied.
 """
 
 import functools
@@ -21,77 +21,80 @@ from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.io.copying import aligned_empty, copy, has_nan
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model, layers_are_unstacked, model_mesh
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
-from sphinx_jax.checkpoints.source import CheckpointSource, Piece, Tensor, match
+from sphinx_jax.checkpoints.source import CheckpointSource, FileSlice, MatchedMappings, Tensor, match
 from sphinx_jax.errors import UserError
 
-# How far reading ahead may run in front of copying: far enough for the largest parameters to overlap, and
-# not so far that a host with little memory evicts pages before they are used.
-_AHEAD_BYTES = 1 << 30
+# Bytes prefetched ahead of copying: enough for the largest parameters to overlap, and not so much that a host
+# with little memory evicts pages before they are used.
+_PREFETCH_BYTES = 1 << 30
 
 Box = tuple[slice, ...]
-Path = tuple[str | int, ...]
-Parts = list[tuple[ParamMapping, list[Piece]]]
-Keep = Callable[[Path, jax.Array], Any]
-Meanwhile = Callable[[Loaded], None]
+Bounds = tuple[tuple[int, int], ...]
+ParamPath = tuple[str | int, ...]
+Transform = Callable[[ParamPath, jax.Array], Any]
+AbstractModelCallback = Callable[[Loaded], None]
 
 
 def load(
-    opened: CheckpointSource,
+    source: CheckpointSource,
     mesh: Mesh | None,
     dtype: str | None,
     unstacked: bool,
-    keep: Keep | None = None,
-    on_abstract_model: Meanwhile | None = None,
+    transform: Transform | None = None,
+    on_abstract_model: AbstractModelCallback | None = None,
 ) -> Loaded:
     """The checkpoint's model on `mesh` (None: all devices), in `dtype` (None: as stored).
 
-    `keep` is called with the path and the array of each parameter as soon as it is read, and what it returns stands
-    in the parameter's place. `on_abstract_model` is called beside the reading, in a thread of its own, with the model as it
-    will be but for `keep`, its parameters abstract.
+    `transform(path, array)` is called with each parameter as soon as it is read; its result replaces the parameter.
+    `on_abstract_model` is called in a thread of its own while weights are read, with the model before any
+    `transform` and with abstract parameters.
 
-    Everything that can be known without reading the weights is checked before any device memory is used.
+    Everything that can be checked without reading weights is checked before any device memory is used.
     Raises UserError, and then nothing is loaded.
     """
-    mesh = mesh or model_mesh(opened.config)
-    parts = match(opened, unstacked)
-    graph, abstract = abstract_model(opened.config, mesh, dtype, unstacked)
-    tokenizer_bytes = opened.tokenizer_bytes
-    whole = lambda by_path: jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
-    made = lambda by_path: Loaded(opened.config, graph, whole(by_path), tokenizer_bytes, mesh)
-    with ThreadPoolExecutor(1) as beside, Reader(opened, parts, abstract, dtype) as reader:
-        done = beside.submit(on_abstract_model or (lambda _: None), made(reader.targets))
+    mesh = mesh or model_mesh(source.config)
+    matched = match(source, unstacked)
+    graph, abstract = abstract_model(source.config, mesh, dtype, unstacked)
+    tokenizer_bytes = source.tokenizer_bytes
 
-        def kept(path: Path, array: jax.Array) -> Any:
-            if done.done():
-                # What went wrong there is told now, and not after minutes of reading.
-                done.result()
-            return keep(path, array) if keep else array
+    def loaded_model(by_path: dict[ParamPath, Any]) -> Loaded:
+        params = jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
+        return Loaded(source.config, graph, params, tokenizer_bytes, mesh)
 
-        loaded = made(reader.read_all(kept))
-        done.result()
+    with ThreadPoolExecutor(1) as executor, CheckpointReader(source, matched, abstract, dtype) as reader:
+        callback = executor.submit(on_abstract_model or (lambda _: None), loaded_model(reader.targets))
+
+        def on_read(path: ParamPath, array: jax.Array) -> Any:
+            if callback.done():
+                # An error of the callback is raised now, not after minutes of reading.
+                callback.result()
+            return transform(path, array) if transform else array
+
+        loaded = loaded_model(reader.read_all(on_read))
+        callback.result()
     return loaded
 
 
-class Reader:
+class CheckpointReader:
     """Reads the parameters of an opened checkpoint, each onto the sharding that `abstract` gives it.
 
-    `parts` is what `match` made of the checkpoint. Use as a context manager.
+    `matched` is the result of `match`. Use as a context manager.
     """
 
-    def __init__(self, opened: CheckpointSource, parts: Parts, abstract: Params, dtype: str | None):
+    def __init__(self, source: CheckpointSource, matched: MatchedMappings, abstract: Params, dtype: str | None):
         self.unstacked = layers_are_unstacked(abstract)
-        self._opened = opened
-        self._parts: dict[Path, Parts] = {}
-        for entry, pieces in parts:
-            self._parts.setdefault(entry.path, []).append((entry, pieces))
+        self._source = source
+        self._matched: dict[ParamPath, MatchedMappings] = {}
+        for mapping, slices in matched:
+            self._matched.setdefault(mapping.path, []).append((mapping, slices))
         leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        for path in leaves.keys() | self._parts.keys():
-            filled = sum(math.prod(entry.shape) for entry, _ in self._parts.get(path, []))
+        for path in leaves.keys() | self._matched.keys():
+            filled = sum(math.prod(mapping.shape) for mapping, _ in self._matched.get(path, []))
             if path not in leaves or filled != leaves[path].size:
-                raise ValueError(f"the {opened.format} layout does not fill {path}: {filled} numbers")
-        self.targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._parts.items()}
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count()))
-        self._ahead = ThreadPoolExecutor(1)
+                raise ValueError(f"the {source.format} layout does not fill {path}: {filled} numbers")
+        self.targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._matched.items()}
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._prefetcher = ThreadPoolExecutor(1)
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -103,46 +106,46 @@ class Reader:
             disable=not console.is_terminal or jax.process_index() != 0,
         )
         self._task = self._progress.add_task(
-            f"loading {opened.path.name}", total=sum(_local_bytes(target) for target in self.targets.values())
+            f"loading {source.path.name}", total=sum(_local_bytes(target) for target in self.targets.values())
         )
 
     @staticmethod
-    def _target(leaf: jax.ShapeDtypeStruct, parts: Parts, dtype: str | None) -> jax.ShapeDtypeStruct:
-        stored = {piece.tensor.dtype.name for _, pieces in parts for piece in pieces}
-        # float64 has no place on devices; parts of different types meet in one that holds them all.
+    def _target(leaf: jax.ShapeDtypeStruct, matched: MatchedMappings, dtype: str | None) -> jax.ShapeDtypeStruct:
+        stored = {file_slice.tensor.dtype.name for _, slices in matched for file_slice in slices}
+        # Devices have no float64; slices of different dtypes are read into float32, which holds them all.
         as_stored = stored.pop() if len(stored) == 1 and "float64" not in stored else "float32"
         return jax.ShapeDtypeStruct(leaf.shape, dtype or as_stored, sharding=leaf.sharding)
 
-    def dtype(self, path: Path) -> np.dtype:
-        """The type in which a parameter will be read."""
+    def dtype(self, path: ParamPath) -> np.dtype:
+        """The dtype in which a parameter will be read."""
         return np.dtype(self.targets[path].dtype)
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "CheckpointReader":
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ahead.shutdown(cancel_futures=True)
+        self._prefetcher.shutdown(cancel_futures=True)
         self._pool.shutdown()
         self._progress.stop()
 
-    def read_all(self, keep: Keep) -> dict[Path, Any]:
-        """What is kept of every parameter, read in the order in which the files hold them."""
-        arrays: dict[Path, Any] = {}
-        upcoming = list(self._parts)
-        ahead = 0
-        for path in self._parts:
-            while upcoming and ahead < _AHEAD_BYTES:
-                ahead += self._stored_bytes(upcoming[0])
-                self._ahead.submit(self._prefetch, upcoming.pop(0))
-            arrays[path] = keep(path, self.read(path))
-            ahead -= self._stored_bytes(path)
+    def read_all(self, transform: Transform) -> dict[ParamPath, Any]:
+        """The transform of every parameter, read in file order."""
+        arrays: dict[ParamPath, Any] = {}
+        upcoming = list(self._matched)
+        prefetched = 0
+        for path in self._matched:
+            while upcoming and prefetched < _PREFETCH_BYTES:
+                prefetched += self._stored_bytes(upcoming[0])
+                self._prefetcher.submit(self._prefetch, upcoming.pop(0))
+            arrays[path] = transform(path, self.read(path))
+            prefetched -= self._stored_bytes(path)
         return arrays
 
-    def read(self, path: Path) -> jax.Array:
-        """One parameter. Raises UserError if it holds a number that is not one."""
+    def read(self, path: ParamPath) -> jax.Array:
+        """One parameter, adapters merged. Raises UserError if it holds NaNs."""
         target = self.targets[path]
-        devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        devices_of: dict[Bounds, list[Any]] = {}
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
             devices_of.setdefault(_bounds(index, target.shape), []).append(device)
         parts: list[jax.Array] = []
@@ -152,77 +155,87 @@ class Reader:
             del host
             parts += [first, *(jax.device_put(first, device) for device in devices[1:])]
         array = jax.make_array_from_single_device_arrays(target.shape, target.sharding, parts)
-        add = lambda so_far, adapters: lora.merged(so_far, path, adapters)
-        return functools.reduce(add, self._opened.adapters, array)
+        merge = lambda weight, adapters: lora.merge_adapter(weight, path, adapters)
+        return functools.reduce(merge, self._source.adapters, array)
 
-    def _read_slice(self, path: Path, box: Box, dtype: np.dtype) -> np.ndarray:
+    def _read_slice(self, path: ParamPath, box: Box, dtype: np.dtype) -> np.ndarray:
+        """The `box` of a parameter in host memory."""
         out = aligned_empty(tuple(s.stop - s.start for s in box), np.dtype(dtype))
-        filled = [(entry.name, self._fill(out, box, entry, pieces)) for entry, pieces in self._parts[path]]
+        filled = [(mapping.name, self._fill(out, box, mapping, slices)) for mapping, slices in self._matched[path]]
         if has_nan(out):
             names = [name for name, target in filled if target is not None and np.isnan(target).any()]
             raise UserError(
-                f"{self._opened.path} is damaged: {', '.join(names)} holds NaNs; download it again, or go back to a "
-                "checkpoint from before"
+                f"{self._source.path} is damaged: {', '.join(names)} holds NaNs; download it again, or use an earlier "
+                "checkpoint"
             )
         return out
 
-    def _fill(self, out: np.ndarray, box: Box, entry: ParamMapping, pieces: list[Piece]) -> np.ndarray | None:
-        """Write what `entry` has of the parameter's `box` to its place in `out`; the place, None if it has nothing."""
-        index = (*entry.index, *[slice(None)] * (len(box) - len(entry.index)))
-        place: list[int | slice] = []
-        wanted: list[tuple[int, int]] = []
-        for want, ours in zip(box, index, strict=True):
-            if isinstance(ours, int):
-                if not want.start <= ours < want.stop:
+    def _fill(self, out: np.ndarray, box: Box, mapping: ParamMapping, slices: list[FileSlice]) -> np.ndarray | None:
+        """Copy the intersection of `mapping` and the parameter's `box` into `out`.
+
+        Returns the view of `out` that was written, None if they do not intersect.
+        """
+        index = (*mapping.index, *[slice(None)] * (len(box) - len(mapping.index)))
+        # Where the block is in `out`, and which part of the block the box covers.
+        out_index: list[int | slice] = []
+        block_bounds: list[tuple[int, int]] = []
+        for box_slice, block_index in zip(box, index, strict=True):
+            if isinstance(block_index, int):
+                if not box_slice.start <= block_index < box_slice.stop:
                     return None
-                place.append(ours - want.start)
+                out_index.append(block_index - box_slice.start)
             else:
-                begin = ours.start or 0
-                end = begin + entry.block_shape[len(wanted)]
-                low, high = max(begin, want.start), min(end, want.stop)
+                begin = block_index.start or 0
+                end = begin + mapping.block_shape[len(block_bounds)]
+                low, high = max(begin, box_slice.start), min(end, box_slice.stop)
                 if low >= high:
                     return None
-                place.append(slice(low - want.start, high - want.start))
-                wanted.append((low - begin, high - begin))
-        bounds = _view_bounds(entry, wanted)
-        target = entry.in_view_order(out[tuple(place)], tuple(high - low for low, high in bounds))
+                out_index.append(slice(low - box_slice.start, high - box_slice.start))
+                block_bounds.append((low - begin, high - begin))
+        view_bounds = _view_bounds(mapping, block_bounds)
+        target = mapping.in_view_order(out[tuple(out_index)], tuple(high - low for low, high in view_bounds))
 
-        def copied(elements: int) -> None:
+        def on_progress(elements: int) -> None:
             self._progress.advance(self._task, elements * out.itemsize)
-            for file in self._opened.files:
+            for file in self._source.files:
                 file.release()
 
-        for piece in pieces:
+        for file_slice in slices:
             common = [
                 (max(low, start), min(high, start + size))
-                for (low, high), start, size in zip(bounds, piece.start, piece.tensor.shape, strict=True)
+                for (low, high), start, size in zip(view_bounds, file_slice.start, file_slice.tensor.shape, strict=True)
             ]
             if all(low < high for low, high in common):
-                inside = tuple(slice(low - s, high - s) for (low, high), s in zip(common, piece.start, strict=True))
-                to = tuple(slice(low - b, high - b) for (low, high), (b, _) in zip(common, bounds, strict=True))
-                copy(target[to], piece.tensor[inside], self._pool, copied)
+                from_file = tuple(
+                    slice(low - s, high - s) for (low, high), s in zip(common, file_slice.start, strict=True)
+                )
+                to_target = tuple(
+                    slice(low - b, high - b) for (low, high), (b, _) in zip(common, view_bounds, strict=True)
+                )
+                copy(target[to_target], file_slice.tensor[from_file], self._pool, on_progress)
         return target
 
-    def _prefetch(self, path: Path) -> None:
-        """Only a hint to the operating system: what goes wrong here goes wrong again, and is told, in `read`."""
-        # A process that needs only a part of the array reads just that, as it is asked for.
+    def _prefetch(self, path: ParamPath) -> None:
+        """A hint to the operating system. An error here is ignored: `read` meets it again and raises it."""
+        # A process that needs only part of the array reads just that, on demand.
         if self.targets[path].sharding.is_fully_addressable:
             for tensor in self._tensors(path):
-                for file in self._opened.files:
-                    file.prefetch(tensor)
+                if isinstance(tensor, np.ndarray):
+                    for file in self._source.files:
+                        file.prefetch(tensor)
 
-    def _tensors(self, path: Path) -> list[Tensor]:
-        return [piece.tensor for _, pieces in self._parts[path] for piece in pieces]
+    def _tensors(self, path: ParamPath) -> list[Tensor]:
+        return [file_slice.tensor for _, slices in self._matched[path] for file_slice in slices]
 
-    def _stored_bytes(self, path: Path) -> int:
+    def _stored_bytes(self, path: ParamPath) -> int:
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors(path))
 
 
-def _path(keys: tuple[jax.tree_util.DictKey, ...]) -> Path:
+def _path(keys: tuple[Any, ...]) -> ParamPath:
     return tuple(key.key for key in keys)
 
 
-def _bounds(index: Box, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
@@ -232,12 +245,12 @@ def _local_bytes(target: jax.ShapeDtypeStruct) -> int:
     return sum(math.prod(high - low for low, high in bounds) for bounds in slices) * target.dtype.itemsize
 
 
-def _view_bounds(entry: ParamMapping, wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The part of the entry's view that the `wanted` part of its block comes from."""
-    bounds = [(0, size) for size in entry.view]
-    for (low, high), group, size in zip(wanted, entry.groups, entry.block_shape, strict=True):
+def _view_bounds(mapping: ParamMapping, block_bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The bounds in the mapping's view of the part `block_bounds` of its block."""
+    bounds = [(0, size) for size in mapping.view]
+    for (low, high), group, size in zip(block_bounds, mapping.groups, mapping.block_shape, strict=True):
         if len(group) == 1:
             bounds[group[0]] = (low, high)
         elif (low, high) != (0, size):
-            raise ValueError(f"{entry.path} is interleaved in {entry.name} along a dimension that devices divide")
+            raise ValueError(f"{mapping.path} is interleaved in {mapping.name} along a dimension that devices divide")
     return bounds

@@ -1,4 +1,4 @@
-"""An opened checkpoint of any format: what it says about itself, before any weight is read."""
+"""An opened checkpoint of any format: its config, its tensors by name, and their mappings to parameters."""
 
 import dataclasses
 import json
@@ -15,135 +15,153 @@ from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
-_FEW_PROBLEMS = 30
+_MAX_LISTED_PROBLEMS = 30
 
 
 class Tensor(Protocol):
-    """Part of a file: a numpy array mapped from it, or something that reads when it is indexed."""
+    """A stored tensor: a numpy view of a mapped file, or an object that reads when it is indexed."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """What is added to a checkpoint's matrices when they are read: scale x a b.
+    """Low-rank adapters, merged into a checkpoint's matrices on load: W + scale x a b.
 
-    `factors` are (a, b) by the path of the matrix, those of all layers stacked (see `layers.LowRank`).
+    `factors` maps the path of a matrix to (a, b), layers stacked (see `layers.LowRank`).
     """
 
     scale: float
     factors: Mapping[tuple[str, ...], tuple[np.ndarray, np.ndarray]]
 
 
+def ignore_none(name: str) -> bool:
+    """No tensor of the checkpoint may be left unused."""
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint's files, opened, and how their tensors relate to our parameters.
+    """The open files of a checkpoint and the mappings from their tensors to parameters.
 
     `shards` holds the tensors of each file of a model-parallel set; a format without such shards has one.
-    `entries(unstacked)` lists what the files must hold, for decoder layers held apart or stacked; `ignored`
-    says of a name that it is known and not needed; `adapters` are to be added, in turn.
+    `mappings(unstacked)` lists the tensors that the files must hold, for unstacked or stacked decoder layers.
+    `is_ignored(name)` is true of a known tensor that no parameter needs. `adapters` are merged on load, in order.
     """
 
     format: str
     path: Path
     config: SphinxConfig
     shards: list[Mapping[str, Tensor]]
-    entries: Callable[[bool], list[ParamMapping]]
-    ignored: Callable[[str], bool] = lambda name: False
+    mappings: Callable[[bool], list[ParamMapping]]
+    is_ignored: Callable[[str], bool] = ignore_none
     files: tuple[MappedFile, ...] = ()
     adapters: tuple[Adapters, ...] = ()
 
     @property
     def dtype(self) -> str:
-        """Number format of the weights as stored, read off the first tensor of the decoder."""
-        return next(tensor.dtype.name for entry in self.entries(True) if (tensor := self.shards[0].get(entry.name)))
+        """Dtype of the stored weights: that of the first decoder tensor."""
+        return next(
+            tensor.dtype.name
+            for mapping in self.mappings(True)
+            if (tensor := self.shards[0].get(mapping.name)) is not None
+        )
 
     @property
     def tokenizer_bytes(self) -> bytes | None:
-        """The SentencePiece file beside the weights, None if there is none."""
+        """The SentencePiece file of the directory, None if there is none."""
         file = self.path / "tokenizer.model"
         return file.read_bytes() if file.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A box of an entry's `view`: its first corner, and the tensor that holds it."""
+class FileSlice:
+    """The box of a mapping's `view` that one file holds: the box's first index, and the tensor."""
 
     start: tuple[int, ...]
     tensor: Tensor
 
 
-def match(opened: CheckpointSource, unstacked: bool) -> list[tuple[ParamMapping, list[Piece]]]:
-    """Every entry with the pieces of files that make it up.
+MatchedMappings = list[tuple[ParamMapping, list[FileSlice]]]
+"""Each mapping with the file slices that it is read from."""
 
-    Raises one UserError that lists all that is missing, unexpected, mis-shaped or not of one checkpoint.
-    No weight is read but the small ones that tell shards of different checkpoints apart.
+
+def match(source: CheckpointSource, unstacked: bool) -> MatchedMappings:
+    """Every mapping with its file slices.
+
+    Raises one UserError that lists every tensor that is missing, unexpected, mis-shaped or of another checkpoint.
+    Reads no weights except the replicated norms and routers, which tell shards of different checkpoints apart.
     """
-    entries = opened.entries(unstacked)
+    mappings = source.mappings(unstacked)
     problems: list[str] = []
-    matched = [(entry, _pieces(entry, opened.shards, problems)) for entry in entries]
-    expected = {entry.name for entry in entries}
-    extra = {name for shard in opened.shards for name in shard if name not in expected and not opened.ignored(name)}
+    matched = [(mapping, _file_slices(mapping, source.shards, problems)) for mapping in mappings]
+    expected = {mapping.name for mapping in mappings}
+    extra = {name for shard in source.shards for name in shard if name not in expected and not source.is_ignored(name)}
     problems += [f"{name} is unexpected" for name in sorted(extra)]
-    if not problems and len(opened.shards) > 1:
-        problems = _strangers(entries, opened.shards)
+    if not problems and len(source.shards) > 1:
+        problems = _shard_mismatches(mappings, source.shards)
     if problems:
         raise UserError(
-            f"{opened.path} does not hold the model that its config describes ({len(problems)} problems): "
-            + "; ".join(_grouped(problems))
+            f"{source.path} does not hold the model that its config describes ({len(problems)} problems): "
+            + "; ".join(_summarise(problems))
         )
     return matched
 
 
-def _grouped(problems: list[str]) -> list[str]:
-    """The problems themselves, or if they are many, those that differ only in the number of a layer as one."""
-    if len(problems) <= _FEW_PROBLEMS:
+def _summarise(problems: list[str]) -> list[str]:
+    """The problems; beyond `_MAX_LISTED_PROBLEMS`, those that differ only in the layer index are counted as one."""
+    if len(problems) <= _MAX_LISTED_PROBLEMS:
         return problems
     counts = Counter(re.sub(r"\.\d+\.", ".*.", problem) for problem in problems)
-    return [like if count == 1 else f"{like} ({count} times)" for like, count in counts.items()]
+    return [pattern if count == 1 else f"{pattern} ({count} times)" for pattern, count in counts.items()]
 
 
-def _pieces(entry: ParamMapping, shards: list[Mapping[str, Tensor]], problems: list[str]) -> list[Piece]:
-    """The pieces of one entry; what is wrong with them is added to `problems`."""
+def _file_slices(mapping: ParamMapping, shards: list[Mapping[str, Tensor]], problems: list[str]) -> list[FileSlice]:
+    """The file slices of one mapping; appends each problem to `problems`."""
     count = len(shards)
     try:
-        holders = [entry.owner(count)] if entry.member else range(count)
-        view, shape = entry.shard_view(count), entry.shard_shape(count)
+        shard_indices = [mapping.expert_shard(count)] if mapping.expert else range(count)
+        view, shape = mapping.shard_view(count), mapping.shard_shape(count)
     except ValueError as error:
-        problems.append(f"{entry.name}: {error}")
+        problems.append(f"{mapping.name}: {error}")
         return []
-    pieces = []
-    for shard in holders:
-        where = f"{entry.name} of shard {shard}" if count > 1 else entry.name
-        tensor = shards[shard].get(entry.name)
+    slices: list[FileSlice] = []
+    for shard in shard_indices:
+        label = f"{mapping.name} of shard {shard}" if count > 1 else mapping.name
+        tensor: Any = shards[shard].get(mapping.name)
         if tensor is None:
-            problems.append(f"{where} is missing")
+            problems.append(f"{label} is missing")
         elif tuple(tensor.shape) != shape:
-            problems.append(f"{where} has shape {tuple(tensor.shape)}, not {shape}")
+            problems.append(f"{label} has shape {tuple(tensor.shape)}, not {shape}")
         elif tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
-            problems.append(f"{where} holds {tensor.dtype}, not floating-point numbers")
-        elif entry.split is not None or not pieces:
+            problems.append(f"{label} holds {tensor.dtype}, not floating-point numbers")
+        elif mapping.shard_dim is not None or not slices:
             start = [0] * len(view)
-            if entry.split is not None:
-                start[entry.split] = shard * view[entry.split]
-            pieces.append(Piece(tuple(start), tensor if shape == view else tensor.reshape(view)))
-    return pieces
+            if mapping.shard_dim is not None:
+                start[mapping.shard_dim] = shard * view[mapping.shard_dim]
+            slices.append(FileSlice(tuple(start), tensor if shape == view else tensor.reshape(view)))
+    return slices
 
 
-def _strangers(entries: list[ParamMapping], shards: list[Mapping[str, Tensor]]) -> list[str]:
-    """Norms and routers that differ between shards, which hold them whole: they are of different checkpoints."""
-    found = []
-    for entry in entries:
-        # Encoders are no help: they are frozen in training, and there are thousands of tensors.
-        if entry.split is None and entry.member is None and entry.path[0] == "language":
-            first = np.asarray(shards[0][entry.name]).tobytes()
+def _shard_mismatches(mappings: list[ParamMapping], shards: list[Mapping[str, Tensor]]) -> list[str]:
+    """Replicated norms and routers that differ between shards: those shards are of different checkpoints."""
+    problems = []
+    for mapping in mappings:
+        # Encoders are skipped: they are frozen in training, and they have thousands of tensors.
+        if mapping.shard_dim is None and mapping.expert is None and mapping.path[0] == "language":
+            first = np.asarray(shards[0][mapping.name]).tobytes()
             for i, shard in enumerate(shards[1:], 1):
-                if first != np.asarray(shard[entry.name]).tobytes():
-                    found.append(f"{entry.name} differs between shards 0 and {i}, which are of different checkpoints")
-    return found
+                if first != np.asarray(shard[mapping.name]).tobytes():
+                    problems.append(
+                        f"{mapping.name} differs between shards 0 and {i}, which are of different checkpoints"
+                    )
+    return problems
 
 
 def read_json(file: Path) -> dict[str, Any]:

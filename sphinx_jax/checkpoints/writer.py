@@ -1,4 +1,4 @@
-"""From devices to files: parameters taken apart into published tensors, one at a time."""
+"""From devices to files: parameters converted to published tensors, one at a time."""
 
 import contextlib
 import functools
@@ -20,36 +20,35 @@ from sphinx_jax.checkpoints.loaded_model import Params, layers_are_unstacked
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.errors import UserError
 
-Keys = tuple[str | int, ...]
+ParamPath = tuple[str | int, ...]
 
 
-class Source(Protocol):
-    """Where parameters to be written come from. `unstacked` says how the decoder's layers are held."""
+class ParamReader(Protocol):
+    """A source of parameters to write. `unstacked`: the decoder's layers are a list, not stacked."""
 
     unstacked: bool
 
-    def dtype(self, path: Keys) -> np.dtype: ...
+    def dtype(self, path: ParamPath) -> np.dtype: ...
 
-    def read(self, path: Keys) -> jax.Array: ...
+    def read(self, path: ParamPath) -> jax.Array: ...
 
 
-class InMemory:
-    """A parameter tree as a Source."""
+class InMemoryParams:
+    """A parameter tree as a ParamReader."""
 
     def __init__(self, params: Params):
         self.unstacked = layers_are_unstacked(params)
-        self._leaves = {
-            tuple(key.key for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-        }
+        leaves: list[tuple[Any, Any]] = jax.tree_util.tree_leaves_with_path(params)
+        self._leaves = {tuple(key.key for key in keys): leaf for keys, leaf in leaves}
 
-    def dtype(self, path: Keys) -> np.dtype:
+    def dtype(self, path: ParamPath) -> np.dtype:
         return self._leaves[path].dtype
 
-    def read(self, path: Keys) -> jax.Array:
+    def read(self, path: ParamPath) -> jax.Array:
         return self._leaves[path]
 
 
-def check_new(path: Path, overwrite: bool = False) -> None:
+def check_destination(path: Path, overwrite: bool = False) -> None:
     """Raises UserError if `path` is a file, or a directory that is not empty unless `overwrite` is set."""
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         raise UserError(f"{path} exists already; choose another directory or remove it")
@@ -57,24 +56,24 @@ def check_new(path: Path, overwrite: bool = False) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which appears as `path` when the block ends without an error.
+    """A temporary directory that is renamed to `path` when the block ends without an error.
 
-    Every process of a multi-process run enters; the first makes and moves the directory. Raises UserError
-    if `path` exists and is not empty, unless `overwrite` is set.
+    Every process of a multi-process run enters; the primary process creates and renames the directory. Raises
+    UserError if `path` exists and is not empty, unless `overwrite` is set.
     """
-    check_new(path, overwrite)
+    check_destination(path, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     if is_primary_process():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    barrier("directory made")
+    barrier("directory created")
     try:
         yield partial
     except BaseException:
         if is_primary_process():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    barrier("directory filled")
+    barrier("directory written")
     if is_primary_process():
         if path.exists():
             old = path.with_name(f".{path.name}.old")
@@ -84,7 +83,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(path)
-    barrier("directory moved")
+    barrier("directory renamed")
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
@@ -92,46 +91,51 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def export(
-    entries: Sequence[ParamMapping], source: Source, shards: int, write: Callable[[int, str, np.ndarray], None]
+def write_tensors(
+    mappings: Sequence[ParamMapping], params: ParamReader, shards: int, write: Callable[[int, str, np.ndarray], None]
 ) -> None:
-    """Call write(shard, name, tensor) for every tensor of every shard, in the order of `entries`.
+    """Call write(shard, name, tensor) for every tensor of every shard, in the order of `mappings`.
 
-    Every process calls this, since fetching a block from many hosts takes all of them; the first writes.
+    Every process calls this, since gathering a block from several hosts is a collective; the primary one writes.
     """
-    # Parameters and blocks that entries next to each other share.
-    read = functools.lru_cache(maxsize=2)(source.read)
-    fetch = functools.lru_cache(maxsize=2)(lambda path, at: _fetch(read(path), at))
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for entry in entries:
-            lead = _leading(entry)
-            block = fetch(entry.path, lead)[entry.index[len(lead) :]]
+    # Consecutive mappings often share a parameter or a block.
+    read = functools.lru_cache(maxsize=2)(params.read)
+    fetch = functools.lru_cache(maxsize=2)(lambda path, index: _to_host(read(path), index))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for mapping in mappings:
+            leading = _leading_integers(mapping)
+            block = fetch(mapping.path, leading)[mapping.index[len(leading) :]]
             if not is_primary_process():
                 continue
-            whole = entry.in_view_order(block)
-            for shard in [entry.owner(shards)] if entry.member else range(shards):
-                part = whole if entry.split is None else np.split(whole, shards, entry.split)[shard]
+            unsharded = mapping.in_view_order(block)
+            for shard in [mapping.expert_shard(shards)] if mapping.expert else range(shards):
+                part = unsharded if mapping.shard_dim is None else np.split(unsharded, shards, mapping.shard_dim)[shard]
                 ordered = np.empty(part.shape, part.dtype)
                 copy(ordered, part, pool)
-                write(shard, entry.name, ordered.reshape(entry.shard_shape(shards)))
+                write(shard, mapping.name, ordered.reshape(mapping.shard_shape(shards)))
 
 
-def _leading(entry: ParamMapping) -> tuple[int, ...]:
+def _leading_integers(mapping: ParamMapping) -> tuple[int, ...]:
     """The integers that `index` begins with: the layer of a stack, an expert."""
-    count = next((i for i, at in enumerate(entry.index) if not isinstance(at, int)), len(entry.index))
-    return entry.index[:count]
+    leading: list[int] = []
+    for index in mapping.index:
+        if not isinstance(index, int):
+            break
+        leading.append(index)
+    return tuple(leading)
 
 
-def _fetch(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-    """leaf[at] on this host, wherever its parts are."""
-    if not at and leaf.is_fully_addressable:
+def _to_host(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """leaf[index] on this host, whichever devices hold it."""
+    if not index and leaf.is_fully_addressable:
         return np.asarray(leaf)
     sharding = leaf.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return np.asarray(_picker(mesh)(leaf, *at).addressable_data(0))
+    return np.asarray(_compile_select(mesh)(leaf, *index).addressable_data(0))
 
 
 @functools.cache
-def _picker(mesh: Mesh | None) -> Callable[..., jax.Array]:
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda leaf, *at: leaf[at], out_shardings=everywhere)
+def _compile_select(mesh: Any) -> Callable[..., jax.Array]:
+    """leaf[index], replicated over the mesh."""
+    replicated = NamedSharding(mesh, PartitionSpec()) if isinstance(mesh, Mesh) else None
+    return jax.jit(lambda leaf, *index: leaf[index], out_shardings=replicated)

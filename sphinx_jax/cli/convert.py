@@ -6,94 +6,109 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.cli import common
+from sphinx_jax.training.export import export_step, is_unfinished_run
 
 EXAMPLES = """examples:
-  python -m sphinx_jax.checkpoints inspect SPHINX-MoE
-  python -m sphinx_jax.checkpoints convert SPHINX-MoE sphinx-native --format native
-  python -m sphinx_jax.checkpoints convert runs/mine out --format accessory --shards 8 --dtype bfloat16
-  python -m sphinx_jax.checkpoints convert runs/mine out --format mixtral
+  sphinx-jax convert inspect SPHINX-MoE
+  sphinx-jax convert SPHINX-MoE sphinx-native
+  sphinx-jax convert runs/mine out --format accessory --shards 8 --dtype bfloat16
+  sphinx-jax convert runs/mine out --format mixtral
       the language part alone, as transformers reads it
+  sphinx-jax convert runs/mine best --step 800
+      one checkpoint of a run, finished or not
+
+python -m sphinx_jax.checkpoints is the same command.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint in another format."""
+    """Write a checkpoint, or one of a run's checkpoints, in another format."""
 
     source: tyro.conf.Positional[Path]
-    """Directory to read, of any known format."""
+    """Directory to read: a checkpoint of any known format, or a run of train.py."""
     destination: tyro.conf.Positional[Path]
     """Directory to write; it must not exist, or be empty."""
-    format: Literal["native", "accessory", "mixtral"]
-    """What to write; mixtral is Hugging Face's layout of the language part."""
+    format: Literal["native", "accessory", "mixtral"] = "native"
+    """Format to write; mixtral is Hugging Face's layout of the language part."""
+    step: int | None = None
+    """Checkpoint of a run to read; by default the final weights, or the newest checkpoint of an unfinished run."""
     shards: int | None = None
-    """Number of files: of accessory 1 by default, of mixtral as many as make 5 GB each."""
+    """Number of files: 1 by default for accessory, files of 5 GB each for mixtral."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of the numbers written; as stored by default."""
+    """Dtype of the weights written; as stored by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Say what a checkpoint holds, without reading its weights."""
+    """Print what a checkpoint holds, without reading its weights."""
 
     path: tyro.conf.Positional[Path]
     """Directory of any known format."""
 
 
-Command = Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+Command: Any = Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse and run; returns the exit code."""
+    # `sphinx-jax convert SOURCE DESTINATION` needs no second "convert".
+    if argv and argv[0] not in ("convert", "inspect", "--help", "-h"):
+        argv = ["convert", *argv]
     command = common.parse(Command, argv, "python -m sphinx_jax.checkpoints", f"{__doc__}\n\n{EXAMPLES}")
-    if isinstance(command, Convert):
-        checkpoints.convert(command.source, command.destination, command.format, command.shards, command.dtype)
-        print(f"wrote {command.destination}")
-    else:
+    if isinstance(command, Inspect):
         print("\n".join(describe(checkpoints.open(command.path))))
+        return 0
+    source, destination = command.source, command.destination
+    if command.step is not None or is_unfinished_run(source):
+        step = export_step(source, destination, command.step, command.format, command.shards, command.dtype)
+        print(f"wrote the weights of step {step} to {destination}")
+    else:
+        checkpoints.convert(source, destination, command.format, command.shards, command.dtype)
+        print(f"wrote {destination}")
     return 0
 
 
-def describe(opened: checkpoints.CheckpointSource) -> list[str]:
+def describe(source: checkpoints.CheckpointSource) -> list[str]:
     """Lines on the format, the config, the parameters by part of the model, and the tensors."""
-    entries = opened.entries(True)
+    mappings = source.mappings(True)
     parts: Counter[str] = Counter()
-    for entry in entries:
-        parts[_part(entry)] += math.prod(entry.shape)
-    tensors = [(name, tensor) for shard in opened.shards for name, tensor in shard.items()]
+    for mapping in mappings:
+        parts[_model_part(mapping)] += math.prod(mapping.shape)
+    tensors = [(name, tensor) for shard in source.shards for name, tensor in shard.items()]
     dtypes = Counter(tensor.dtype.name for _, tensor in tensors)
-    shards = len(opened.shards)
+    shards = len(source.shards)
     lines = [
-        f"{opened.path}",
-        f"format      {opened.format}" + (f", {shards} shards" if shards > 1 else ""),
+        f"{source.path}",
+        f"format      {source.format}" + (f", {shards} shards" if shards > 1 else ""),
         f"dtype       {', '.join(f'{name} ({count} tensors)' for name, count in dtypes.most_common())}",
-        f"tokenizer   {'tokenizer.model' if opened.tokenizer_bytes else 'none'}",
-        f"language    {opened.config.language}",
-        f"vision      {opened.config.vision}",
+        f"tokenizer   {'tokenizer.model' if source.tokenizer_bytes else 'none'}",
+        f"language    {source.config.language}",
+        f"vision      {source.config.vision}",
         "",
         f"parameters  {sum(parts.values()):,}",
         *(f"  {count:>16,}  {part}" for part, count in parts.items()),
         "",
         f"tensors     {len(tensors):,}" + (", of shard 0:" if shards > 1 else ""),
     ]
-    used = {entry.name for entry in entries}
-    shapes: dict[tuple[str, tuple[int, ...], str, bool], int] = {}
-    for name, tensor in opened.shards[0].items():
-        like = (re.sub(r"\b\d+\b", "*", name), tuple(tensor.shape), tensor.dtype.name, name in used)
-        shapes[like] = shapes.get(like, 0) + 1
-    for (name, shape, dtype, is_used), count in shapes.items():
+    mapped_names = {mapping.name for mapping in mappings}
+    counts: Counter[tuple[str, tuple[int, ...], str, bool]] = Counter()
+    for name, tensor in source.shards[0].items():
+        pattern = re.sub(r"\b\d+\b", "*", name)
+        counts[pattern, tuple(tensor.shape), tensor.dtype.name, name in mapped_names] += 1
+    for (name, shape, dtype, is_used), count in counts.items():
         lines.append(f"  {count:>5} x {name}  {list(shape)}  {dtype}" + ("" if is_used else "  (not used)"))
     return lines
 
 
-def _part(entry: ParamMapping) -> str:
+def _model_part(mapping: ParamMapping) -> str:
     """The part of the model that a parameter belongs to: language.attention, vision.clip, ..."""
-    names = [key for key in entry.path if isinstance(key, str) and key != "layers"]
+    names = [key for key in mapping.path if isinstance(key, str) and key != "layers"]
     return ".".join(names[:2])

@@ -1,7 +1,4 @@
-"""Writes the weights of one of a run's checkpoints as a model that `infer.py --checkpoint` takes.
-
-python -m sphinx_jax.training.export runs/mine best --step 800
-"""
+"""The weights of one checkpoint of a run, written as a model (`sphinx-jax convert RUN DIR --step N`)."""
 
 import json
 from pathlib import Path
@@ -20,40 +17,71 @@ from sphinx_jax.model import SphinxMoE
 
 
 def write_description(run: Path, config: SphinxConfig, tokenizer_bytes: bytes) -> None:
-    """What a checkpoint needs beside its arrays to become a model, written when a run begins."""
+    """Write the model config and the tokenizer of a run that starts; its checkpoints hold arrays only."""
     (run / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     (run / "tokenizer.model").write_bytes(tokenizer_bytes)
 
 
 def read_description(run: Path) -> tuple[SphinxConfig, bytes]:
-    """Inverse of `write_description`. Raises UserError where `run` is no run."""
+    """Inverse of `write_description`. Raises UserError if `run` is not a run's directory."""
     try:
         config = SphinxConfig.from_dict(json.loads((run / "model.json").read_text()))
         return config, (run / "tokenizer.model").read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{run} is not the directory of a run, or a damaged one: {error}") from error
+        raise UserError(
+            f"{run} is not a run's directory, or a damaged one: {error}; give the directory of --out"
+        ) from error
+
+
+def is_unfinished_run(path: Path) -> bool:
+    """Whether a directory is a run with checkpoints and without final weights."""
+    return (path / "checkpoints").is_dir() and not any((path / name).is_dir() for name in ("params", "adapters"))
 
 
 def choose_step(run: Path, step: int | None) -> int:
-    """`step`, or the newest. Raises UserError that says which checkpoints there are."""
+    """`step`, or the newest one if None. Raises UserError that lists the run's checkpoints."""
     folder = run / "checkpoints"
     saved = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
-    if not saved or step not in (None, *saved):
-        there = ", ".join(map(str, saved)) or "none"
-        raise UserError(f"--step {'' if step is None else step}: not among the checkpoints of {run}; there are {there}")
+    if not saved:
+        raise UserError(f"{run} has no checkpoints; give the directory of a run, or leave out --step")
+    if step not in (None, *saved):
+        raise UserError(
+            f"--step {step} is not among the checkpoints of {run}; choose one of {', '.join(map(str, saved))}"
+        )
     return saved[-1] if step is None else step
 
 
-def read_weights(run: Path, step: int, config: SphinxConfig, mesh: Mesh) -> dict[str, Any]:
-    """The model's parameters of a checkpoint on `mesh`, adapters added to their base; no optimizer state is read."""
+def read_weights(run: Path, step: int, config: SphinxConfig, mesh: Mesh, dtype: str | None = None) -> dict[str, Any]:
+    """The parameters of a checkpoint on `mesh`, adapters merged into their base; no optimizer state is read.
+
+    `dtype` None: as stored by the run.
+    """
     state = (run / "checkpoints" / str(step) / "state").absolute()
     if lora.is_lora(run):
-        return reader.load(lora.open_directory(run, checkpoints.open, state), mesh, None, unstacked=False).params
-    _, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
-    described = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
-    target = {"params": {"model": jax.tree.map(described, abstract)}}
+        return reader.load(lora.open_directory(run, checkpoints.open, state), mesh, dtype, unstacked=False).params
+    _, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh, dtype=dtype)
+    target = {
+        "params": {
+            "model": jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), abstract)
+        }
+    }
     request = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(state, args=request)["params"]["model"]
+
+
+def export_step(
+    run: Path, destination: Path, step: int | None, format: str, shards: int | None = None, dtype: str | None = None
+) -> int:
+    """Write the weights of a run's checkpoint (None: the newest) as a model of any format; returns its step.
+
+    Raises UserError if `run` has no such checkpoint, or as `checkpoints.save` does.
+    """
+    config, tokenizer_bytes = read_description(run)
+    checkpoints.check_destination(destination)
+    step = choose_step(run, step)
+    weights = read_weights(run, step, config, sharding.make_mesh(), dtype)
+    checkpoints.save(destination, config, weights, tokenizer_bytes, format, shards)
+    return step

@@ -1,7 +1,7 @@
-"""A small language model under Mistral's names, and what each layout makes of it, in plain numpy.
+"""A small language model under Mistral's names, and the same in each layout, in plain numpy.
 
-Nothing here uses the entries or the reader under test; only the file writers are theirs, which
-tests/parity checks against torch and safetensors.
+Nothing here uses the mappings or the reader under test. Only the file writers are shared, which tests/parity
+checks against torch and safetensors.
 """
 
 import json
@@ -37,7 +37,7 @@ def config():
 
 @pytest.fixture
 def weights():
-    """weights(seed, dtype) -> {name: array}, one tensor an expert and a matrix, as Mistral first released them."""
+    """weights(seed, dtype) -> {name: array}, one tensor per expert and matrix, as Mistral first released them."""
 
     def make(seed: int = 0, dtype: np.dtype = BFLOAT16) -> dict[str, np.ndarray]:
         c, rng = LANGUAGE, np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def weights():
 
 @pytest.fixture
 def ours():
-    """ours(weights, apart) -> our parameter tree of them."""
+    """ours(weights, unstacked) -> the parameter tree of them."""
 
     def layer(w: dict[str, np.ndarray], i: int) -> dict:
         c = LANGUAGE
@@ -110,12 +110,14 @@ def ours():
 def same():
     """Asserts that two parameter trees have the same leaves, bit for bit."""
 
-    def check(got, wanted) -> None:
-        assert jax.tree.structure(got) == jax.tree.structure(wanted)
-        for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
-            mine, theirs = np.asarray(mine), np.asarray(theirs)
-            assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), path
-            assert mine.tobytes() == theirs.tobytes(), path
+    def check(actual_tree, expected_tree) -> None:
+        assert jax.tree.structure(actual_tree) == jax.tree.structure(expected_tree)
+        for (path, actual), expected in zip(
+            jax.tree_util.tree_leaves_with_path(actual_tree), jax.tree.leaves(expected_tree), strict=True
+        ):
+            actual, expected = np.asarray(actual), np.asarray(expected)
+            assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), path
+            assert actual.tobytes() == expected.tobytes(), path
 
     return check
 
@@ -132,7 +134,7 @@ def _sparse(w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _shard(name: str, tensor: np.ndarray, i: int, count: int) -> np.ndarray | None:
-    """What shard i of `count` holds: fairscale's parallel layers, and the original's two kinds of experts."""
+    """Shard i of `count`: fairscale's parallel layers, and the original's two layouts of experts."""
     if ".experts." in name:
         expert = int(name.split(".experts.")[1].split(".")[0])
         return tensor if expert // (LANGUAGE.num_experts // count) == i else None
@@ -164,9 +166,9 @@ def accessory_directory(tmp_path, weights):
         w = weights() if w is None else w
         tensors = w if llama_type == "mixtral" else _sparse(w)
         for i in range(shards):
-            held = {f"llma.{key}": _shard(key, tensor, i, shards) for key, tensor in tensors.items()}
+            in_shard = {f"llma.{key}": _shard(key, tensor, i, shards) for key, tensor in tensors.items()}
             file = path / f"consolidated.{i:02d}-of-{shards:02d}.model.pth"
-            write_file(file, {key: tensor for key, tensor in held.items() if tensor is not None})
+            write_file(file, {key: tensor for key, tensor in in_shard.items() if tensor is not None})
         (path / "meta.json").write_text(json.dumps({"llama_type": llama_type}))
         (path / "config.json").write_text(json.dumps(MISTRAL_CONFIG | {"load_balancing_weight": 0.02}))
         (path / "tokenizer.model").write_bytes(b"a tokenizer")

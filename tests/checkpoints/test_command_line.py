@@ -43,7 +43,7 @@ def test_native_needs_a_tokenizer(accessory_directory, tmp_path, capsys):
     path = accessory_directory()
     (path / "tokenizer.model").unlink()
     assert run("convert", path, tmp_path / "out", "--format", "native") == 2
-    assert "put tokenizer.model beside" in capsys.readouterr().err
+    assert "copy the model's tokenizer.model" in capsys.readouterr().err
 
 
 def test_inspect(golden_checkpoint, capsys):

@@ -25,7 +25,7 @@ def test_mistrals_consolidated_files(mistral_directory, weights, ours, same, con
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_hugging_face_goes_round(
+def test_hugging_face_round_trip(
     accessory_directory, weights, ours, same, hugging_face_tensors, config, mesh, tmp_path, shards
 ):
     source = checkpoints.load(accessory_directory(), mesh)
@@ -57,7 +57,7 @@ def _error(path) -> str:
     return str(caught.value)
 
 
-def test_index_that_names_an_absent_or_outside_file(directory):
+def test_index_that_names_a_missing_file_or_one_outside(directory):
     index = directory / "model.safetensors.index.json"
     (directory / "model-00002-of-00003.safetensors").unlink()
     assert "lacks model-00002-of-00003.safetensors" in _error(directory)
@@ -67,11 +67,11 @@ def test_index_that_names_an_absent_or_outside_file(directory):
     assert "weight_map" in _error(directory)
 
 
-def test_file_that_is_cut_off(directory):
+def test_truncated_file(directory):
     file = directory / "model-00001-of-00003.safetensors"
-    whole = file.read_bytes()
-    for length in (0, 7, 100, len(whole) - 1):
-        file.write_bytes(whole[:length])
+    file_bytes = file.read_bytes()
+    for length in (0, 7, 100, len(file_bytes) - 1):
+        file.write_bytes(file_bytes[:length])
         assert file.name in _error(directory)
 
 
@@ -88,7 +88,7 @@ def test_file_that_is_cut_off(directory):
         [1],
     ],
 )
-def test_header_that_does_not_fit(tmp_path, header):
+def test_inconsistent_header(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(UserError, match="not a safetensors file"):

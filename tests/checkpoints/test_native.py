@@ -1,4 +1,4 @@
-"""Native checkpoints: any mesh to any other, stacked to apart and back, in either type; damage is told."""
+"""Native checkpoints: any mesh to any other, stacked to unstacked and back, in either dtype; damage is reported."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from sphinx_jax.errors import UserError
 
 
 def put(tree, mesh, config, unstacked):
-    """A numpy tree, laid out on the mesh as the model lays it out."""
+    """A numpy tree, sharded on the mesh as the model is."""
     _, abstract = loaded_model.abstract_model(config, mesh, None, unstacked)
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, abstract)
 
@@ -26,20 +26,20 @@ MESHES = [{}, {"tensor": 2}, {"expert": 2, "fsdp": 2}, {"data": 2, "fsdp": 2, "t
 
 
 def test_from_mesh_to_mesh_and_back(weights, ours, same, config, tmp_path):
-    """1, 2, 4 and 8 devices and back, each writing for the next; stacked and apart by turns."""
-    wanted = {unstacked: ours(weights(dtype=np.dtype("float32")), unstacked) for unstacked in (False, True)}
-    params = put(wanted[False], sharding.make_mesh(), config, False)
+    """1, 2, 4 and 8 devices and back, each writing for the next; stacked and unstacked alternately."""
+    expected = {unstacked: ours(weights(dtype=np.dtype("float32")), unstacked) for unstacked in (False, True)}
+    params = put(expected[False], sharding.make_mesh(), config, False)
     for i, shape in enumerate(MESHES):
         native.save(tmp_path / str(i), config, params, b"a tokenizer")
         loaded = native.load(tmp_path / str(i), sharding.make_mesh(**shape), unstacked=i % 3 != 0)
         assert (loaded.config, loaded.tokenizer_bytes) == (config, b"a tokenizer")
         assert dict(loaded.mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | shape
-        same(loaded.params, wanted[i % 3 != 0])
+        same(loaded.params, expected[i % 3 != 0])
         params = loaded.params
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_every_mesh_in_every_form_and_type(weights, ours, same, config, tmp_path, mesh, stacked):
+def test_every_mesh_stacked_and_unstacked_in_both_dtypes(weights, ours, same, config, tmp_path, mesh, stacked):
     exact = ours(weights(), not stacked)
     path = tmp_path / "native"
     native.save(path, config, put(exact, sharding.make_mesh(tensor=2, fsdp=2), config, not stacked), b"a tokenizer")
@@ -105,7 +105,7 @@ def test_saving_over_a_file(saved, weights, ours, config, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_saving_that_fails_leaves_nothing(tmp_path, config):
+def test_failed_save_leaves_nothing(tmp_path, config):
     with pytest.raises(TypeError):
         native.save(tmp_path / "n", config, {"language": {"layers": {0: {"x": jax.numpy.zeros(1)}}}}, "no bytes")
     assert list(tmp_path.iterdir()) == []
@@ -124,34 +124,34 @@ def _error(path) -> str:
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "params", "params/manifest.ocdbt"])
 def test_missing_files(saved, name):
-    gone = saved / name
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    removed = saved / name
+    shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
     if name == "config.json":
         assert "no config.json" in _error(saved)
     else:
         assert f"{name.split('/')[0]} is " in _error(saved)
 
 
-@pytest.mark.parametrize("keep", [None, 0, 0.5, 0.9])
-def test_truncated_data(saved, keep):
-    """Also: data that is gone is not read as zeros."""
+@pytest.mark.parametrize("fraction", [None, 0, 0.5, 0.9])
+def test_truncated_data(saved, fraction):
+    """Missing data is not read as zeros."""
     data = max((file for file in (saved / "params").rglob("d/*")), key=lambda file: file.stat().st_size)
-    whole = data.read_bytes()
+    data_bytes = data.read_bytes()
     data.unlink()
-    if keep is not None:
-        data.write_bytes(whole[: int(len(whole) * keep)])
+    if fraction is not None:
+        data.write_bytes(data_bytes[: int(len(data_bytes) * fraction)])
     assert re.search(r"language\.\S+ in \S+/params is damaged", _error(saved))
 
 
-@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
-def test_truncated_directory_of_arrays(saved, keep):
+@pytest.mark.parametrize("fraction", [0, 0.5, 0.99])
+def test_truncated_array_index(saved, fraction):
     file = saved / "params" / "manifest.ocdbt"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * keep)])
+    data_bytes = file.read_bytes()
+    file.write_bytes(data_bytes[: int(len(data_bytes) * fraction)])
     assert "params is damaged" in _error(saved)
 
 
-def test_everything_wrong_with_the_arrays_is_listed(weights, ours, config, tmp_path):
+def test_every_array_problem_is_listed(weights, ours, config, tmp_path):
     tree = ours(weights(), True)
     tree["language"]["norm"]["scale"] = np.ones(32, np.float32)
     tree["language"]["head"]["extra"] = np.ones(3, np.float32)
@@ -183,7 +183,7 @@ def test_nans(weights, ours, config, tmp_path):
         (lambda c: c.pop("model"), "config"),
         (lambda c: c["model"].pop("language"), "language"),
         (lambda c: c["model"]["language"].update(dim="64"), "'dim'"),
-        (lambda c: c["model"]["language"].update(num_heads=7), "do not go together"),
+        (lambda c: c["model"]["language"].update(num_heads=7), "are inconsistent"),
         (lambda c: c["model"]["language"].update(num_layers=3), r"layers\.2\..* is missing"),
         (lambda c: c["model"]["language"].update(hidden_dim=64), r"w_in has shape"),
         (lambda c: c["model"].update(balance_weight=None), "balance_weight"),
@@ -197,6 +197,6 @@ def test_wrong_config(saved, change, message):
     assert re.search(message, _error(saved))
 
 
-def test_config_that_is_no_json(saved):
+def test_config_that_is_not_json(saved):
     (saved / "config.json").write_text("{")
     assert "is not JSON" in _error(saved)

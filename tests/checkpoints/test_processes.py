@@ -1,4 +1,4 @@
-"""Two processes of four devices each load, save and load again what one process then reads."""
+"""Two processes of four devices each load, save and reload a checkpoint that one process then reads."""
 
 import os
 import socket
@@ -25,10 +25,10 @@ jax.distributed.initialize(coordinator_address=address, num_processes=2, process
 import sharding
 from sphinx_jax import checkpoints
 
-loaded = checkpoints.load(source, sharding.make_mesh(fsdp=2, tensor=4), apart=False)
+loaded = checkpoints.load(source, sharding.make_mesh(fsdp=2, tensor=4), unstacked=False)
 checkpoints.save(out + "/native", loaded.config, loaded.params, b"a tokenizer")
-again = checkpoints.load(out + "/native", sharding.make_mesh(fsdp=2, expert=2, tensor=2), apart=True)
-checkpoints.save(out + "/accessory", again.config, again.params, b"a tokenizer", "accessory", 4)
+reloaded = checkpoints.load(out + "/native", sharding.make_mesh(fsdp=2, expert=2, tensor=2), unstacked=True)
+checkpoints.save(out + "/accessory", reloaded.config, reloaded.params, b"a tokenizer", "accessory", 4)
 checkpoints.save(out + "/mixtral", loaded.config, loaded.params, b"a tokenizer", "mixtral")
 jax.experimental.multihost_utils.sync_global_devices("done")
 jax.distributed.shutdown()

@@ -1,4 +1,4 @@
-"""Copying between orders and types, and what loading takes of the host's memory."""
+"""Copies between memory orders and dtypes, and host memory while loading."""
 
 import itertools
 import re
@@ -19,7 +19,7 @@ BFLOAT16, FLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype("float16"), 
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
+    ("stored", "expected_dtype"),
     [
         (BFLOAT16, BFLOAT16),
         (BFLOAT16, FLOAT32),
@@ -31,22 +31,22 @@ BFLOAT16, FLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype("float16"), 
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(3, 300, 701), (7, 130, 131, 1), (257, 513), (2, 3, 40, 300), (5,), ()], ids=str)
-def test_copy_in_every_order(shape, stored, wanted):
+def test_copy_in_every_order(shape, stored, expected_dtype):
     original = np.random.default_rng(0).standard_normal(shape).astype(stored)
     with ThreadPoolExecutor(2) as pool:
         for order in itertools.permutations(range(len(shape))):
             source = original.transpose(order)
-            # A place inside a larger array, as the gate has inside of gate and up.
-            around = np.zeros((2, *source.shape, 2), wanted)
-            done = []
-            copy(around[1, ..., 1], source, pool, done.append)
-            np.testing.assert_array_equal(around[1, ..., 1], source.astype(wanted))
-            assert not around[0].any() and not around[..., 0].any()
-            assert sum(done) == source.size
+            # A slice of a larger array, as the gate is of gate and up.
+            outer = np.zeros((2, *source.shape, 2), expected_dtype)
+            progress = []
+            copy(outer[1, ..., 1], source, pool, progress.append)
+            np.testing.assert_array_equal(outer[1, ..., 1], source.astype(expected_dtype))
+            assert not outer[0].any() and not outer[..., 0].any()
+            assert sum(progress) == source.size
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
-def test_nans_are_found_anywhere_and_infinities_are_none(dtype):
+def test_nans_are_found_anywhere_and_infinities_are_not_nans(dtype):
     array = np.zeros((1000, 1001), dtype)
     array[3, 4], array[500, 0] = np.inf, -np.inf
     assert not has_nan(array)
@@ -57,7 +57,7 @@ def test_nans_are_found_anywhere_and_infinities_are_none(dtype):
             assert has_nan(with_nan)
 
 
-def test_arrays_are_where_xla_takes_them_as_they_are():
+def test_arrays_are_aligned_for_xla():
     for size in (1, 1000, 1 << 20):
         assert aligned_empty((size,), BFLOAT16).ctypes.data % 64 == 0
 

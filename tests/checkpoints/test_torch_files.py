@@ -1,4 +1,4 @@
-"""The unpickler reads tensors and runs nothing; damage is one error."""
+"""The unpickler reads tensors and executes nothing; damage is one error."""
 
 import importlib
 import io
@@ -46,7 +46,7 @@ def tensor_pickle(shape=(2, 3), strides=(3, 1), offset=0, length=6, storage=b"Fl
 DATA = np.arange(6, dtype=np.float32)
 
 
-def test_golden_files_match_the_listing_that_torch_made(golden_checkpoint, golden_text):
+def test_golden_files_match_torchs_listing(golden_checkpoint, golden_text):
     listed, name = {}, None
     for line in golden_text("keys.txt").splitlines():
         if line.startswith("== ") and "is a link" not in line:
@@ -97,7 +97,7 @@ def test_hostile_pickles_run_nothing(tmp_path, attack):
     assert not marker.exists()
 
 
-def test_allowed_names_cannot_be_changed_or_called_otherwise(tmp_path):
+def test_allowed_names_cannot_be_modified_or_called_with_other_arguments(tmp_path):
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     storage = b"ctorch\nFloatStorage\n"
     state = pickle.dumps((None, {"__defaults__": (1,), "dtype": "float16"}), 2)[2:-1]
@@ -134,11 +134,11 @@ def test_pickles_that_do_not_describe_tensors(tmp_path, pickled):
         torch_files.read(write_zip(tmp_path / "a.pth", {"data.pkl": pickled, "data/0": DATA.tobytes()}))
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.9999])
-def test_truncated_file(tmp_path, golden_checkpoint, share):
-    whole = (golden_checkpoint("ens", 1) / "consolidated.00-of-01.model.pth").read_bytes()
+@pytest.mark.parametrize("fraction", [0, 0.001, 0.3, 0.9, 0.9999])
+def test_truncated_file(tmp_path, golden_checkpoint, fraction):
+    file_bytes = (golden_checkpoint("ens", 1) / "consolidated.00-of-01.model.pth").read_bytes()
     path = tmp_path / "a.pth"
-    path.write_bytes(whole[: int(len(whole) * share)])
+    path.write_bytes(file_bytes[: int(len(file_bytes) * fraction)])
     with pytest.raises(UserError, match=r"a\.pth"):
         torch_files.read(path)
 
@@ -161,7 +161,7 @@ def test_other_files(tmp_path):
         torch_files.read(tmp_path)
 
 
-def test_directory_of_the_zip_that_points_outside(tmp_path):
+def test_zip_directory_that_points_outside_the_file(tmp_path):
     path = write_zip(tmp_path / "a.pth", {"data.pkl": tensor_pickle(), "data/0": DATA.tobytes()})
     data = bytearray(path.read_bytes())
     central = data.rindex(b"PK\x01\x02")

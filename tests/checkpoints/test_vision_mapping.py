@@ -1,4 +1,4 @@
-"""The vision entries against the list of every tensor that is published, at full size."""
+"""The vision mappings against the list of every published tensor, at full size."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sphinx_jax.checkpoints.mapping.vision import is_ignored_vision_name, vision_entries
+from sphinx_jax.checkpoints.mapping.vision import is_ignored_vision_name, vision_mappings
 from sphinx_jax.config import nano, sphinx_moe
 from sphinx_jax.vision.ensemble import Ensemble
 from tests.conftest import GOLDEN
@@ -31,9 +31,9 @@ def published() -> dict[str, tuple[int, ...]]:
 
 
 def test_exactly_the_published_tensors(published):
-    entries = vision_entries(sphinx_moe().vision, 4096)
-    used = {entry.name: entry.shape for entry in entries}
-    assert len(used) == len(entries)
+    mappings = vision_mappings(sphinx_moe().vision, 4096)
+    used = {mapping.name: mapping.shape for mapping in mappings}
+    assert len(used) == len(mappings)
     ignored = {name: shape for name, shape in published.items() if is_ignored_vision_name(name)}
     assert used | ignored == published
     assert not used.keys() & ignored.keys()
@@ -43,19 +43,19 @@ def test_exactly_the_published_tensors(published):
 
 
 @pytest.mark.parametrize(("config", "dim"), [(sphinx_moe().vision, 4096), (nano().vision, 96)], ids=["full", "nano"])
-def test_every_element_of_ours_is_named_once(config, dim):
-    """Blocks have the shape of the place they go to, do not overlap, and together fill each parameter."""
+def test_every_parameter_element_is_mapped_once(config, dim):
+    """Blocks have the shape of their destination, do not overlap, and together fill each parameter."""
     state = nnx.state(nnx.eval_shape(lambda: Ensemble(config, dim, rngs=nnx.Rngs(0))), nnx.Param)
     shapes = {
         ("vision", *(key.key for key in path)): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(state))
     }
     places, elements = defaultdict(set), defaultdict(int)
-    for entry in vision_entries(config, dim):
-        whole = np.broadcast_to(np.empty(()), shapes[entry.path])
-        assert whole[entry.index].shape == entry.block_shape, entry
-        places[entry.path].add(str(entry.index))
-        elements[entry.path] += math.prod(entry.block_shape)
+    for mapping in vision_mappings(config, dim):
+        parameter = np.broadcast_to(np.empty(()), shapes[mapping.path])
+        assert parameter[mapping.index].shape == mapping.block_shape, mapping
+        places[mapping.path].add(str(mapping.index))
+        elements[mapping.path] += math.prod(mapping.block_shape)
     assert elements == {path: math.prod(shape) for path, shape in shapes.items()}
     # Equal totals and different places leave no room for an overlap.
-    assert sum(map(len, places.values())) == len(vision_entries(config, dim))
+    assert sum(map(len, places.values())) == len(vision_mappings(config, dim))

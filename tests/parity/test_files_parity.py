@@ -1,4 +1,4 @@
-"""Our readers and writers of tensor files against torch and safetensors themselves."""
+"""Readers and writers of tensor files against torch and safetensors."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ def bits(tensor) -> bytes:
 @pytest.fixture
 def tensors():
     torch.manual_seed(0)
-    made = {f"of.{name}": (torch.randn(3, 5) * 4).to(getattr(torch, name)) for name in DTYPES}
-    return made | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "large": torch.randn(300, 200)}
+    named = {f"of.{name}": (torch.randn(3, 5) * 4).to(getattr(torch, name)) for name in DTYPES}
+    return named | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "large": torch.randn(300, 200)}
 
 
-def same(read: dict, wanted: dict) -> None:
-    assert read.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+def assert_same(read: dict, expected: dict) -> None:
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert read[name].shape == tuple(tensor.shape), name
         assert read[name].dtype.name == str(tensor.dtype).removeprefix("torch."), name
         assert np.ascontiguousarray(read[name]).tobytes() == bits(tensor), name
@@ -34,13 +34,13 @@ def test_reads_what_torch_saves(tensors, tmp_path):
     large = tensors["large"]
     tensors |= {"shared": large, "transposed": large.T, "part": large[7:9, ::3], "expanded": large[:1].expand(4, 200)}
     torch.save({"model": tensors, "epoch": 3, "args": {"lr": 1e-3}}, tmp_path / "a.pth")
-    same(torch_files.read(tmp_path / "a.pth").tensors, tensors)
+    assert_same(torch_files.read(tmp_path / "a.pth").tensors, tensors)
 
 
 def test_reads_a_state_dict_with_its_metadata(tmp_path):
     state = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).state_dict()
     torch.save(state, tmp_path / "a.pth")
-    same(torch_files.read(tmp_path / "a.pth").tensors, dict(state))
+    assert_same(torch_files.read(tmp_path / "a.pth").tensors, dict(state))
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -50,22 +50,22 @@ def test_torch_reads_what_we_write(tensors, tmp_path, mmap):
     with torch_files.Writer(tmp_path / "ours.pth", {name: (t.shape, t.dtype) for name, t in read.items()}) as file:
         for name, tensor in read.items():
             file.write(name, tensor)
-    again = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)["model"]
-    assert list(again) == list(tensors)
+    reloaded = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)["model"]
+    assert list(reloaded) == list(tensors)
     for name, tensor in tensors.items():
-        assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
-        assert bits(again[name]) == bits(tensor)
+        assert reloaded[name].dtype == tensor.dtype and reloaded[name].shape == tensor.shape
+        assert bits(reloaded[name]) == bits(tensor)
 
 
-def test_safetensors_both_ways(tensors, tmp_path):
+def test_safetensors_round_trip(tensors, tmp_path):
     safetensors_torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     read = safetensors_files.read(tmp_path / "theirs.safetensors").tensors
-    same(read, tensors)
+    assert_same(read, tensors)
     shapes = {name: (t.shape, t.dtype) for name, t in read.items()}
     with safetensors_files.Writer(tmp_path / "ours.safetensors", shapes) as file:
         for name, tensor in read.items():
             file.write(name, tensor)
-    again = safetensors_torch.load_file(tmp_path / "ours.safetensors")
-    assert again.keys() == tensors.keys()
+    reloaded = safetensors_torch.load_file(tmp_path / "ours.safetensors")
+    assert reloaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(again[name], tensor), name
+        assert torch.equal(reloaded[name], tensor), name

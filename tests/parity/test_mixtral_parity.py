@@ -1,4 +1,4 @@
-"""transformers' Mixtral with random weights against ours, through its files and ours, both ways."""
+"""transformers' Mixtral with random weights against ours, loading its files and writing ours."""
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,9 @@ def test_logits_of_transformers_files(reference, tokens, tmp_path, limit, shape)
     reference.save_pretrained(tmp_path, max_shard_size=limit)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or limit == "60KB"
     loaded = checkpoints.load(tmp_path, sharding.make_mesh(**shape), unstacked=False)
-    wanted, got = reference_logits(reference, tokens), our_logits(loaded, tokens)
-    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-5
-    assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+    expected, ours = reference_logits(reference, tokens), our_logits(loaded, tokens)
+    assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 1e-5
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -65,10 +65,10 @@ def test_transformers_reads_what_we_write(reference, tokens, tmp_path, shards):
     reference.save_pretrained(tmp_path / "theirs")
     loaded = checkpoints.load(tmp_path / "theirs", sharding.make_mesh(expert=4))
     mixtral.save(tmp_path / "ours", loaded.config, loaded.params, shards=shards)
-    again, report = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    reloaded, report = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert again.config.rope_parameters["rope_theta"] == 1e4
+    assert reloaded.config.rope_parameters["rope_theta"] == 1e4
     original = reference.state_dict()
-    for name, tensor in again.state_dict().items():
+    for name, tensor in reloaded.state_dict().items():
         assert torch.equal(tensor, original[name]), name
-    np.testing.assert_array_equal(reference_logits(again.eval(), tokens), reference_logits(reference, tokens))
+    np.testing.assert_array_equal(reference_logits(reloaded.eval(), tokens), reference_logits(reference, tokens))

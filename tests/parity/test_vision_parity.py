@@ -1,6 +1,6 @@
-"""The encoders against other libraries' own, at small size with random weights.
+"""The encoders against other libraries' implementations, at small size with random weights.
 
-Each library's tensors are renamed to the published ones, and go through the entries that a checkpoint does.
+Each library's tensors are renamed to the published names, and loaded with the parameter mappings of checkpoints.
 """
 
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sphinx_jax.checkpoints.mapping.vision import vision_entries
+from sphinx_jax.checkpoints.mapping.vision import vision_mappings
 from sphinx_jax.config import ClipConfig, ConvNextConfig, DinoConfig, QFormerConfig, VisionConfig
 from sphinx_jax.vision.clip_vit import ClipViT
 from sphinx_jax.vision.convnext import ConvNext
@@ -24,7 +24,7 @@ ABSENT = {"clip": None, "convnext": None, "dino": None, "qformer": None}
 
 
 def random_weights(model) -> dict[str, np.ndarray]:
-    """Every parameter drawn afresh, norms and layer scales too, which libraries start as constants."""
+    """Random values for every parameter, also for norms and layer scales, which libraries initialise to constants."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,19 +34,19 @@ def random_weights(model) -> dict[str, np.ndarray]:
 
 
 def run(encoder: type[nnx.Module], name: str, config, published: dict[str, np.ndarray], images: np.ndarray):
-    """Our encoder with tensors under their published names, on pictures [batch, size, size, 3]."""
+    """The output of our encoder with tensors under their published names, on images [batch, size, size, 3]."""
     graph, state = nnx.split(nnx.eval_shape(lambda: encoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     params = jax.tree.map(lambda p: np.full(p.shape, np.nan, np.float32), nnx.to_pure_dict(state))
-    for entry in vision_entries(VisionConfig(**ABSENT | {name: config}), dim=8):
-        if entry.path[1] == name:
+    for mapping in vision_mappings(VisionConfig(**ABSENT | {name: config}), dim=8):
+        if mapping.path[1] == name:
             array = params
-            for key in entry.path[2:]:
+            for key in mapping.path[2:]:
                 array = array[key]
-            array[entry.index] = entry.to_ours(published[entry.name])
+            array[mapping.index] = mapping.to_param(published[mapping.name])
     return jax.jit(lambda params, images: nnx.merge(graph, nnx.State(params))(images))(params, images)
 
 
-def pictures(size: int) -> np.ndarray:
+def random_images(size: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
 
 
@@ -60,7 +60,7 @@ def assert_close(ours, reference):
 
 
 def rename(weights: dict[str, np.ndarray], prefix: str, *names: tuple[str, str]) -> dict[str, np.ndarray]:
-    """The tensors under `prefix` and their names, with each regular expression of `names` replaced in turn."""
+    """The tensors under `prefix` + name, with each regular expression in `names` replaced in order."""
     renamed = {}
     for name, array in weights.items():
         for pattern, replacement in names:
@@ -91,26 +91,26 @@ def test_convnext():
         (r"layernorm", "norm"),
         (r"pwconv", "mlp.fc"),
     )
-    images = pictures(64)
+    images = random_images(64)
     ours = run(ConvNext, "convnext", config, published, images)
-    places = theirs(to_torch(images)).last_hidden_state.flatten(2).transpose(1, 2)
-    # Theirs norms the mean of the places; the head of ours norms each place.
-    norm = torch.nn.functional.layer_norm(places, (32,), theirs.layernorm.weight, theirs.layernorm.bias, 1e-5)
+    tokens = theirs(to_torch(images)).last_hidden_state.flatten(2).transpose(1, 2)
+    # Their norm is of the mean over positions; ours is of each position.
+    norm = torch.nn.functional.layer_norm(tokens, (32,), theirs.layernorm.weight, theirs.layernorm.bias, 1e-5)
     assert_close(ours[:, 1:], norm)
     assert_close(ours[:, 0], norm.mean(dim=1))
 
 
 def test_convnext_of_timm():
-    """The trunk that open_clip builds, under its own names."""
+    """The trunk of open_clip, with its own names."""
     timm = pytest.importorskip("timm.models.convnext", reason="the reference: install sphinx-jax[parity]")
     config = ConvNextConfig(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), image_size=64)
     theirs = timm.ConvNeXt(depths=config.depths, dims=config.dims, num_classes=0, norm_eps=1e-5)
     published = rename(random_weights(theirs), "llma.openclip_convnext_xxl.")
-    images = pictures(64)
+    images = random_images(64)
     ours = run(ConvNext, "convnext", config, published, images)
-    places = theirs.head.norm(theirs.forward_features(to_torch(images))).flatten(2).transpose(1, 2)
-    assert_close(ours[:, 1:], places)
-    assert_close(ours[:, 0], places.mean(dim=1))
+    tokens = theirs.head.norm(theirs.forward_features(to_torch(images))).flatten(2).transpose(1, 2)
+    assert_close(ours[:, 1:], tokens)
+    assert_close(ours[:, 0], tokens.mean(dim=1))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -141,7 +141,7 @@ def test_clip(activation):
             published[f"{block}ln_2.{kind}"] = weights[f"{layer}layer_norm2.{kind}"]
             published[f"{block}mlp.c_fc.{kind}"] = weights[f"{layer}mlp.fc1.{kind}"]
             published[f"{block}mlp.c_proj.{kind}"] = weights[f"{layer}mlp.fc2.{kind}"]
-    images = pictures(32)
+    images = random_images(32)
     ours = run(ClipViT, "clip", config, published, images)
     tokens = theirs(to_torch(images)).last_hidden_state
     post = next(module for name, module in theirs.named_modules() if name.endswith("post_layernorm"))
@@ -149,7 +149,7 @@ def test_clip(activation):
 
 
 def test_dinov2():
-    """On the grid that it has positions for: how they are resized is for the original's arrays to say."""
+    """Without interpolation of the position embeddings, which the golden tests cover."""
     config = DinoConfig(width=48, num_layers=2, num_heads=4, patch=8, image_size=32, position_grid=4)
     theirs = transformers.Dinov2Model(
         transformers.Dinov2Config(
@@ -176,7 +176,7 @@ def test_dinov2():
             gate_up = [weights[f"{layer}mlp.{which}_proj.{kind}"] for which in ("gate", "up")]
             published[f"{block}attn.qkv.{kind}"] = np.concatenate(qkv)
             published[f"{block}mlp.w12.{kind}"] = np.concatenate(gate_up)
-    images = pictures(32)
+    images = random_images(32)
     assert_close(run(DinoV2, "dino", config, published, images), theirs(to_torch(images)).last_hidden_state)
 
 
@@ -195,7 +195,7 @@ def test_qformer():
             patch_size=8,
         )
     )
-    reader = transformers.Blip2QFormerModel(
+    qformer = transformers.Blip2QFormerModel(
         transformers.Blip2QFormerConfig(
             hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=56, encoder_hidden_size=32,
             cross_attention_frequency=2,
@@ -204,8 +204,8 @@ def test_qformer():
     queries = np.random.default_rng(1).normal(size=(1, 6, 24)).astype(np.float32)
     published = {"llma.qformer.query_tokens": queries}
     published |= {f"llma.qformer.vision_model.{name}": w for name, w in random_weights(vit).items()}
-    published |= {f"llma.qformer.qformer.{name}": w for name, w in random_weights(reader).items()}
-    images = pictures(32)
-    picture = vit(to_torch(images)).last_hidden_state
-    reference = reader(query_embeds=torch.from_numpy(queries).expand(2, -1, -1), encoder_hidden_states=picture)
+    published |= {f"llma.qformer.qformer.{name}": w for name, w in random_weights(qformer).items()}
+    images = random_images(32)
+    image_tokens = vit(to_torch(images)).last_hidden_state
+    reference = qformer(query_embeds=torch.from_numpy(queries).expand(2, -1, -1), encoder_hidden_states=image_tokens)
     assert_close(run(QFormer, "qformer", config, published, images), reference.last_hidden_state)

@@ -1,7 +1,7 @@
 """LLaMA2-Accessory directories: `consolidated.XX-of-YY.model.pth`, config.json, meta.json, vision.json.
 
-SPHINX-MoE is published in this layout. The weights are divided over any number of files; meta.json says
-which of the original program's models they belong to.
+SPHINX-MoE is published in this layout. The weights are sharded over any number of files; meta.json names the
+model of the original program.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -19,26 +19,26 @@ from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_types,
 from sphinx_jax.checkpoints.io import torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params
-from sphinx_jax.checkpoints.mapping.language import Style, language_entries
+from sphinx_jax.checkpoints.mapping.language import Style, language_mappings
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
-from sphinx_jax.checkpoints.mapping.vision import is_ignored_vision_name, vision_entries
-from sphinx_jax.checkpoints.source import CheckpointSource, read_json
-from sphinx_jax.checkpoints.writer import InMemory, Source, export, new_directory, write_json
+from sphinx_jax.checkpoints.mapping.vision import is_ignored_vision_name, vision_mappings
+from sphinx_jax.checkpoints.source import CheckpointSource, ignore_none, read_json
+from sphinx_jax.checkpoints.writer import InMemoryParams, ParamReader, new_directory, write_json, write_tensors
 from sphinx_jax.config import SphinxConfig, VisionConfig
 from sphinx_jax.errors import UserError
 
 _PREFIX = "llma."
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
 
-# The original program's names of its models, and their input size and views.
-_VIEWS: dict[str, tuple[int, int] | None] = {
+# The original program's names of its models, with image size and number of crops.
+_CROPS: dict[str, tuple[int, Literal[1, 5]] | None] = {
     "mixtral": None,
     "mixtral_sparse": None,
     "mixtral_sparse_ens": (512, 1),
     "mixtral_sparse_ens5": (1024, 5),
 }
 
-# The sections of vision.json, each under its field of VisionConfig, with the file's name of each size.
+# The sections of vision.json, each under its field of VisionConfig, with the name of each size in the file.
 _VISION_FILE: dict[str, tuple[str, dict[str, str]]] = {
     "clip": (
         "clip_vit",
@@ -81,34 +81,36 @@ def load(
 def open_directory(path: Path) -> CheckpointSource:
     """The directory's config and files. Raises UserError; no weight is read."""
     llama_type = read_json(path / "meta.json").get("llama_type")
-    if llama_type not in _VIEWS:
-        raise UserError(f"{path / 'meta.json'}: unknown llama_type {llama_type!r}; known are {', '.join(_VIEWS)}")
+    if llama_type not in _CROPS:
+        raise UserError(f"{path / 'meta.json'}: unknown llama_type {llama_type!r}; known are {', '.join(_CROPS)}")
     files = [torch_files.read(file) for file in _shard_files(path)]
     config = _read_config(path, llama_type, files[0])
 
-    style = "base" if llama_type == "mixtral" else "sparse"
+    style: Style = "base" if llama_type == "mixtral" else "sparse"
     return CheckpointSource(
         format=f"accessory ({llama_type})",
         path=path,
         config=config,
         shards=[file.tensors for file in files],
-        entries=lambda unstacked: _entries(config, style, unstacked),
-        ignored=is_ignored_vision_name if config.vision else lambda name: False,
+        mappings=lambda unstacked: _param_mappings(config, style, unstacked),
+        is_ignored=is_ignored_vision_name if config.vision else ignore_none,
         files=tuple(files),
     )
 
 
-def _entries(config: SphinxConfig, style: Style, unstacked: bool) -> list[ParamMapping]:
-    language = language_entries(config.language, style, unstacked=unstacked, prefix=_PREFIX)
-    return language + (vision_entries(config.vision, config.language.dim) if config.vision else [])
+def _param_mappings(config: SphinxConfig, style: Style, unstacked: bool) -> list[ParamMapping]:
+    language = language_mappings(config.language, style, unstacked=unstacked, prefix=_PREFIX)
+    return language + (vision_mappings(config.vision, config.language.dim) if config.vision else [])
 
 
 def _shard_files(path: Path) -> list[Path]:
-    """The files of the one set in the directory, in order. Raises UserError if it is not whole."""
+    """The files of the one set in the directory, in order. Raises UserError if the set is incomplete."""
     found = {file.name: match for file in path.iterdir() if (match := _SHARD.fullmatch(file.name))}
     totals = {int(match[2]) for match in found.values()}
     if len(totals) != 1:
-        raise UserError(f"{path} must hold one set of consolidated.XX-of-YY.model.pth, and has {sorted(found)}")
+        raise UserError(
+            f"{path} must hold one set of consolidated.XX-of-YY.model.pth, and has {sorted(found)}; remove the others"
+        )
     count = totals.pop()
     by_number = {int(match[1]): path / name for name, match in found.items()}
     missing = [f"consolidated.{i:02d}-of-{count:02d}.model.pth" for i in range(count) if i not in by_number]
@@ -121,18 +123,18 @@ def _shard_files(path: Path) -> list[Path]:
 
 def _read_config(path: Path, llama_type: str, first: MappedFile) -> SphinxConfig:
     file = ConfigFile(path / "config.json", read_json(path / "config.json"))
-    file.refuse("rope_scaling")
+    file.check_unsupported("rope_scaling")
     embedding = first.tensors.get(f"{_PREFIX}tok_embeddings.weight")
     # The original takes the vocabulary from the tokenizer and may leave -1, or nothing, in the file.
     if file.values.get("vocab_size") in (None, -1) and embedding is not None:
         file.values["vocab_size"] = embedding.shape[0]
     language = file.mistral_decoder()
-    num_crops = _VIEWS[llama_type]
-    vision = None if num_crops is None else _read_vision(path / "vision.json", *num_crops)
+    views = _CROPS[llama_type]
+    vision = None if views is None else _read_vision(path / "vision.json", *views)
     return SphinxConfig(language, vision, balance_weight=file.number("load_balancing_weight", 0.1))
 
 
-def _read_vision(file: Path, image_size: int, num_crops: int) -> VisionConfig:
+def _read_vision(file: Path, image_size: int, num_crops: Literal[1, 5]) -> VisionConfig:
     published = VisionConfig(image_size=image_size, num_crops=num_crops)
     if not file.exists():
         return published
@@ -147,7 +149,7 @@ def _read_vision(file: Path, image_size: int, num_crops: int) -> VisionConfig:
 
 
 def _vision_config(values: dict[str, Any], published: VisionConfig) -> VisionConfig:
-    """The encoders of vision.json; what it does not say is as published."""
+    """The encoders of vision.json; sizes that it does not give are the published ones."""
     encoders = {}
     for field, (section, names) in _VISION_FILE.items():
         given = values.get(section, {})
@@ -164,29 +166,29 @@ def save(
     shards: int | None = None,
 ) -> None:
     """Write a model in memory; see `write`."""
-    write(Path(path), config, InMemory(params), tokenizer_bytes, shards)
+    write(Path(path), config, InMemoryParams(params), tokenizer_bytes, shards)
 
 
 def write(
-    path: Path, config: SphinxConfig, source: Source, tokenizer_bytes: bytes | None, shards: int | None = None
+    path: Path, config: SphinxConfig, params: ParamReader, tokenizer_bytes: bytes | None, shards: int | None = None
 ) -> None:
-    """The sparse form in `shards` files (None: 1), without what the original program keeps and never uses.
+    """The sparse layout in `shards` files (None: 1), without the tensors that no forward pass uses.
 
     Raises UserError if the layout cannot express `config`, if `shards` does not divide the key/value heads,
     the experts' hidden size and the vocabulary, or if `path` exists and is not empty.
     """
     shards = shards or 1
     llama_type, language = _llama_type(config), config.language
-    divided = {
+    sharded_sizes = {
         "key/value heads": language.num_kv_heads,
         "hidden size": language.hidden_dim,
         "vocabulary": language.vocab_size,
     }
-    for what, size in divided.items():
+    for name, size in sharded_sizes.items():
         if size % shards:
-            raise UserError(f"--shards {shards} does not divide the {what}, {size}; choose a number that does")
-    entries = _entries(config, "sparse", source.unstacked)
-    declared = {entry.name: (entry.shard_shape(shards), source.dtype(entry.path)) for entry in entries}
+            raise UserError(f"--shards {shards} does not divide the {name}, {size}; choose a number that does")
+    mappings = _param_mappings(config, "sparse", params.unstacked)
+    declared = {mapping.name: (mapping.shard_shape(shards), params.dtype(mapping.path)) for mapping in mappings}
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
         writers = []
         if is_primary_process():
@@ -200,23 +202,23 @@ def write(
             for i in range(shards):
                 file = partial / f"consolidated.{i:02d}-of-{shards:02d}.model.pth"
                 writers.append(stack.enter_context(torch_files.Writer(file, declared)))
-        export(entries, source, shards, lambda shard, name, tensor: writers[shard].write(name, tensor))
+        write_tensors(mappings, params, shards, lambda shard, name, tensor: writers[shard].write(name, tensor))
 
 
 def _llama_type(config: SphinxConfig) -> str:
-    """The original's model that this config describes. Raises UserError if it has none."""
+    """The original's name of this model. Raises UserError if it has none."""
     vision = config.vision
-    sought = vision and (vision.image_size, vision.num_crops)
+    views = vision and (vision.image_size, vision.num_crops)
     expressible = vision is None or _vision_config(_vision_values(vision), vision) == vision
-    for llama_type, num_crops in _VIEWS.items():
-        if expressible and num_crops == sought and llama_type != "mixtral":
+    for llama_type, published_views in _CROPS.items():
+        if expressible and published_views == views and llama_type != "mixtral":
             return llama_type
-    raise UserError("the Accessory layout knows SPHINX-MoE's and SPHINX-MoE-1k's encoders only, not this model's")
+    raise UserError("the Accessory layout knows SPHINX-MoE's and SPHINX-MoE-1k's encoders only; choose --format native")
 
 
 def _vision_values(config: VisionConfig) -> dict[str, Any]:
     return {
-        section: {key: getattr(getattr(config, field), ours) for key, ours in names.items()}
+        section: {key: getattr(getattr(config, field), attribute) for key, attribute in names.items()}
         for field, (section, names) in _VISION_FILE.items()
         if getattr(config, field) is not None
     }

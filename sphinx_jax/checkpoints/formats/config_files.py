@@ -1,4 +1,4 @@
-"""Turning the numbers of config files into ours, checked, so that a bad one is an error of that file."""
+"""Checked values of config files: a bad one is a UserError that names the file."""
 
 import dataclasses
 from pathlib import Path
@@ -7,25 +7,25 @@ from typing import Any
 from sphinx_jax.config import DecoderConfig, VisionConfig
 from sphinx_jax.errors import UserError
 
-# Of layers, and of experts: beyond this, a mistyped number is not worth the memory of listing its tensors.
-_MANY = 1000
+# Of layers and of experts. A larger number is a mistake, and listing its tensors would fill memory.
+_MAX_COUNT = 1000
 
 
 class ConfigFile:
-    """The values of a JSON config, fetched with a check of their type; every complaint names the file."""
+    """The values of a JSON config with their types checked; every error names the file."""
 
     def __init__(self, file: Path, values: dict[str, Any]):
         self.file = file
         self.values = values
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number, 1 or more."""
+        """An integer, 1 or more."""
         value = self.values.get(key)
         value = default if value is None else value
         if value is None:
             raise UserError(f"{self.file} lacks {key!r}")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{self.file}: {key!r} must be a whole number, 1 or more, not {value!r}")
+            raise UserError(f"{self.file}: {key!r} must be an integer, 1 or more, not {value!r}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -36,22 +36,22 @@ class ConfigFile:
             raise UserError(f"{self.file}: {key!r} must be a number, 0 or more, not {value!r}")
         return float(value)
 
-    def table(self, key: str) -> "ConfigFile":
+    def section(self, key: str) -> "ConfigFile":
         """A nested object."""
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise UserError(f"{self.file} lacks {key!r}, an object")
         return ConfigFile(self.file, value)
 
-    def refuse(self, key: str, *allowed: Any) -> None:
-        """Raise UserError where a key that changes what the model computes has a value that ours cannot follow."""
+    def check_unsupported(self, key: str, *allowed: Any) -> None:
+        """Raises UserError if a key that changes the computation has a value that this model does not support."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise UserError(f"{self.file}: {key!r} is {value!r}, which this model does not do")
+            raise UserError(f"{self.file}: {key!r} is {value!r}, which this model does not support")
 
     def mistral_decoder(self) -> DecoderConfig:
-        """The sizes under the names that Mistral and LLaMA2-Accessory give them. Raises UserError."""
-        moe, heads = self.table("moe"), self.count("n_heads")
+        """The config under the names of Mistral and LLaMA2-Accessory. Raises UserError."""
+        moe, heads = self.section("moe"), self.count("n_heads")
         return check_decoder(
             self.file,
             DecoderConfig(
@@ -86,21 +86,25 @@ def mistral_values(config: DecoderConfig) -> dict[str, Any]:
 
 
 def check_decoder(file: Path, config: DecoderConfig) -> DecoderConfig:
-    """`config` itself. Raises UserError that names `file` if its sizes do not go together."""
+    """`config` itself. Raises UserError that names `file` if its sizes are inconsistent."""
     if config.dim % config.num_heads or config.num_heads % config.num_kv_heads or config.head_dim % 2:
         raise UserError(
-            f"{file}: width {config.dim}, {config.num_heads} heads and {config.num_kv_heads} key/value heads do not go "
-            "together: the width must be an even multiple of the heads, these of the key/value heads"
+            f"{file}: width {config.dim}, {config.num_heads} heads and {config.num_kv_heads} key/value heads are "
+            "inconsistent: the width must be an even multiple of the heads, these of the key/value heads"
         )
-    if max(config.num_layers, config.num_experts) > _MANY:
-        raise UserError(f"{file}: {config.num_layers} layers of {config.num_experts} experts must be a mistake")
+    if max(config.num_layers, config.num_experts) > _MAX_COUNT:
+        raise UserError(
+            f"{file}: {config.num_layers} layers of {config.num_experts} experts are too many; correct the config"
+        )
     if config.experts_per_token > config.num_experts:
-        raise UserError(f"{file}: {config.experts_per_token} experts a token of {config.num_experts} experts in all")
+        raise UserError(
+            f"{file}: {config.experts_per_token} experts per token of {config.num_experts} in all; correct the config"
+        )
     return config
 
 
 def check_vision(file: Path, config: VisionConfig) -> VisionConfig:
-    """`config` itself. Raises UserError that names `file` if its sizes do not go together."""
+    """`config` itself. Raises UserError that names `file` if its sizes are inconsistent."""
     heads = []
     for encoder in (config.clip, config.dino, config.qformer):
         heads += [(encoder.width, encoder.num_heads)] if encoder else []
@@ -111,7 +115,7 @@ def check_vision(file: Path, config: VisionConfig) -> VisionConfig:
     if config.convnext and len(config.convnext.depths) != len(config.convnext.dims):
         raise UserError(f"{file}: ConvNeXt needs a depth for each of its widths, not {config.convnext}")
     if config.num_crops not in (1, 5):
-        raise UserError(f"{file}: views must be 1 or 5, not {config.num_crops}")
+        raise UserError(f"{file}: crops must be 1 or 5, not {config.num_crops}")
     try:
         _ = config.num_patch_tokens
     except ValueError as error:
@@ -120,24 +124,24 @@ def check_vision(file: Path, config: VisionConfig) -> VisionConfig:
 
 
 def check_types(file: Path, section: str, config: Any) -> None:
-    """Check that a config, and those inside it, hold values of the kinds that the published ones hold.
+    """Check that a config and its nested configs hold values of the types of the published ones.
 
     Raises UserError that names the file and the value.
     """
     published = type(config)()
     for field in dataclasses.fields(config):
-        value, like = getattr(config, field.name), getattr(published, field.name)
-        if dataclasses.is_dataclass(like):
+        value, default = getattr(config, field.name), getattr(published, field.name)
+        if dataclasses.is_dataclass(default):
             if value is not None:
                 check_types(file, f"{section}.{field.name}", value)
             continue
-        if isinstance(like, tuple):
-            fits = isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
-        elif isinstance(like, int):
-            fits = type(value) is int and value > 0
-        elif isinstance(like, float):
-            fits = type(value) in (int, float) and 0 <= value < float("inf")
+        if isinstance(default, tuple):
+            is_valid = isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+        elif isinstance(default, int):
+            is_valid = type(value) is int and value > 0
+        elif isinstance(default, float):
+            is_valid = type(value) in (int, float) and 0 <= value < float("inf")
         else:
-            fits = value in ("gelu", "quick_gelu")
-        if not fits:
-            raise UserError(f"{file}: {field.name!r} of {section} cannot be {value!r}; a published one is {like!r}")
+            is_valid = value in ("gelu", "quick_gelu")
+        if not is_valid:
+            raise UserError(f"{file}: {field.name!r} of {section} cannot be {value!r}; a published one is {default!r}")

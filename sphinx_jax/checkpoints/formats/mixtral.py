@@ -1,6 +1,6 @@
 """Mixtral directories: Hugging Face's safetensors, and Mistral's own consolidated files.
 
-Both hold the language model alone, undivided: a set of several files deals out whole tensors.
+Both hold the language model alone. Tensors are not sharded: a set of several files assigns each tensor to one file.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decode
 from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params
-from sphinx_jax.checkpoints.mapping.language import language_entries
+from sphinx_jax.checkpoints.mapping.language import language_mappings
 from sphinx_jax.checkpoints.source import CheckpointSource, read_json
-from sphinx_jax.checkpoints.writer import InMemory, Source, export, new_directory, write_json
+from sphinx_jax.checkpoints.writer import InMemoryParams, ParamReader, new_directory, write_json, write_tensors
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.errors import UserError
 
@@ -31,7 +31,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONSOLIDATED = re.compile(r"consolidated(\.\d+)?\.(pth|pt|safetensors)")
 
-# The released model's coefficient; Mistral's own config does not say.
+# The released model's coefficient; Mistral's own config has none.
 _BALANCE_WEIGHT = 0.02
 
 _FILE_BYTES = 5e9
@@ -65,8 +65,8 @@ def open_directory(path: Path) -> CheckpointSource:
         name = "mixtral (Hugging Face)"
     else:
         language, balance_weight = _mistral_config(path / "params.json"), _BALANCE_WEIGHT
-        found = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
-        files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in found]
+        paths = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
+        files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in paths]
         tensors = _merge(files)
         style = "mistral_sparse" if any(".block_sparse_moe." in name for name in tensors) else "base"
         name = "mixtral (Mistral consolidated)"
@@ -75,8 +75,8 @@ def open_directory(path: Path) -> CheckpointSource:
         path=path,
         config=SphinxConfig(language, vision=None, balance_weight=balance_weight),
         shards=[tensors],
-        entries=lambda unstacked: language_entries(language, style, unstacked=unstacked),
-        ignored=lambda name: name.endswith("rotary_emb.inv_freq"),
+        mappings=lambda unstacked: language_mappings(language, style, unstacked=unstacked),
+        is_ignored=lambda name: name.endswith("rotary_emb.inv_freq"),
         files=tuple(files),
     )
 
@@ -85,15 +85,15 @@ def _hugging_face_files(path: Path) -> list[Path]:
     """The safetensors files that the index names, or the single one. Raises UserError if any is missing."""
     if not (path / _INDEX).exists():
         return [path / _SINGLE]
-    where = read_json(path / _INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    weight_map = read_json(path / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{path / _INDEX} lacks 'weight_map', from the names of tensors to files")
-    names = sorted(set(where.values()))
-    # A name with a folder in it could point anywhere.
-    strange = [name for name in names if Path(name).name != name]
-    missing = [name for name in names if name not in strange and not (path / name).is_file()]
-    if strange or missing:
-        raise UserError(f"{path} lacks {', '.join(strange + missing)}, which {_INDEX} names; download every file")
+    names = sorted(set(weight_map.values()))
+    # A name with a directory in it could point anywhere.
+    outside = [name for name in names if Path(name).name != name]
+    missing = [name for name in names if name not in outside and not (path / name).is_file()]
+    if outside or missing:
+        raise UserError(f"{path} lacks {', '.join(outside + missing)}, which {_INDEX} names; download every file")
     return [path / name for name in names]
 
 
@@ -101,9 +101,9 @@ def _merge(files: list[MappedFile]) -> Mapping[str, np.ndarray]:
     """All tensors of the files. Raises UserError if two files hold one name."""
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        twice = sorted(tensors.keys() & file.tensors.keys())
-        if twice:
-            raise UserError(f"{file.path} holds {twice[0]}, which another file of the set holds too; remove one")
+        duplicates = sorted(tensors.keys() & file.tensors.keys())
+        if duplicates:
+            raise UserError(f"{file.path} holds {duplicates[0]}, which another file of the set holds too; remove one")
         tensors |= file.tensors
     return tensors
 
@@ -113,12 +113,12 @@ def _hugging_face_config(path: Path) -> tuple[DecoderConfig, float]:
     if file.values.get("model_type") != "mixtral":
         raise UserError(f"{path}: model_type is {file.values.get('model_type')!r}; only 'mixtral' can be loaded")
     for key in ("rope_scaling", "sliding_window", "quantization_config"):
-        file.refuse(key)
-    file.refuse("tie_word_embeddings", False)
-    file.refuse("hidden_act", "silu")
+        file.check_unsupported(key)
+    file.check_unsupported("tie_word_embeddings", False)
+    file.check_unsupported("hidden_act", "silu")
     # transformers 5 moved rope_theta into a table of its own.
-    rope = file.table("rope_parameters") if file.values.get("rope_parameters") else file
-    rope.refuse("rope_type", "default")
+    rope = file.section("rope_parameters") if file.values.get("rope_parameters") else file
+    rope.check_unsupported("rope_type", "default")
     heads = file.count("num_attention_heads")
     config = DecoderConfig(
         dim=file.count("hidden_size"),
@@ -132,16 +132,16 @@ def _hugging_face_config(path: Path) -> tuple[DecoderConfig, float]:
         norm_eps=file.number("rms_norm_eps", 1e-5),
         rope_theta=rope.number("rope_theta", 1e6),
     )
-    file.refuse("head_dim", config.head_dim)
+    file.check_unsupported("head_dim", config.head_dim)
     return check_decoder(path, config), file.number("router_aux_loss_coef", _BALANCE_WEIGHT)
 
 
 def _mistral_config(path: Path) -> DecoderConfig:
     file = ConfigFile(path, read_json(path))
     for key in ("rope_scaling", "sliding_window"):
-        file.refuse(key)
+        file.check_unsupported(key)
     config = file.mistral_decoder()
-    file.refuse("head_dim", config.head_dim)
+    file.check_unsupported("head_dim", config.head_dim)
     return config
 
 
@@ -153,19 +153,19 @@ def save(
     shards: int | None = None,
 ) -> None:
     """Write the language part of a model in memory; see `write`."""
-    write(Path(path), config, InMemory(params), tokenizer_bytes, shards)
+    write(Path(path), config, InMemoryParams(params), tokenizer_bytes, shards)
 
 
 def write(
-    path: Path, config: SphinxConfig, source: Source, tokenizer_bytes: bytes | None, shards: int | None = None
+    path: Path, config: SphinxConfig, params: ParamReader, tokenizer_bytes: bytes | None, shards: int | None = None
 ) -> None:
     """The language part as a Hugging Face directory of `shards` files (None: of about 5 GB each).
 
     Raises UserError if `path` exists and is not empty.
     """
-    entries = language_entries(config.language, "hugging_face", unstacked=source.unstacked)
-    declared = {entry.name: (entry.shape, source.dtype(entry.path)) for entry in entries}
-    file_of = _deal_out(declared, shards)
+    mappings = language_mappings(config.language, "hugging_face", unstacked=params.unstacked)
+    declared = {mapping.name: (mapping.shape, params.dtype(mapping.path)) for mapping in mappings}
+    file_of = _assign_files(declared, shards)
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
         writers: dict[str, safetensors_files.Writer] = {}
         if is_primary_process():
@@ -176,18 +176,18 @@ def write(
                 total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in declared.values())
                 write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
             for name in sorted(set(file_of.values())):
-                held = {tensor: declared[tensor] for tensor in declared if file_of[tensor] == name}
-                writers[name] = stack.enter_context(safetensors_files.Writer(partial / name, held))
-        export(entries, source, 1, lambda _, name, tensor: writers[file_of[name]].write(name, tensor))
+                in_file = {tensor: declared[tensor] for tensor in declared if file_of[tensor] == name}
+                writers[name] = stack.enter_context(safetensors_files.Writer(partial / name, in_file))
+        write_tensors(mappings, params, 1, lambda _, name, tensor: writers[file_of[name]].write(name, tensor))
 
 
-def _deal_out(declared: Mapping[str, tuple[tuple[int, ...], np.dtype]], shards: int | None) -> dict[str, str]:
-    """The file of each tensor: runs of about equal length, in order."""
+def _assign_files(declared: Mapping[str, tuple[tuple[int, ...], np.dtype]], shards: int | None) -> dict[str, str]:
+    """The file name of each tensor: contiguous runs of about equal bytes."""
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in declared.values()]
     total = sum(sizes)
     count = min(shards or math.ceil(total / _FILE_BYTES), len(sizes))
-    middles = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
-    numbers = [int(middle * count / total) for middle in middles]
+    midpoints = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    numbers = [int(midpoint * count / total) for midpoint in midpoints]
     used = sorted(set(numbers))
     if len(used) == 1:
         return dict.fromkeys(declared, _SINGLE)

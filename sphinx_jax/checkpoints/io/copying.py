@@ -1,7 +1,7 @@
-"""Copying between differently ordered arrays, tile by tile, so that loading waits for the disk and not for this.
+"""Copies between differently ordered arrays, tile by tile, so that loading is bound by the disk.
 
-Left to itself, numpy transposes at a tenth of memory's speed, since each element it writes comes from another
-cache line, and ml_dtypes widens bfloat16 one element at a time.
+Plain numpy transposes at a tenth of memory bandwidth, since each element it writes comes from another cache
+line, and ml_dtypes converts bfloat16 one element at a time.
 """
 
 import itertools
@@ -25,53 +25,57 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at an address that XLA on CPU uses as it is instead of copying."""
+    """An uninitialised array at an address that XLA:CPU uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _XLA_ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _XLA_ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def copy(
-    out: np.ndarray, source: np.ndarray, pool: Executor, copied: Callable[[int], None] = lambda elements: None
-) -> None:
-    """out[...] = source, whatever the order of either in memory; converts between floating-point types.
+def ignore_progress(elements: int) -> None:
+    """No progress report."""
 
-    The work is shared out over the pool's threads in bands that follow the source's order in memory.
-    `copied` is called now and then with the number of elements done since the last call.
+
+def copy(
+    out: np.ndarray, source: np.ndarray, pool: Executor, on_progress: Callable[[int], None] = ignore_progress
+) -> None:
+    """out[...] = source, for any memory order of either; converts between floating-point dtypes.
+
+    The pool's threads copy bands that follow the source's memory order. `on_progress` is called with the number
+    of elements copied since its last call.
     """
     if source.size <= _SMALL_ELEMENTS:
         _convert(out, source)
-        copied(source.size)
+        on_progress(source.size)
         return
-    across, along = _fastest(out), _fastest(source)
-    order = sorted(range(source.ndim), key=lambda dim: (dim == along, dim == across, -source.strides[dim]))
+    out_dim, source_dim = _fastest_dim(out), _fastest_dim(source)
+    order = sorted(range(source.ndim), key=lambda dim: (dim == source_dim, dim == out_dim, -source.strides[dim]))
     out, source = out.transpose(order), source.transpose(order)
-    copy_band = _convert if across == along else _transpose
+    copy_band = _convert if out_dim == source_dim else _transpose
     bands = _bands(source.shape)
-    while some := list(itertools.islice(bands, _BANDS_AT_ONCE)):
-        for _ in pool.map(lambda band: copy_band(out[band], source[band]), some):
+    while batch := list(itertools.islice(bands, _BANDS_AT_ONCE)):
+        for _ in pool.map(lambda band: copy_band(out[band], source[band]), batch):
             pass
-        copied(sum(source[band].size for band in some))
+        on_progress(sum(source[band].size for band in batch))
 
 
 def has_nan(array: np.ndarray) -> bool:
-    """Whether a contiguous array of floating-point numbers has one that is not a number."""
+    """Whether a contiguous array of floating-point numbers has one that is NaN."""
     bits = _BITS[array.dtype.itemsize]
     infinity = np.array(np.inf, array.dtype).view(bits)
     magnitude = bits(np.iinfo(bits).max >> 1)
     flat = array.reshape(-1).view(bits)
-    pieces = (flat[i : i + _CHECK_ELEMENTS] for i in range(0, flat.size, _CHECK_ELEMENTS))
-    return any((piece & magnitude).max() > infinity for piece in pieces)
+    chunks = (flat[i : i + _CHECK_ELEMENTS] for i in range(0, flat.size, _CHECK_ELEMENTS))
+    return any((chunk & magnitude).max() > infinity for chunk in chunks)
 
 
-def _fastest(array: np.ndarray) -> int:
-    """The dimension along which elements lie closest together."""
+def _fastest_dim(array: np.ndarray) -> int:
+    """The dimension with the smallest stride."""
     return min((d for d in range(array.ndim) if array.shape[d] > 1), key=lambda d: abs(array.strides[d]))
 
 
 def _bands(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover an array in order, each at most _BAND_ELEMENTS where its last dimension allows."""
+    """Boxes that cover an array in order, each at most _BAND_ELEMENTS if its last dimension allows."""
     steps, inner = [], 1
     for size in reversed(shape):
         steps.append(max(1, min(size, _BAND_ELEMENTS // inner)))
@@ -91,8 +95,7 @@ def _transpose(out: np.ndarray, source: np.ndarray) -> None:
 
 
 def _transpose_tile(out: np.ndarray, source: np.ndarray) -> None:
-    # Rows a power of two apart compete for the same few cache lines; a little padding keeps them out of
-    # each other's way.
+    # Rows at power-of-two strides map to the same few cache lines; padding avoids the conflicts.
     rows, columns = source.shape
     staged = np.empty((rows, columns + _PADDING), source.dtype)[:, :columns]
     _convert(staged, source)

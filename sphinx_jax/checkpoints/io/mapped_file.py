@@ -1,4 +1,4 @@
-"""One file of tensors, mapped into memory: arrays are views of it and cost nothing until they are read."""
+"""One file of tensors, mapped into memory: tensors are views of it and use no memory until they are read."""
 
 import mmap
 import os
@@ -40,9 +40,9 @@ class MappedFile:
         return self._map[start:stop]
 
     def view(self, offset: int, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-        """The array whose first element lies `offset` bytes into the file; `strides` are in elements, 0 or more.
+        """The array whose first element is `offset` bytes into the file; `strides` are in elements, 0 or more.
 
-        Raises ValueError if it does not lie inside the file.
+        Raises ValueError if it is not inside the file.
         """
         extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
         if min((offset, *shape, *strides)) < 0 or offset + extent * dtype.itemsize > self.size:
@@ -62,5 +62,5 @@ class MappedFile:
                 os.preadv(file.fileno(), [memoryview(scratch)[:length]], offset)
 
     def release(self) -> None:
-        """Give back the memory of the pages read so far; reading them again is allowed."""
+        """Release the memory of the pages read so far; later reads map them again."""
         self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Safetensors files: tensors as views of the mapped file, and writing them one at a time.
+"""Safetensors files: tensors are views of the mapped file, and are written one at a time.
 
 The format (https://huggingface.co/docs/safetensors) is eight bytes of header length, a JSON header of
 dtypes, shapes and offsets, then the data.
@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,9 @@ def read(path: Path) -> MappedFile:
             raise ValueError("the header is cut off")
         header = json.loads(file.read(8, data))
         header.pop("__metadata__", None)
-        for name, described in header.items():
-            shape, (start, stop) = tuple(described["shape"]), described["data_offsets"]
-            dtype = DTYPES[_CODES[described["dtype"]]]
+        for name, info in header.items():
+            shape, (start, stop) = tuple(info["shape"]), info["data_offsets"]
+            dtype = DTYPES[_CODES[info["dtype"]]]
             if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
                 raise ValueError(f"{name} of shape {shape} and {dtype} does not fill its bytes {start} to {stop}")
             strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -54,7 +55,8 @@ class Writer:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
         codes = {dtype: code for code, dtype in _CODES.items()}
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name, (shape, dtype) in tensors.items():
             size = math.prod(shape) * dtype.itemsize
             offsets = [offset, offset + size]

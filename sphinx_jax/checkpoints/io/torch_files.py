@@ -1,7 +1,7 @@
-"""Torch's zip-format `.pth` files without torch: tensors as views of the mapped file, and writing them.
+"""Torch's zip-format `.pth` files without torch: tensors are views of the mapped file, and are written one at a time.
 
-The pickle inside a file is a program. The one run here knows tensors and plain containers: any other
-name in it is an error before anything is called.
+The pickle inside a file is a program. The unpickler here allows tensors and plain containers only: any other
+name is an error before anything is called.
 """
 
 import io
@@ -30,7 +30,7 @@ _STORAGES = {
     "LongStorage": "int64",
 }
 
-# What unpickling a damaged or hostile stream of allowed names can end in.
+# The exceptions that unpickling a damaged or hostile stream of allowed names can raise.
 _PICKLE_ERRORS = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -50,8 +50,8 @@ _ALIGNMENT = 64
 def read(path: Path) -> MappedFile:
     """The tensors of a `.pth` file holding `{name: tensor}` or `{"model": {name: tensor}}`.
 
-    Only the directory and the pickle are read; other things stored beside the tensors are left out.
-    Raises UserError on a file that is not of this kind, is damaged, or asks for code to be run.
+    Only the zip directory and the pickle are read; objects other than tensors are ignored. Raises UserError on a
+    file that is not of this kind, is damaged, or requests code to be run.
     """
     file = MappedFile(path)
     try:
@@ -112,8 +112,8 @@ class _Storage(NamedTuple):
 class _Unpickler(pickle.Unpickler):
     """Runs a pickle in which the only names are torch's tensor rebuilder, its storages and OrderedDict.
 
-    What stands for the rebuilder is a bound method and for a storage type a string: the pickle cannot
-    change either, nor call the latter.
+    The rebuilder is a bound method and a storage type a string: the pickle cannot modify either, nor call
+    the latter.
     """
 
     def __init__(self, file: MappedFile, records: Mapping[str, tuple[int, int]], stream: bytes):
@@ -169,7 +169,8 @@ class Writer:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
         self._root = path.name.removesuffix(".pth")
-        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._file = path.open("wb")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._keys = {name: str(i) for i, name in enumerate(tensors)}
         self._add("data.pkl", _pickle(tensors, self._keys))
         self._add("byteorder", b"little")
@@ -180,6 +181,7 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._add("version", b"3\n")
         self._zip.close()
+        self._file.close()
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._add(f"data/{self._keys[name]}", np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
@@ -187,9 +189,9 @@ class Writer:
     def _add(self, name: str, data: bytes | memoryview) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}")
         info.file_size = len(data)
-        # As torch does, pad the header so that the data can be mapped aligned; zipfile itself adds 20 bytes
-        # of sizes to the header, since it is told to.
-        header = self._zip.fp.tell() + _LOCAL_HEADER + len(info.filename.encode()) + 20 + 4
+        # As torch does, pad the header so that the data can be mapped aligned. zipfile adds 20 bytes of 64-bit
+        # sizes to the header because of `force_zip64`.
+        header = self._file.tell() + _LOCAL_HEADER + len(info.filename.encode()) + 20 + 4
         padding = -header % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
         with self._zip.open(info, "w", force_zip64=True) as member:
@@ -197,7 +199,7 @@ class Writer:
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], keys: Mapping[str, str]) -> bytes:
-    """The pickle of `{"model": {name: tensor}}`, put together by hand since torch's names cannot be imported."""
+    """The pickle of `{"model": {name: tensor}}`, assembled by hand, since torch's names cannot be imported."""
 
     def plain(value: Any) -> bytes:
         return pickle.dumps(value, protocol=2)[2:-1]
@@ -216,6 +218,6 @@ def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], keys: Mappi
         arguments = persistent + plain(0) + plain(shape) + plain(strides) + pickle.NEWFALSE + no_hooks
         return name_of("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + arguments + pickle.TUPLE + pickle.REDUCE
 
-    items = b"".join(plain(name) + tensor(keys[name], *described) for name, described in tensors.items())
+    items = b"".join(plain(name) + tensor(keys[name], *info) for name, info in tensors.items())
     model = pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
     return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + plain("model") + model + pickle.SETITEM + pickle.STOP

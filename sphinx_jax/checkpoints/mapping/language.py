@@ -5,11 +5,11 @@ Four styles hold the same numbers:
 - `sparse`: LLaMA2-Accessory's `mixtral_sparse*`. The experts of a layer are one tensor, whose hidden
   dimension is divided over the shards; w2 is stored transposed.
 - `mistral_sparse`: the same under other names, as in the `.pt` files that Mistral put on Hugging Face.
-- `base`: LLaMA2-Accessory's `mixtral` and Mistral's first release. One tensor an expert and a matrix, whole
-  experts dealt out to the shards.
-- `hugging_face`: transformers' Mixtral. As `base`, but rotary embedding turns halves of a head, not pairs.
+- `base`: LLaMA2-Accessory's `mixtral` and Mistral's first release. One tensor per expert and matrix, experts
+  assigned to the shards.
+- `hugging_face`: transformers' Mixtral. As `base`, but rotary embedding rotates halves of a head, not pairs.
 
-Published matrices are [out, in], ours [in, ..., out].
+Published matrices are [out, in], parameters [in, ..., out].
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from typing import Literal
 from sphinx_jax.checkpoints.mapping.param_mapping import Index, ParamMapping
 from sphinx_jax.config import DecoderConfig
 
-WHOLE = slice(None)
+ALL = slice(None)
 
 Style = Literal["sparse", "base", "mistral_sparse", "hugging_face"]
 
@@ -59,44 +59,46 @@ _NAMES["hugging_face"] = {
 }
 
 
-def language_entries(config: DecoderConfig, style: Style, *, unstacked: bool, prefix: str = "") -> list[ParamMapping]:
-    """Every parameter of the decoder, in the order in which the original program lists them.
+def language_mappings(config: DecoderConfig, style: Style, *, unstacked: bool, prefix: str = "") -> list[ParamMapping]:
+    """Mappings of every parameter of the decoder, in the order of the original program.
 
-    `unstacked` says how our own layers are held; `prefix` goes in front of every published name.
+    `unstacked`: the parameters' layers are a list, not stacked; `prefix` is prepended to every published name.
     """
     names = _NAMES[style]
     dim, vocab = config.dim, config.vocab_size
-    entries = [
+    mappings = [
         ParamMapping(
             prefix + names["embedding"], (vocab, dim), ("language", "embedding", "table"), (), (vocab, dim), (0, 1), 1
         )
     ]
     for i in range(config.num_layers):
         path = ("language", "layers", i) if unstacked else ("language", "layers")
-        entries += _layer_entries(config, style, prefix + names["layer"].format(i), path, () if unstacked else (i,))
-    entries += [
+        mappings += _layer_mappings(config, style, prefix + names["layer"].format(i), path, () if unstacked else (i,))
+    mappings += [
         ParamMapping(prefix + names["norm"], (dim,), ("language", "norm", "scale"), (), (dim,), (0,)),
         ParamMapping(prefix + names["head"], (vocab, dim), ("language", "head", "kernel"), (), (vocab, dim), (1, 0), 0),
     ]
-    return entries
+    return mappings
 
 
-def _layer_entries(
+def _layer_mappings(
     config: DecoderConfig, style: Style, prefix: str, path: tuple[str | int, ...], index: Index
 ) -> Iterator[ParamMapping]:
     names, dim = _NAMES[style], config.dim
     kv, group, width = config.num_kv_heads, config.queries_per_kv, config.head_dim
 
-    def projection(which: str, columns: int | slice, heads: tuple[int, ...], rotary: bool) -> ParamMapping:
-        rows = (kv * group if len(heads) == 2 else kv) * width
-        at = (*index, WHOLE, WHOLE, columns, WHOLE)
+    def projection(matrix: str, columns: int | slice, heads: tuple[int, ...], rotary: bool) -> ParamMapping:
+        out_dim = (kv * group if len(heads) == 2 else kv) * width
+        qkv_index = (*index, ALL, ALL, columns, ALL)
         dims = len(heads)
         if rotary and style == "hugging_face":
-            # Element i and i + width / 2 of a head turn together there, 2i and 2i + 1 here.
+            # transformers rotates elements i and i + width / 2 of a head together; here it is 2i and 2i + 1.
             view, order = (*heads, 2, width // 2, dim), (dims + 2, *range(dims), (dims + 1, dims))
         else:
             view, order = (*heads, width, dim), (dims + 1, *range(dims), dims)
-        return ParamMapping(prefix + names[which], (rows, dim), (*path, "attention", "wqkv"), at, view, order, 0)
+        return ParamMapping(
+            prefix + names[matrix], (out_dim, dim), (*path, "attention", "wqkv"), qkv_index, view, order, 0
+        )
 
     yield projection("q", slice(0, group), (kv, group), rotary=True)
     yield projection("k", group, (kv,), rotary=True)
@@ -110,7 +112,7 @@ def _layer_entries(
         (1, 2, 3, 0),
         1,
     )
-    yield from _expert_entries(config, style, prefix + names["experts"], (*path, "ffn"), index)
+    yield from _expert_mappings(config, style, prefix + names["experts"], (*path, "ffn"), index)
     yield ParamMapping(
         prefix + names["router"],
         (config.num_experts, dim),
@@ -123,22 +125,21 @@ def _layer_entries(
         yield ParamMapping(prefix + names[norm], (dim,), (*path, norm, "scale"), index, (dim,), (0,))
 
 
-def _expert_entries(
+def _expert_mappings(
     config: DecoderConfig, style: Style, stem: str, path: tuple[str | int, ...], index: Index
 ) -> Iterator[ParamMapping]:
     experts, dim, hidden = config.num_experts, config.dim, config.hidden_dim
     w_in, w_out = (*path, "w_in"), (*path, "w_out")
     if style in ("sparse", "mistral_sparse"):
         shape, view = (experts * hidden, dim), (experts, hidden, dim)
-        gate, up = (*index, WHOLE, WHOLE, 0, WHOLE), (*index, WHOLE, WHOLE, 1, WHOLE)
+        gate, up = (*index, ALL, ALL, 0, ALL), (*index, ALL, ALL, 1, ALL)
         yield ParamMapping(stem + "w1", shape, w_in, gate, view, (0, 2, 1), 1)
         yield ParamMapping(stem + "w2", shape, w_out, index, view, (0, 1, 2), 1)
         yield ParamMapping(stem + "w3", shape, w_in, up, view, (0, 2, 1), 1)
         return
     up_shape, down_shape = (hidden, dim), (dim, hidden)
     for e in range(experts):
-        gate, up, down = (*index, e, WHOLE, 0, WHOLE), (*index, e, WHOLE, 1, WHOLE), (*index, e)
-        dealt = {"member": (e, experts)}
-        yield ParamMapping(f"{stem}{e}.w1.weight", up_shape, w_in, gate, up_shape, (1, 0), **dealt)
-        yield ParamMapping(f"{stem}{e}.w2.weight", down_shape, w_out, down, down_shape, (1, 0), **dealt)
-        yield ParamMapping(f"{stem}{e}.w3.weight", up_shape, w_in, up, up_shape, (1, 0), **dealt)
+        gate, up, down = (*index, e, ALL, 0, ALL), (*index, e, ALL, 1, ALL), (*index, e)
+        yield ParamMapping(f"{stem}{e}.w1.weight", up_shape, w_in, gate, up_shape, (1, 0), expert=(e, experts))
+        yield ParamMapping(f"{stem}{e}.w2.weight", down_shape, w_out, down, down_shape, (1, 0), expert=(e, experts))
+        yield ParamMapping(f"{stem}{e}.w3.weight", up_shape, w_in, up, up_shape, (1, 0), expert=(e, experts))

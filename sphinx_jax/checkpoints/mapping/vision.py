@@ -2,8 +2,8 @@
 
 The names are those of the libraries that the original program took its encoders from: OpenCLIP, timm's
 ConvNeXt inside OpenCLIP, DINOv2, and transformers' BLIP-2. Published matrices are [out, in] and
-convolutions [out, in, height, width]; ours are [in, ..., out] and [height, width, in, out]. Every shard
-holds these tensors whole.
+convolutions [out, in, height, width]; parameters are [in, ..., out] and [height, width, in, out]. These tensors
+are replicated in every shard.
 """
 
 import math
@@ -13,15 +13,15 @@ from sphinx_jax.checkpoints.mapping.param_mapping import Index, ParamMapping
 from sphinx_jax.config import ClipConfig, ConvNextConfig, DinoConfig, QFormerConfig, VisionConfig
 
 Path = tuple[str | int, ...]
-Entries = Iterator[ParamMapping]
+Mappings = Iterator[ParamMapping]
 
 _ROOT = "llma."
-_WHOLE = slice(None)
+_ALL = slice(None)
 _CLIP, _CONVNEXT, _DINO = _ROOT + "clip.", _ROOT + "openclip_convnext_xxl.", _ROOT + "dinov2_vitg14."
 _QFORMER = _ROOT + "qformer."
 
 # Present in published files and never used: CLIP's text half and its projection into the space that text
-# and pictures share, and the token that DINOv2 puts in the place of masked patches.
+# and images share, and the token that DINOv2 substitutes for masked patches.
 _IGNORED = frozenset(
     [
         *(_CLIP + name for name in ("positional_embedding", "text_projection", "logit_scale", "visual.proj")),
@@ -32,32 +32,32 @@ _IGNORED = frozenset(
 
 
 def is_ignored_vision_name(name: str) -> bool:
-    """Whether a published tensor belongs to an encoder and is of no use to it here."""
+    """Whether a published tensor belongs to an encoder and no parameter needs it."""
     return name in _IGNORED
 
 
-def vision_entries(config: VisionConfig, dim: int) -> list[ParamMapping]:
-    """Every parameter of `Ensemble(config, dim)` in a SphinxMoE, in the order of the original program."""
+def vision_mappings(config: VisionConfig, dim: int) -> list[ParamMapping]:
+    """Mappings of every parameter of `Ensemble(config, dim)` in a SphinxMoE, in the order of the original program."""
     vision: Path = ("vision",)
-    entries = [_flat(_ROOT + f"{which}_img", (1, 1, dim), (*vision, which)) for which in ("start", "end")]
+    mappings = [_flat(_ROOT + f"{which}_img", (1, 1, dim), (*vision, which)) for which in ("start", "end")]
     if config.qformer:
-        entries += _qformer(config.qformer, (*vision, "qformer"))
+        mappings += _qformer(config.qformer, (*vision, "qformer"))
     if config.clip:
-        entries += _clip(config.clip, (*vision, "clip"))
+        mappings += _clip(config.clip, (*vision, "clip"))
     if config.convnext:
-        entries += _convnext(config.convnext, (*vision, "convnext"))
+        mappings += _convnext(config.convnext, (*vision, "convnext"))
     if config.dino:
-        entries += _dino(config.dino, (*vision, "dino"))
+        mappings += _dino(config.dino, (*vision, "dino"))
     if config.qformer:
-        entries += _linear(_ROOT + "qformer_proj.0", config.qformer.width, dim, (*vision, "qformer_proj"))
-        entries += _norm(_ROOT + "qformer_proj.1", dim, (*vision, "qformer_norm"))
+        mappings += _linear(_ROOT + "qformer_proj.0", config.qformer.width, dim, (*vision, "qformer_proj"))
+        mappings += _norm(_ROOT + "qformer_proj.1", dim, (*vision, "qformer_norm"))
     if config.ensemble_channels:
-        entries += _linear(_ROOT + "visual_proj.0", config.ensemble_channels, dim, (*vision, "visual_proj"))
-        entries += _norm(_ROOT + "visual_proj.1", dim, (*vision, "visual_norm"))
-    return entries
+        mappings += _linear(_ROOT + "visual_proj.0", config.ensemble_channels, dim, (*vision, "visual_proj"))
+        mappings += _norm(_ROOT + "visual_proj.1", dim, (*vision, "visual_norm"))
+    return mappings
 
 
-def _clip(config: ClipConfig, path: Path) -> Entries:
+def _clip(config: ClipConfig, path: Path) -> Mappings:
     width, heads, visual = config.width, config.num_heads, _CLIP + "visual."
     positions = (config.image_size // config.patch) ** 2 + 1
     tokens, blocks = (*path, "tokens"), (*path, "blocks")
@@ -76,7 +76,7 @@ def _clip(config: ClipConfig, path: Path) -> Entries:
     yield from _norm(visual + "ln_post", width, (*path, "norm_post"))
 
 
-def _convnext(config: ConvNextConfig, path: Path) -> Entries:
+def _convnext(config: ConvNextConfig, path: Path) -> Mappings:
     yield from _patchify(_CONVNEXT + "stem.0", config.dims[0], 3, 4, (*path, "stem"))
     yield from _norm(_CONVNEXT + "stem.1", config.dims[0], (*path, "stem_norm"))
     for s, (dim, depth) in enumerate(zip(config.dims, config.depths, strict=True)):
@@ -89,7 +89,7 @@ def _convnext(config: ConvNextConfig, path: Path) -> Entries:
     yield from _norm(_CONVNEXT + "head.norm", config.dims[-1], (*path, "norm"))
 
 
-def _convnext_block(name: str, dim: int, k: int, path: Path, index: Index) -> Entries:
+def _convnext_block(name: str, dim: int, k: int, path: Path, index: Index) -> Mappings:
     yield _flat(name + "gamma", (dim,), (*path, "gamma"), index)
     yield ParamMapping(name + "conv_dw.weight", (dim, 1, k, k), (*path, "depthwise"), index, (dim, k, k), (1, 2, 0))
     yield _flat(name + "conv_dw.bias", (dim,), (*path, "depthwise_bias"), index)
@@ -98,7 +98,7 @@ def _convnext_block(name: str, dim: int, k: int, path: Path, index: Index) -> En
     yield from _linear(name + "mlp.fc2", 4 * dim, dim, (*path, "mlp", "fc2"), index)
 
 
-def _dino(config: DinoConfig, path: Path) -> Entries:
+def _dino(config: DinoConfig, path: Path) -> Mappings:
     width, heads, hidden = config.width, config.num_heads, config.hidden_dim
     tokens, blocks = (*path, "tokens"), (*path, "blocks")
     yield _flat(_DINO + "cls_token", (1, 1, width), (*tokens, "class_token"))
@@ -119,22 +119,22 @@ def _dino(config: DinoConfig, path: Path) -> Entries:
     yield from _norm(_DINO + "norm", width, (*path, "norm"))
 
 
-def _qformer(config: QFormerConfig, path: Path) -> Entries:
+def _qformer(config: QFormerConfig, path: Path) -> Mappings:
     yield _rows(_QFORMER + "query_tokens", (1, config.num_queries, config.width), (*path, "queries"))
     yield from _eva(config, (*path, "vit"))
     name, width, heads = _QFORMER + "qformer.", config.width, config.num_heads
     yield from _norm(name + "layernorm", width, (*path, "norm"))
     for i in range(config.num_layers):
-        # One stack holds the layers of the same place in their group.
-        group, place = divmod(i, config.cross_attention_every)
-        layer, layer_path, index = f"{name}encoder.layer.{i}.", (*path, "groups", "layers", place), (group,)
+        # Layers of the same position in their group are one stack.
+        group, position = divmod(i, config.cross_attention_every)
+        layer, layer_path, index = f"{name}encoder.layer.{i}.", (*path, "groups", "layers", position), (group,)
         attention, cross = (*layer_path, "attention"), (*layer_path, "cross")
         for c, which in enumerate(("query", "key", "value")):
             own = f"{layer}attention.attention.{which}"
             yield from _heads(own, width, width, heads, attention, ("qkv", "qkv_bias"), index, c)
         yield from _attention_out(layer + "attention.output.dense", width, heads, attention, index)
         yield from _norm(layer + "attention.output.LayerNorm", width, (*layer_path, "attention_norm"), index)
-        if place == 0:
+        if position == 0:
             own = layer + "crossattention.attention."
             yield from _heads(own + "query", width, width, heads, cross, ("q", "q_bias"), index)
             for c, which in enumerate(("key", "value")):
@@ -146,7 +146,7 @@ def _qformer(config: QFormerConfig, path: Path) -> Entries:
         yield from _norm(layer + "output_query.LayerNorm", width, (*layer_path, "mlp_norm"), index)
 
 
-def _eva(config: QFormerConfig, path: Path) -> Entries:
+def _eva(config: QFormerConfig, path: Path) -> Mappings:
     width, heads, mlp, name = config.vision_width, config.vision_heads, config.vision_mlp, _QFORMER + "vision_model."
     positions = (config.image_size // config.patch) ** 2 + 1
     tokens, blocks = (*path, "tokens"), (*path, "blocks")
@@ -165,21 +165,21 @@ def _eva(config: QFormerConfig, path: Path) -> Entries:
 
 
 def _flat(name: str, shape: tuple[int, ...], path: Path, index: Index = ()) -> ParamMapping:
-    """One dimension of ours, whatever dimensions of 1 are published around it."""
+    """A one-dimensional parameter, published with any number of dimensions of 1."""
     return ParamMapping(name, shape, path, index, (math.prod(shape),), (0,))
 
 
 def _rows(name: str, shape: tuple[int, ...], path: Path) -> ParamMapping:
-    """Rows of channels, whatever dimensions of 1 are published before them."""
+    """A parameter [rows, channels], published with any number of leading dimensions of 1."""
     return ParamMapping(name, shape, path, (), shape[-2:], (0, 1))
 
 
-def _norm(name: str, dim: int, path: Path, index: Index = ()) -> Entries:
+def _norm(name: str, dim: int, path: Path, index: Index = ()) -> Mappings:
     yield _flat(name + ".weight", (dim,), (*path, "scale"), index)
     yield _flat(name + ".bias", (dim,), (*path, "bias"), index)
 
 
-def _linear(name: str, in_dim: int, out_dim: int, path: Path, index: Index = ()) -> Entries:
+def _linear(name: str, in_dim: int, out_dim: int, path: Path, index: Index = ()) -> Mappings:
     shape = (out_dim, in_dim)
     yield ParamMapping(name + ".weight", shape, (*path, "kernel"), index, shape, (1, 0))
     yield _flat(name + ".bias", (out_dim,), (*path, "bias"), index)
@@ -190,13 +190,13 @@ def _kernel(name: str, out_dim: int, in_dim: int, patch: int, path: Path) -> Par
     return ParamMapping(name, shape, path, (), shape, (2, 3, 1, 0))
 
 
-def _patchify(name: str, out_dim: int, in_dim: int, patch: int, path: Path) -> Entries:
+def _patchify(name: str, out_dim: int, in_dim: int, patch: int, path: Path) -> Mappings:
     yield _kernel(name + ".weight", out_dim, in_dim, patch, (*path, "kernel"))
     yield _flat(name + ".bias", (out_dim,), (*path, "bias"))
 
 
-def _fused_qkv(name: str, width: int, heads: int, path: Path, index: Index) -> Entries:
-    """Queries, keys and values of all heads, one after another; `name` has a place for weight or bias."""
+def _fused_qkv(name: str, width: int, heads: int, path: Path, index: Index) -> Mappings:
+    """Queries, keys and values of all heads, concatenated; `name` is formatted with "weight" or "bias"."""
     view = (3, heads, width // heads, width)
     yield ParamMapping(name.format("weight"), (3 * width, width), (*path, "qkv"), index, view, (3, 0, 1, 2))
     yield ParamMapping(name.format("bias"), (3 * width,), (*path, "qkv_bias"), index, view[:3], (0, 1, 2))
@@ -208,19 +208,19 @@ def _heads(
     width: int,
     heads: int,
     path: Path,
-    ours: tuple[str, str],
+    params: tuple[str, str],
     index: Index,
     c: int | None = None,
-) -> Entries:
-    """One of queries, keys and values; `c` is its place in an array of ours that holds several."""
+) -> Mappings:
+    """One of queries, keys and values; `c` is its index in a parameter that holds several."""
     view = (heads, width // heads, in_dim)
-    kernel, bias = ours
-    at_kernel, at_bias = (index, index) if c is None else ((*index, _WHOLE, c), (*index, c))
-    yield ParamMapping(name + ".weight", (width, in_dim), (*path, kernel), at_kernel, view, (2, 0, 1))
-    yield ParamMapping(name + ".bias", (width,), (*path, bias), at_bias, view[:2], (0, 1))
+    kernel, bias = params
+    kernel_index, bias_index = (index, index) if c is None else ((*index, _ALL, c), (*index, c))
+    yield ParamMapping(name + ".weight", (width, in_dim), (*path, kernel), kernel_index, view, (2, 0, 1))
+    yield ParamMapping(name + ".bias", (width,), (*path, bias), bias_index, view[:2], (0, 1))
 
 
-def _attention_out(name: str, width: int, heads: int, path: Path, index: Index) -> Entries:
+def _attention_out(name: str, width: int, heads: int, path: Path, index: Index) -> Mappings:
     view = (width, heads, width // heads)
     yield ParamMapping(name + ".weight", (width, width), (*path, "out"), index, view, (1, 2, 0))
     yield _flat(name + ".bias", (width,), (*path, "out_bias"), index)
