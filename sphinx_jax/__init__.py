@@ -1,4 +1,4 @@
-"""SPHINX-MoE in JAX: load a model on any device mesh, ask it about pictures, train it.
+"""SPHINX-MoE in JAX: load a model on any device mesh, ask it about images, train it.
 
 model = sphinx_jax.load("runs/my-run")
 model.generate(["What colour is it?"], ["shape.png"])
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "SHIPPED", "Conversation", "Sphinx", "SphinxConfig", "UserError", "load", "preset"]
 
 SHIPPED = Path(__file__).parent / "shipped" / "nano"
-"""A small trained checkpoint that comes with the project: it knows coloured shapes."""
+"""A small trained checkpoint that comes with the project; it answers questions about coloured shapes."""
 
-_HOME = {
+_MODULES = {
     "PRESETS": "config",
     "SphinxConfig": "config",
     "preset": "config",
@@ -31,7 +31,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Every import of a module in this package runs this file: what loads slowly waits until it is used.
-    if name not in _HOME:
+    # Importing any module of the package runs this file: slow imports are deferred until first use.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

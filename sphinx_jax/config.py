@@ -1,7 +1,7 @@
 """Sizes of every part of the model, as frozen dataclasses, and the named presets.
 
-A config says shapes and nothing else: no mesh, no files, no learning rates. Two configs that
-compare equal build models with the same parameter tree.
+A config holds the architecture only: no mesh, no files, no learning rates. Equal configs build models with the same
+parameter tree.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class ClipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvNextConfig:
-    """ConvNeXt trunk as in OpenCLIP's ConvNeXt-XXL: the normed feature map and, first, its mean."""
+    """The ConvNeXt trunk of OpenCLIP's ConvNeXt-XXL: the mean of the normed feature map, then the map itself."""
 
     depths: tuple[int, ...] = (3, 4, 30, 3)
     dims: tuple[int, ...] = (384, 768, 1536, 3072)
@@ -63,6 +63,11 @@ class ConvNextConfig:
     @property
     def channels(self) -> int:
         return self.dims[-1]
+
+    @property
+    def grid(self) -> int:
+        """The side of the last stage's feature map: the stem divides by 4, each later stage by 2."""
+        return self.image_size // (4 * 2 ** (len(self.depths) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,8 @@ class DinoConfig:
 
     @property
     def hidden_dim(self) -> int:
-        # Two thirds of 4 x width, rounded up to a multiple of 8: SwiGLU's three matrices then cost
-        # what two plain ones would (https://arxiv.org/abs/2002.05202).
+        # Two thirds of 4 x width, rounded up to a multiple of 8: SwiGLU's three matrices then have as many parameters
+        # as a plain MLP's two (https://arxiv.org/abs/2002.05202).
         return (int(4 * self.width * 2 / 3) + 7) // 8 * 8
 
 
@@ -111,11 +116,11 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Which encoders look at a picture, at what input size and in how many views.
+    """The vision encoders, the image size and the number of crops per image.
 
-    `image_size` is the side in pixels of the square picture handed to the model. `num_crops` is 1 (the
-    whole) or 5 (the whole and its four quarters). An encoder that is None is absent. CLIP, ConvNeXt
-    and DINOv2 must give the same number of words, since their channels are concatenated.
+    `image_size` is the side in pixels of the square input image. `num_crops` is 1 (the full image) or 5 (the full image
+    and its four quarters). An encoder that is None is absent. CLIP, ConvNeXt and DINOv2 must give the same number of
+    tokens, because their channels are concatenated.
     """
 
     image_size: int = 512
@@ -131,31 +136,31 @@ class VisionConfig:
 
     @property
     def num_patch_tokens(self) -> int:
-        """Words of the concatenated encoders: a square grid and one class word before it."""
+        """Tokens per crop of the concatenated encoders: one class token, then a square grid of patches.
+
+        Raises ValueError if the encoders' grids differ.
+        """
         grids = {
             name: side
             for name, side in (
                 ("clip", self.clip and self.clip.image_size // self.clip.patch),
-                ("convnext", self.convnext and self._convnext_grid()),
+                ("convnext", self.convnext and self.convnext.grid),
                 ("dino", self.dino and self.dino.image_size // self.dino.patch),
             )
             if side
         }
         if len(set(grids.values())) > 1:
-            raise ValueError(f"encoders of one ensemble must give one grid of words, got {grids}")
+            raise ValueError(f"CLIP, ConvNeXt and DINOv2 must give the same grid of tokens, got {grids}")
         return max(grids.values()) ** 2 + 1 if grids else 0
-
-    def _convnext_grid(self) -> int:
-        return self.convnext.image_size // (4 * 2 ** (len(self.convnext.depths) - 1))
 
     @property
     def tokens_per_crop(self) -> int:
-        """Words of one view, without the learned start and end vectors."""
+        """Tokens of one crop, without the learned start and end vectors."""
         return self.num_patch_tokens + (self.qformer.num_queries if self.qformer else 0)
 
     @property
     def num_image_tokens(self) -> int:
-        """Sequence positions that one picture takes, start and end vectors included."""
+        """Sequence positions of one image, start and end vectors included."""
         return self.num_crops * (self.tokens_per_crop + 2)
 
 
@@ -173,7 +178,7 @@ class SphinxConfig:
 
     @property
     def image_size(self) -> int:
-        """Side of the square pictures that it takes, in pixels; 0 if it takes none."""
+        """The side of the square input images in pixels; 0 for a text-only model."""
         return self.vision.image_size if self.vision else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,12 +217,12 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 LoraTargets = Literal["attention", "all"]
-"""Attention alone, or attention and experts."""
+"""The adapted modules: attention only, or attention and experts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685): W + alpha / rank x a b for each matrix of the targets."""
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685): W + alpha / rank x a b for every adapted matrix W."""
 
     rank: int
     alpha: float
@@ -229,12 +234,12 @@ class LoraConfig:
 
 
 def sphinx_moe() -> SphinxConfig:
-    """SPHINX-MoE as published: one view of 512 pixels, 291 image words."""
+    """SPHINX-MoE as published: one crop of 512 pixels, 291 image tokens."""
     return SphinxConfig()
 
 
 def sphinx_moe_1k() -> SphinxConfig:
-    """SPHINX-MoE-1k as published: five views of 1,024 pixels, 1,455 image words."""
+    """SPHINX-MoE-1k as published: images of 1,024 pixels in five crops, 1,455 image tokens."""
     return SphinxConfig(vision=VisionConfig(image_size=1024, num_crops=5), balance_weight=0.01)
 
 
@@ -244,7 +249,7 @@ def mixtral_8x7b() -> SphinxConfig:
 
 
 def sphinx_mini() -> SphinxConfig:
-    """7.4 B parameters, 1.7 B of the decoder at work on a word; published CLIP and DINOv2; answers on a 24 GB card."""
+    """7.4 B parameters, 1.7 B of the decoder active per token; published CLIP and DINOv2; inference on a 24 GB GPU."""
     return SphinxConfig(
         language=DecoderConfig(dim=2048, hidden_dim=7168, num_layers=16, num_heads=16),
         vision=VisionConfig(image_size=224, convnext=None, qformer=None),
@@ -252,7 +257,7 @@ def sphinx_mini() -> SphinxConfig:
 
 
 def sphinx_tiny() -> SphinxConfig:
-    """1.5 B parameters, 0.4 B of the decoder at work on a word; published CLIP; trains on a 24 GB card."""
+    """1.5 B parameters, 0.4 B of the decoder active per token; published CLIP; training on a 24 GB GPU."""
     return SphinxConfig(
         language=DecoderConfig(dim=1024, hidden_dim=3584, num_layers=12, num_heads=8),
         vision=VisionConfig(image_size=224, convnext=None, dino=None, qformer=None),
@@ -260,7 +265,7 @@ def sphinx_tiny() -> SphinxConfig:
 
 
 def nano() -> SphinxConfig:
-    """About a million parameters for 64 x 64 pictures: trains on two CPU cores in minutes."""
+    """About a million parameters, for 64 x 64 images: training on two CPU cores in minutes."""
     return SphinxConfig(
         language=DecoderConfig(
             dim=96, hidden_dim=192, num_layers=2, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512
@@ -277,7 +282,7 @@ def nano() -> SphinxConfig:
 
 
 def mixtral_140m() -> SphinxConfig:
-    """A text-only Mixtral of 140 M parameters, 53 M of them at work on a word: what the CPU benchmarks run."""
+    """Text-only Mixtral of 140 M parameters, 53 M of them active per token, for the CPU benchmarks."""
     return SphinxConfig(
         language=DecoderConfig(dim=512, hidden_dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, num_experts=8),
         vision=None,
@@ -297,7 +302,7 @@ PRESETS: dict[str, Callable[[], SphinxConfig]] = {
 
 
 def preset(name: str) -> SphinxConfig:
-    """The preset called `name`. Raises UserError that lists the known ones."""
+    """The preset called `name`. Raises UserError on an unknown name."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()

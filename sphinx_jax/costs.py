@@ -1,16 +1,17 @@
-"""Floating-point operations and bytes of the model, counted from its config and its layout.
+"""Floating-point operations and bytes of the model, counted from its config and its shardings.
 
-A parameter that multiplies n rows costs 2 n operations for each of its elements; attention costs 4 operations for
-each pair of query and key and each channel of a head. Norms, activations and softmax are left out, as usual. The
-share of one device follows from how the rules table splits each parameter: what is split over the model-parallel
-axes is computed in parts, what is copied is computed by every device. Experts are taken to be chosen evenly.
+A parameter that multiplies n rows costs 2 n operations per element; attention costs 4 operations per query, key and
+channel of a head. Norms, activations and softmax are not counted, as is usual. The cost per device follows from the
+sharding of each parameter: what is sharded over the model-parallel axes is computed in parts, what is replicated is
+computed by every device. Routing is taken to be balanced.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from sharding import DEFAULT_RULES, Rules, partition_spec
 from sphinx_jax.config import SphinxConfig, VisionConfig
@@ -19,116 +20,123 @@ from sphinx_jax.kernels.quantized import Quantized
 Path = tuple[str | int, ...]
 
 
-class Work(NamedTuple):
-    """What a job asks of the model: `sequences` of `length` positions, each looked at against `keys` positions.
+class Workload(NamedTuple):
+    """One forward pass: `num_seqs` sequences of `length` positions, each of which attends to `num_keys` positions.
 
-    `scored` positions of each sequence get scores over the vocabulary; `pictures` are encoded.
+    The output head computes logits for `num_logits` positions of each sequence; `num_images` images are encoded.
     """
 
-    sequences: int
+    num_seqs: int
     length: int
-    keys: int
-    scored: int
-    pictures: int = 0
+    num_keys: int
+    num_logits: int
+    num_images: int = 0
 
 
-class Cost(NamedTuple):
-    """Of all devices together, and of the busiest one."""
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations or bytes: the sum over all devices, and the maximum of one device."""
 
     total: float
-    busiest: float
+    per_device_max: float
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.total + other.total, self.busiest + other.busiest)
+        return Cost(self.total + other.total, self.per_device_max + other.per_device_max)
 
     def __mul__(self, factor: float) -> "Cost":
-        return Cost(self.total * factor, self.busiest * factor)
+        return Cost(self.total * factor, self.per_device_max * factor)
 
 
 def forward_flops(
-    config: SphinxConfig, params: Any, mesh: Mesh, work: Work, rules: Rules = DEFAULT_RULES
+    config: SphinxConfig, params: Any, mesh: Mesh, workload: Workload, rules: Rules = DEFAULT_RULES
 ) -> dict[str, Cost]:
-    """Operations of one forward pass: "language", and "vision" where there are pictures.
+    """Operations of one forward pass: "language", and "vision" if there are images.
 
-    `params` are the model's abstract parameters on `mesh` (`sharding.abstract_params`), layers stacked or apart.
+    `params` are the model's abstract parameters on `mesh` (`sharding.abstract_params`), with stacked or unstacked
+    layers.
     """
     language = config.language
-    batch = _batch_split(work.sequences, mesh, rules)
-    pairs = work.sequences * work.length * work.keys
-    attended = 4.0 * pairs * language.num_heads * language.head_dim * language.num_layers
+    batch_shards = _batch_shards(workload.num_seqs, mesh, rules)
+    pairs = workload.num_seqs * workload.length * workload.num_keys
+    attention = 4.0 * pairs * language.num_heads * language.head_dim * language.num_layers
     heads = partition_spec(("kv_heads", "queries"), (language.num_kv_heads, language.queries_per_kv), mesh, rules)
-    products = _products(config, {"language": params["language"]}, work, work.sequences, batch, mesh)
-    costs = {"language": products + _split(attended, _factor(heads, mesh) * batch)}
-    if config.vision is not None and work.pictures:
-        costs["vision"] = _vision_flops(config, params["vision"], mesh, work, rules)
+    products = _products(config, {"language": params["language"]}, workload, workload.num_seqs, batch_shards, mesh)
+    costs = {"language": products + _sharded(attention, _num_shards(heads, mesh) * batch_shards)}
+    if config.vision is not None and workload.num_images:
+        costs["vision"] = _vision_flops(config, config.vision, params["vision"], mesh, workload, rules)
     return costs
 
 
 def decode_bytes(
-    config: SphinxConfig, params: Any, mesh: Mesh, rows: int, keys: int, rules: Rules = DEFAULT_RULES
+    config: SphinxConfig, params: Any, mesh: Mesh, num_seqs: int, cache_len: int, rules: Rules = DEFAULT_RULES
 ) -> Cost:
-    """Bytes that must be read from memory to decode one token for each of `rows`: weights at work, and the cache.
+    """Bytes read from device memory by one decode step of `num_seqs` sequences: active parameters and KV cache.
 
-    Each row chooses its experts independently; an expert that several rows chose is read once.
+    Each sequence selects its experts independently; the weights of an expert that several select are read once.
+    `cache_len` is the number of cache positions that each sequence attends to.
     """
     language = config.language
-    own_rows = rows / _batch_split(rows, mesh, rules)
-    chosen = lambda n: 1 - (1 - language.experts_per_token / language.num_experts) ** n
-    total = busiest = 0.0
+    seqs_per_device = num_seqs / _batch_shards(num_seqs, mesh, rules)
+
+    def fraction_of_experts(n: float) -> float:
+        """The expected fraction of experts that at least one of n tokens selects."""
+        return 1 - (1 - language.experts_per_token / language.num_experts) ** n
+
+    total = per_device_max = 0.0
     for path, leaf in _with_paths(params["language"]):
         if path[0] == "embedding":
             continue
         is_expert = path[-1] in ("w_in", "w_out")
         size = sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(leaf)) / 8
-        total += size * (chosen(rows) if is_expert else 1)
-        busiest += size / _model_split(leaf, mesh) * (chosen(own_rows) if is_expert else 1)
+        total += size * (fraction_of_experts(num_seqs) if is_expert else 1)
+        per_device_max += size / _model_shards(leaf, mesh) * (fraction_of_experts(seqs_per_device) if is_expert else 1)
     itemsize = params["language"]["embedding"]["table"].dtype.itemsize
-    cached = 2.0 * language.num_layers * keys * language.num_kv_heads * language.head_dim * itemsize
-    kv = partition_spec(("kv_heads",), (language.num_kv_heads,), mesh, rules)
-    return Cost(total + rows * cached, busiest + own_rows * cached / _factor(kv, mesh))
+    kv_bytes = 2.0 * language.num_layers * cache_len * language.num_kv_heads * language.head_dim * itemsize
+    kv_spec = partition_spec(("kv_heads",), (language.num_kv_heads,), mesh, rules)
+    return Cost(total + num_seqs * kv_bytes, per_device_max + seqs_per_device * kv_bytes / _num_shards(kv_spec, mesh))
 
 
 def fraction_of_parameters(params: Any) -> float:
-    """The part of all parameters that the busiest device holds."""
+    """The fraction of all parameters that one device holds."""
     leaves = [leaf for _, leaf in _with_paths(params)]
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    return held / sum(math.prod(leaf.shape) for leaf in leaves)
+    per_device = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    return per_device / sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _products(config: SphinxConfig, params: Any, work: Work, items: int, batch: int, mesh: Mesh) -> Cost:
-    """Products with parameters, for `items` sequences or views of which each device has 1 / `batch`."""
-    total = busiest = 0.0
+def _products(config: SphinxConfig, params: Any, workload: Workload, count: int, batch_shards: int, mesh: Mesh) -> Cost:
+    """Products with parameters, for `count` sequences or crops of which each device has 1 / `batch_shards`."""
+    total = per_device_max = 0.0
     for path, leaf in _with_paths(params):
-        flops = 2.0 * math.prod(leaf.shape) * items * _rows(config, path, work)
+        flops = 2.0 * math.prod(leaf.shape) * count * _rows(config, path, workload)
         total += flops
-        busiest += flops / (_model_split(leaf, mesh) * batch)
-    return Cost(total, busiest)
+        per_device_max += flops / (_model_shards(leaf, mesh) * batch_shards)
+    return Cost(total, per_device_max)
 
 
-def _rows(config: SphinxConfig, path: Path, work: Work) -> float:
-    """How many rows a parameter multiplies, for each sequence or each view."""
+def _rows(config: SphinxConfig, path: Path, workload: Workload) -> float:
+    """The number of rows that the parameter at `path` multiplies, per sequence or per crop."""
     leaf = path[-1]
     if path[0] == "language":
         if path[1] == "head":
-            return work.scored
+            return workload.num_logits
         if leaf in ("wqkv", "wo", "router"):
-            return work.length
+            return workload.length
         if leaf in ("w_in", "w_out"):
-            return work.length * config.language.experts_per_token / config.language.num_experts
+            return workload.length * config.language.experts_per_token / config.language.num_experts
         return 0
-    return _vision_rows(config, path)
+    return _vision_rows(config.vision, path)
 
 
-def _vision_rows(config: SphinxConfig, path: Path) -> float:
-    """Rows a view. Vectors (biases, norms, scales, class tokens) and positions multiply nothing."""
-    vision, leaf = config.vision, path[-1]
+def _vision_rows(vision: Any, path: Path) -> float:
+    """Rows per crop. Vectors (biases, norms, scales, class tokens) and position embeddings multiply nothing."""
+    leaf = path[-1]
     if leaf not in ("kernel", "qkv", "out", "q", "kv", "gate_up", "depthwise"):
         return 0
     if path[1] == "visual_proj":
         return vision.num_patch_tokens
     if path[1] == "qformer_proj":
         return vision.qformer.num_queries
-    encoder = getattr(vision, path[1])
+    encoder = getattr(vision, str(path[1]))
     if path[1] == "convnext":
         stage = int(path[3]) if path[2] == "stages" else 0
         return (encoder.image_size // (4 * 2**stage)) ** 2
@@ -140,14 +148,15 @@ def _vision_rows(config: SphinxConfig, path: Path) -> float:
     return patches + 1
 
 
-def _vision_flops(config: SphinxConfig, params: Any, mesh: Mesh, work: Work, rules: Rules) -> Cost:
-    vision = config.vision
-    num_crops = work.pictures * vision.num_crops
-    batch = _batch_split(num_crops, mesh, rules)
-    cost = _products(config, {"vision": params}, work, num_crops, batch, mesh)
+def _vision_flops(
+    config: SphinxConfig, vision: VisionConfig, params: Any, mesh: Mesh, workload: Workload, rules: Rules
+) -> Cost:
+    num_crops = workload.num_images * vision.num_crops
+    batch_shards = _batch_shards(num_crops, mesh, rules)
+    cost = _products(config, {"vision": params}, workload, num_crops, batch_shards, mesh)
     for layers, queries, keys, width, heads in _vision_attention(vision):
-        split = _factor(partition_spec(("vision_heads",), (heads,), mesh, rules), mesh)
-        cost += _split(4.0 * num_crops * layers * queries * keys * width, split * batch)
+        head_shards = _num_shards(partition_spec(("vision_heads",), (heads,), mesh, rules), mesh)
+        cost += _sharded(4.0 * num_crops * layers * queries * keys * width, head_shards * batch_shards)
     return cost
 
 
@@ -165,28 +174,31 @@ def _vision_attention(vision: VisionConfig) -> list[tuple[int, int, int, int, in
     return found
 
 
-def _batch_split(count: int, mesh: Mesh, rules: Rules) -> int:
-    """Over how many devices a batch of `count` is split."""
-    return _factor(partition_spec(("batch",), (count,), mesh, rules), mesh)
+def _batch_shards(count: int, mesh: Mesh, rules: Rules) -> int:
+    """The number of shards of a batch of `count`."""
+    return _num_shards(partition_spec(("batch",), (count,), mesh, rules), mesh)
 
 
-def _model_split(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> int:
-    """Into how many parts the products with a parameter are cut; what fsdp splits is gathered before use."""
+def _model_shards(leaf: Any, mesh: Mesh) -> int:
+    """The number of parts of the products with a parameter; fsdp's shards are all-gathered before use."""
     return math.prod(mesh.shape[axis] for axis in _axes(leaf.sharding.spec) if axis not in ("data", "fsdp"))
 
 
-def _axes(partition: jax.sharding.PartitionSpec) -> list[str]:
-    return [axis for part in partition if part for axis in ((part,) if isinstance(part, str) else part)]
+def _axes(spec: PartitionSpec) -> list[str]:
+    """The mesh axes of all dimensions."""
+    return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
 
 
-def _factor(partition: jax.sharding.PartitionSpec, mesh: Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in _axes(partition))
+def _num_shards(spec: PartitionSpec, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in _axes(spec))
 
 
-def _split(flops: float, parts: int) -> Cost:
-    return Cost(flops, flops / parts)
+def _sharded(flops: float, num_shards: int) -> Cost:
+    """The cost of work that `num_shards` devices divide evenly."""
+    return Cost(flops, flops / num_shards)
 
 
-def _with_paths(tree: Any) -> list[tuple[Path, jax.ShapeDtypeStruct | Quantized]]:
+def _with_paths(tree: Any) -> list[tuple[Path, Any]]:
+    """(path, leaf) of all leaves, which are ShapeDtypeStructs or Quantized."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Quantized))
     return [(tuple(key.key for key in path), leaf) for path, leaf in leaves]

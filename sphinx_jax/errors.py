@@ -1,8 +1,8 @@
-"""The one error that is the user's to mend."""
+"""The error for mistakes that the user can correct."""
 
 
 class UserError(Exception):
-    """Something the user can put right: the message is one sentence that names the file or flag and the remedy.
+    """A mistake that the user can correct. The message is one sentence that names the file or flag and the remedy.
 
-    Entry points print it as `error: ...` and exit with code 2; a traceback means a fault of ours.
+    Entry points print it as `error: ...` and exit with code 2; a traceback means a bug.
     """

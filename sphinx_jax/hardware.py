@@ -1,8 +1,9 @@
-"""What a plan needs to know of a GPU: datasheet facts, and the compiler's description of it made from them."""
+"""GPU facts from datasheets, and the compiler's target description derived from them."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from sharding.errors import LayoutError
 
@@ -11,15 +12,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One card. Rates are the datasheet's, without sparsity."""
+    """One GPU model. Rates are the datasheet's, without sparsity."""
 
     name: str
     memory_mib: int
-    """All of its memory, as the driver reports it."""
+    """Total memory as the driver reports it, in MiB."""
     bandwidth_gb_s: float
-    """Of its memory, in 1e9 bytes a second."""
+    """Memory bandwidth in 1e9 bytes per second."""
     bf16_tflops: float
-    """Dense bfloat16 products added up in float32, in 1e12 operations a second."""
+    """Dense bfloat16 matrix products with float32 accumulation, in 1e12 operations per second."""
     compute_capability: tuple[int, int]
     multiprocessors: int
     clock_ghz: float
@@ -31,21 +32,21 @@ class Gpu:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Memory bandwidth in bytes per second."""
         return self.bandwidth_gb_s * 1e9
 
     @property
     def bf16_flops(self) -> float:
-        """Operations a second."""
+        """Dense bfloat16 operations per second."""
         return self.bf16_tflops * 1e12
 
     @property
     def host_bandwidth(self) -> float:
-        """Bytes a second out of host memory: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before."""
+        """Host-to-device bandwidth in bytes per second: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before."""
         return (63.0 if self.compute_capability >= (9, 0) else 31.5) * 1e9
 
     def target_description(self) -> str:
-        """The card as XLA's GPU compiler wants it described (a GpuTargetConfigProto in text form)."""
+        """The GPU as a GpuTargetConfigProto in text form, which XLA's compiler takes instead of a device."""
         major, minor = self.compute_capability
         core = _CORES[self.compute_capability]
         return f"""
@@ -78,7 +79,7 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class _Core:
-    """A multiprocessor of one generation (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """The multiprocessor of one compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
     shared_kib: int
     threads: int
@@ -128,21 +129,21 @@ _DEVICE_KINDS = {
     "NVIDIA GeForce RTX 4090": "rtx4090",
     "NVIDIA GeForce RTX 4080": "rtx4080",
 }
-"""What the driver, and jax after it, calls them. Slower variants (H100 PCIe, H100 NVL) have other names."""
+"""GPU names by the driver's, which is jax's `device_kind`. Slower variants (H100 PCIe, H100 NVL) have other names."""
 
 _WITHOUT_BF16 = {"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "rtx2080ti": (7, 5)}
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card of that name, or the one described in the file NAME.json.
+    """The GPU called `name`, or the one described in the file `name` if it ends in ".json".
 
-    Raises LayoutError on an unknown name, a file that does not describe a card, or a card without bfloat16.
+    Raises LayoutError on an unknown name, a file that does not describe a GPU, or a GPU without bfloat16.
     """
     if name.endswith(".json"):
-        return _read(Path(name))
+        return _from_file(Path(name))
     key = name.lower()
     if key in _WITHOUT_BF16:
-        _refuse(name, _WITHOUT_BF16[key])
+        _raise_unsupported(name, _WITHOUT_BF16[key])
     if key not in GPUS:
         raise LayoutError(
             f"unknown GPU {name!r}; choose one of {', '.join(GPUS)}, or describe yours in a file and give --gpu "
@@ -152,32 +153,32 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_of_device(kind: str) -> Gpu | None:
-    """The card that jax calls `kind` (`jax.Device.device_kind`); None where it is not one of the table's."""
+    """The GPU whose `jax.Device.device_kind` is `kind`; None if it is not in the table."""
     return GPUS.get(_DEVICE_KINDS.get(kind, ""))
 
 
-def _read(file: Path) -> Gpu:
+def _from_file(file: Path) -> Gpu:
     try:
         values = json.loads(file.read_text())
         gpu = Gpu(**values | {"compute_capability": tuple(values["compute_capability"])})
         numbers = (gpu.memory_mib, gpu.bandwidth_gb_s, gpu.bf16_tflops, gpu.multiprocessors, gpu.clock_ghz, gpu.l2_mib)
         if not all(number > 0 for number in numbers):
-            raise ValueError("a number is not above 0")
+            raise ValueError("all numbers must be above 0")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LayoutError(
             f"{file} does not describe a GPU ({error}); write {json.dumps(dataclasses.asdict(GPUS['rtx3090']))}"
         ) from None
     if gpu.compute_capability not in _CORES:
-        _refuse(gpu.name, gpu.compute_capability)
+        _raise_unsupported(gpu.name, gpu.compute_capability)
     return gpu
 
 
-def _refuse(name: str, capability: tuple[int, int]) -> None:
+def _raise_unsupported(name: str, capability: tuple[int, int]) -> NoReturn:
     version = ".".join(map(str, capability))
     if capability < (8, 0):
         raise LayoutError(
             f"{name} (compute capability {version}) has no bfloat16, which the model computes in; "
-            "take a card of compute capability 8.0 or newer"
+            "choose a GPU of compute capability 8.0 or newer"
         )
     known = ", ".join(".".join(map(str, key)) for key in _CORES)
-    raise LayoutError(f"{name}: compute capability {version} is not known here; the known ones are {known}")
+    raise LayoutError(f"{name}: compute capability {version} is unknown; the known ones are {known}")

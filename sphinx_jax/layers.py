@@ -1,8 +1,8 @@
-"""Linear, norm and embedding with named axes, and the loop over like layers.
+"""Linear, norms, embedding and LoRA with named axes, and the loop over identical layers.
 
-Every parameter is made by `param`, which writes the logical name of each dimension beside it;
-`sharding.axis_rules` turns those names into places on a mesh. Modules compute in the dtype of their
-input: mixed precision is a cast of the parameters, done once by the caller.
+Every parameter is created by `param`, which records the logical axis of each dimension; `sharding.axis_rules` turns
+these into shardings. Modules compute in the dtype of their input: mixed precision is a cast of the parameters, done
+once by the caller.
 """
 
 import math
@@ -17,27 +17,30 @@ from jaxtyping import Array, Float, Int
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.kernels.linear import matmul
 
-# Placing parameters is the business of sharding.init, from abstract shapes; with eager sharding
-# Flax refuses a named parameter made outside a mesh.
+# sharding.init shards parameters from their abstract shapes. With eager sharding Flax raises on a named parameter that
+# is created without a mesh.
 nnx.use_eager_sharding(False)
 
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 
 
 def fan_in_normal(fan_in: int) -> Initializer:
-    """Normal with variance 1 / fan_in, so that a product keeps the scale of its input."""
+    """Normal with variance 1 / fan_in, which preserves the scale of the input."""
     return nnx.initializers.normal(1 / math.sqrt(fan_in))
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...], init: Initializer) -> nnx.Param:
-    """A float32 parameter whose dimensions carry logical axis names (None: never sharded)."""
+    """A float32 parameter with the logical axis of each dimension (None: never sharded).
+
+    Raises ValueError if there is not one name per dimension.
+    """
     if len(shape) != len(names):
         raise ValueError(f"{len(shape)} dimensions but {len(names)} axis names: {shape}, {names}")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=names)
 
 
 class Linear(nnx.Module):
-    """y = x W + b with W[in, out]; `names` are the logical names of (in, out)."""
+    """y = x W + b with W[in, out]; `names` are the logical axes (in, out)."""
 
     def __init__(
         self, in_dim: int, out_dim: int, names: tuple[str | None, str | None], *, bias: bool = True, rngs: nnx.Rngs
@@ -80,24 +83,26 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table looked up by token id.
+    """A table of one vector per token id.
 
-    The channels are what is sharded over the model-parallel devices, not the vocabulary: looking up
-    a token then needs no copy of the table, only a gather of the few channels of the result.
+    The channels are sharded over the model-parallel devices, not the vocabulary: a lookup then needs no all-gather of
+    the table, only of the resulting channels.
     """
 
     def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
         self.table = param(rngs, (vocab_size, dim), ("vocab_rows", "channels"), nnx.initializers.normal(0.02))
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         return jnp.take(self.table[...], tokens, axis=0)
 
 
 class LowRank(nnx.Module):
-    """LoRA (https://arxiv.org/abs/2106.09685): x a b x alpha / rank, added to the product with a frozen matrix.
+    """LoRA (https://arxiv.org/abs/2106.09685): x a b x alpha / rank, added to the product with a frozen matrix W.
 
-    The matrix is W[*stack, *in, *out], `inputs` the number of dimensions of its input. `a[*stack, *in, rank]` is
-    split over a mesh as the matrix's input is, `b[*stack, rank, *out]` as its output. b starts as zeros.
+    W is [*stack, *in, *out], with `stack` and `inputs` the numbers of dimensions of *stack and *in.
+    `a[*stack, *in, rank]` is sharded like W's input dimensions, `b[*stack, rank, *out]` like its output dimensions. b
+    is initialised to zeros.
     """
 
     def __init__(self, matrix: nnx.Param, lora: LoraConfig, *, stack: int = 0, inputs: int = 1, rngs: nnx.Rngs):
@@ -108,11 +113,11 @@ class LowRank(nnx.Module):
         self.scale = lora.scale
 
     def factors(self, dtype: Any) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """a, and b scaled, in `dtype`."""
+        """(a, b x alpha / rank) in `dtype`."""
         return self.a[...].astype(dtype), (self.b[...] * self.scale).astype(dtype)
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "..."]:
-        """What is added to x W of a single matrix, the dimensions of its input as one."""
+        """The LoRA term of x W for a single matrix; `x` has the dimensions *in flattened into one."""
         a, b = self.factors(x.dtype)
         return matmul(matmul(x, a.reshape(-1, a.shape[-1])), b)
 
@@ -120,10 +125,10 @@ class LowRank(nnx.Module):
 def make_layers(
     make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, unstacked: bool = False
 ) -> nnx.Module:
-    """`count` like layers: one module whose arrays are stacked along a leading "layers" axis, or a list.
+    """`count` identical layers: one module with arrays stacked along a leading "layers" axis, or a list of modules.
 
-    Stacked layers run as one scan and compile once, which training wants. Held apart, no layer's
-    weights are copied out of a stack, which decoding wants.
+    Stacked layers run as one scan and compile once: for training. Unstacked layers need no slice of a stack, which
+    would copy their weights: for decoding.
     """
     if unstacked:
         return nnx.List([make(rngs) for _ in range(count)])
@@ -146,12 +151,11 @@ def run_layers(
     *,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """carry, output_i = body(layer_i, carry, per_layer_i) for each layer in turn.
+    """carry, output_i = body(layer_i, carry, per_layer_i) for each layer i in order; returns (carry, outputs).
 
-    `per_layer` and the returned outputs have a leading layer axis when the layers are stacked, and
-    are lists when they are held apart. `remat` names what a stacked layer keeps for its gradient:
-    "none" recomputes nothing, "block" everything but the layer's input, "dots" everything but that
-    and the matrix products.
+    `per_layer` and the outputs have a leading layer axis if the layers are stacked, and are lists if they are
+    unstacked. `remat` is the rematerialisation policy of stacked layers: "none" stores all activations for the backward
+    pass, "block" only each layer's input, "dots" also the results of matrix products.
     """
     if isinstance(layers, nnx.List):
         outputs = []
@@ -160,12 +164,14 @@ def run_layers(
             outputs.append(output)
         return carry, outputs
 
+    # A scan over the stacked parameters: `body` is traced once, with one layer's slice of every array.
     graph, state = nnx.split(layers)
 
     def step(carry, inputs):
-        layer_state, extra = inputs
-        return body(nnx.merge(graph, layer_state), carry, extra)
+        layer_state, layer_input = inputs
+        return body(nnx.merge(graph, layer_state), carry, layer_input)
 
     if REMAT_POLICIES[remat] is not None:
+        # Inside a scan XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (state, per_layer))

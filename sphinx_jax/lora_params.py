@@ -1,7 +1,7 @@
-"""Low-rank adapters as a parameter tree of their own, beside that of the model that they adapt.
+"""LoRA adapters as a parameter tree of their own, separate from the base model's.
 
-A module that has a matrix `w` has its adapter as `w_lora`, with the factors `a` and `b` (`layers.LowRank`). Kept
-apart, nothing of the base is differentiated, has optimizer state, or is saved with a run.
+The adapter of a matrix `w` is `w_lora` in the same module, with the factors `a` and `b` (`layers.LowRank`). In a tree
+of their own they alone are differentiated, have optimizer state, and are saved with a run.
 """
 
 from typing import Any
@@ -12,19 +12,20 @@ SUFFIX = "_lora"
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """The tree of a model with adapters as that of its base and that of the adapters, both nested alike."""
-    base, adapters = {}, {}
+    """(base, adapters): the parameters of an adapted model as two trees of the same nesting."""
+    base: Params = {}
+    adapters: Params = {}
     for key, value in params.items():
         if str(key).endswith(SUFFIX):
             adapters[key] = value
         elif isinstance(value, dict):
-            base[key], inside = split(value)
-            adapters |= {key: inside} if inside else {}
+            base[key], nested = split(value)
+            adapters |= {key: nested} if nested else {}
         else:
             base[key] = value
     return base, adapters
 
 
 def join(base: Params, adapters: Params) -> Params:
-    """Inverse of `split`; without adapters the base itself."""
+    """The inverse of `split`; `base` itself without adapters."""
     return base | {key: join(base[key], value) if key in base else value for key, value in adapters.items()}

@@ -1,4 +1,4 @@
-"""SphinxMoE: joins the encoders' words and the text, and nothing else."""
+"""SphinxMoE: the vision encoders and the decoder as one model."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from sphinx_jax.vision.ensemble import Ensemble
 
 
 class SphinxMoE(nnx.Module):
-    """Pictures and text in, next-word scores out.
+    """Images and text tokens in, next-token logits out.
 
-    `unstacked` holds the decoder's layers as a list instead of stacked (see `layers.make_layers`); `lora` puts adapters
-    beside the matrices of attention and experts (see `adapters`).
+    `unstacked` makes the decoder's layers a list instead of stacked arrays (`layers.make_layers`); `lora` adds adapters
+    to the matrices of attention and experts (`layers.LowRank`).
     """
 
     def __init__(
@@ -29,20 +29,23 @@ class SphinxMoE(nnx.Module):
     def encode_images(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch crops tokens dim"]:
-        """Normalised pictures as words of the language model, before the start and end vectors."""
+        """Image embeddings of normalised images, without the start and end vectors. The model must have encoders."""
+        assert self.vision is not None
         return self.vision(images, remat=remat)
 
     def embed(
-        self, tokens: Int[Array, "batch text"], words: Float[Array, "batch crops tokens dim"] | None = None
+        self, tokens: Int[Array, "batch text"], image_embeds: Float[Array, "batch crops tokens dim"] | None = None
     ) -> Float[Array, "batch length dim"]:
-        """The sequence that the decoder sees: first token, the picture's views each between a start and an
-        end vector, then the rest of the text. length = text + views x (words + 2).
+        """The decoder's input: BOS, the image embeddings with start and end vectors, then the rest of the text.
+
+        length = text + crops x (tokens + 2) with an image, else text.
         """
         text = self.language.embedding(tokens)
-        if words is None:
+        if image_embeds is None:
             return text
-        picture = self.vision.between_markers(words).astype(text.dtype)
-        return jnp.concatenate([text[:, :1], picture, text[:, 1:]], axis=1)
+        assert self.vision is not None
+        image = self.vision.add_markers(image_embeds).astype(text.dtype)
+        return jnp.concatenate([text[:, :1], image, text[:, 1:]], axis=1)
 
     def __call__(
         self,
@@ -52,31 +55,31 @@ class SphinxMoE(nnx.Module):
         *,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch text vocab"], dict[str, Any]]:
-        """Scores of the word after each text token, teacher-forced, float32; and a record of the way there.
+        """Logits of the token after each text token, teacher-forced, float32; and the intermediates.
 
-        `segment_ids` numbers the turn of each token, 0 being the shared beginning: each turn then sees only itself
-        and the beginning. `remat` names what the blocks of decoder and encoders keep for their gradients
-        (`layers.run_layers`). The record holds `words`, `embedded`, `hidden` (after the final norm) and `layers`.
+        `segment_ids` is the segment of each token, 0 for the shared prefix: each segment attends to itself and the
+        prefix only. `remat` is the rematerialisation policy of decoder and encoders (`layers.run_layers`). The
+        intermediates are `image_embeds` (None without images), `embedded` (the decoder's input), `hidden` (after the
+        final norm) and `layers` (see `Decoder`).
         """
-        words = None if images is None else self.encode_images(images, remat=remat)
-        x = self.embed(tokens, words)
+        image_embeds = None if images is None else self.encode_images(images, remat=remat)
+        x = self.embed(tokens, image_embeds)
         batch, length, _ = x.shape
-        picture = length - tokens.shape[1]
+        num_image_tokens = length - tokens.shape[1]
         if segment_ids is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
             mask = Causal()
         else:
-            # The picture stands after the first token, in the shared beginning.
-            segment_ids = jnp.concatenate(
-                [segment_ids[:, :1], jnp.zeros((batch, picture), segment_ids.dtype), segment_ids[:, 1:]], axis=1
-            )
+            # The image is part of the shared prefix.
+            zeros = jnp.zeros((batch, num_image_tokens), segment_ids.dtype)
+            segment_ids = jnp.concatenate([segment_ids[:, :1], zeros, segment_ids[:, 1:]], axis=1)
             positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
         hidden, _, layers = self.language(x, positions, mask, remat=remat)
-        # What follows the first token is said by the word before it: by the picture's last, where there is one.
-        record = {"words": words, "embedded": x, "hidden": hidden, "layers": layers}
-        return self.language.logits(hidden[:, picture:]), record
+        intermediates = {"image_embeds": image_embeds, "embedded": x, "hidden": hidden, "layers": layers}
+        # The last `text` positions: the image's last position predicts the token after BOS in place of BOS itself.
+        return self.language.logits(hidden[:, num_image_tokens:]), intermediates
 
 
 def bind(graph: nnx.GraphDef, params: dict[str, Any]) -> SphinxMoE:
-    """The module with `params` (nested dicts of arrays) as its parameters."""
+    """The module of `graph` with `params` (nested dicts of arrays) as its parameters."""
     return nnx.merge(graph, nnx.State(params))

@@ -1,7 +1,7 @@
-"""Which weights of the model are kept in few bits, and laying them out over a mesh.
+"""Weight-only quantization of the model: which parameters are quantized, and their shardings.
 
-All that the decoder multiplies word by word, the experts above all: 46.3 of SPHINX-MoE's 50 billion parameters. The
-embedding, the head, the norms, the router and the encoders stay as they are.
+The matrices of attention and experts are quantized: 46.3 of SPHINX-MoE's 50 billion parameters. The embedding, the
+output head, the norms, the router and the vision encoders are not.
 """
 
 import functools
@@ -11,58 +11,63 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sharding import shardings_of
 from sphinx_jax.errors import UserError
-from sphinx_jax.kernels.quantized import Kind, Quantized, quantize
+from sphinx_jax.kernels.quantized import Quantized, QuantizedDtype, quantize
 
 Path = tuple[str | int, ...]
 
-SUMMED_OVER = {"wqkv": -4, "wo": -2, "w_in": -3, "w_out": -2}
-"""Of each quantized parameter the dimension that products sum over, counted from the last."""
+CONTRACTION_AXES: dict[str | int, int] = {"wqkv": -4, "wo": -2, "w_in": -3, "w_out": -2}
+"""The contraction dimension of each quantized parameter, as a negative index."""
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether the parameter at `path` of the model is one of those."""
-    return path[0] == "language" and path[-1] in SUMMED_OVER
+    """Whether the parameter at `path` of the model is quantized."""
+    return path[0] == "language" and path[-1] in CONTRACTION_AXES
 
 
-def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct, kind: Kind) -> Quantized:
-    """Shapes and shardings of a quantized parameter: each device has the scales of its own values.
+def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind: QuantizedDtype) -> Quantized:
+    """Shapes and shardings of a quantized parameter: each device has the scales of its own shard of the values.
 
-    Raises UserError if the mesh cuts through a run of values that share a scale.
+    Raises UserError if a shard boundary falls inside a group of values with one scale.
     """
-    axis = SUMMED_OVER[path[-1]]
+    axis = CONTRACTION_AXES[path[-1]]
     shapes = jax.eval_shape(lambda w: quantize(w, kind, axis), leaf)
     position = len(leaf.shape) + axis
-    groups, local = shapes.scales.shape[position], leaf.sharding.shard_shape(leaf.shape)
-    parts = leaf.shape[position] // local[position]
-    if groups % parts and kind == "int4":
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)  # abstract_params makes no other
+    num_groups = shapes.scales.shape[position]
+    num_shards = leaf.shape[position] // sharding.shard_shape(leaf.shape)[position]
+    if num_groups % num_shards and kind == "int4":
         raise UserError(
-            f"int4 keeps a scale for every {leaf.shape[position] // groups} of {path[-1]}'s {leaf.shape[position]} "
-            f"numbers, and the mesh would cut them into {parts} parts: use a mesh of fewer parts, or int8"
+            f"int4 has one scale per {leaf.shape[position] // num_groups} of {path[-1]}'s {leaf.shape[position]} "
+            f"values, which the mesh would split into {num_shards} shards: use a smaller mesh, or int8"
         )
-    mesh, names = leaf.sharding.mesh, [*leaf.sharding.spec, *[None] * len(leaf.shape)][: len(leaf.shape)]
-    if groups == 1:
-        names[position] = None
-    place = lambda part, spec: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=spec)
-    scales = NamedSharding(mesh, PartitionSpec(*names), memory_kind=leaf.sharding.memory_kind)
-    return Quantized(place(shapes.values, leaf.sharding), place(shapes.scales, scales), axis)
+    spec = [*sharding.spec, *[None] * len(leaf.shape)][: len(leaf.shape)]
+    if num_groups == 1:
+        spec[position] = None
+    scales_sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+    values = jax.ShapeDtypeStruct(shapes.values.shape, shapes.values.dtype, sharding=sharding)
+    scales = jax.ShapeDtypeStruct(shapes.scales.shape, shapes.scales.dtype, sharding=scales_sharding)
+    return jax.tree.unflatten(jax.tree.structure(shapes), (values, scales))
 
 
-def quantized(path: Path, leaf: jax.Array, kind: Kind) -> Quantized | jax.Array:
-    """A parameter of the model, quantized if it is one of those."""
+def quantized(path: Path, leaf: jax.Array, kind: QuantizedDtype) -> Quantized | jax.Array:
+    """The parameter at `path` of the model, quantized if `is_quantized`."""
     if not is_quantized(path):
         return leaf
     target = abstract_quantized(path, leaf, kind)
-    return _program(kind, target.axis, target.values.sharding, target.scales.sharding)(leaf)
+    return _program(kind, target.axis, shardings_of(target))(leaf)
 
 
 @functools.lru_cache(maxsize=64)
-def _program(kind: Kind, axis: int, values: NamedSharding, scales: NamedSharding) -> Callable[[jax.Array], Quantized]:
-    return jax.jit(lambda weights: quantize(weights, kind, axis), out_shardings=Quantized(values, scales, axis))
+def _program(kind: QuantizedDtype, axis: int, shardings: Quantized) -> Callable[[jax.Array], Quantized]:
+    """The jitted quantization of one shape and sharding; `shardings` has shardings in place of its arrays."""
+    return jax.jit(lambda weights: quantize(weights, kind, axis), out_shardings=shardings)
 
 
-def abstract_quantized_params(params: Any, kind: Kind) -> Any:
-    """The same for all of a model's abstract parameters."""
+def abstract_quantized_params(params: Any, kind: QuantizedDtype) -> Any:
+    """The abstract parameters of a model after `quantized`."""
 
     def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
         path = tuple(key.key for key in keys)

@@ -19,9 +19,9 @@ def pytest_configure(config):
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Compiling takes most of the time of these tests, and several compile the same program.
-_compiled = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Compilation dominates the time of these tests, and several compile the same program.
+_compilation_cache = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _compilation_cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +33,7 @@ MESHES = [
     {"tensor": 2, "expert": 2, "fsdp": 2},
     {"data": 2, "tensor": 4},
 ]
-"""One device, and the ways of sharing a model out that every layer must agree on."""
+"""One device, and meshes that cover every mesh axis: results must agree on all of them."""
 
 
 def mesh_name(shape: dict[str, int]) -> str:
@@ -47,7 +47,7 @@ def mesh(request):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Reads reference data that the original program computed: `.npz` as a dict of arrays, `.json` parsed."""
+    """A reader of the original program's reference data: `.npz` as a dict of arrays, `.json` parsed."""
 
     def read(name: str):
         path = GOLDEN / name
@@ -61,19 +61,19 @@ def golden():
 
 @pytest.fixture(scope="session")
 def attention_reference():
-    """q [B, L, K, G, D], k and v [B, S, K, D], gradient of the output, seen [B or 1, L, S] -> the output, and the
+    """q [B, L, K, G, D], k and v [B, S, K, D], gradient of the output, mask [B or 1, L, S] -> the output, and the
     gradients of q, k and v.
 
     float64, from the definition.
     """
 
     def reference(*args):
-        *arrays, seen = args
+        *arrays, mask = args
         # [B, K, G, L, D]
         q, k, v, d_out = (np.moveaxis(np.asarray(x, np.float64), 1, -2) for x in arrays)
         k, v, scale = k[:, :, None], v[:, :, None], q.shape[-1] ** -0.5
         scores = q @ k.swapaxes(-1, -2) * scale
-        scores = np.where(np.asarray(seen)[:, None, None], scores, -np.inf)
+        scores = np.where(np.asarray(mask)[:, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         d_weights = d_out @ v.swapaxes(-1, -2)
@@ -86,36 +86,36 @@ def attention_reference():
 
 @pytest.fixture(scope="session")
 def causal_attention(attention_reference):
-    """The same where query i sees keys 0 to i."""
+    """`attention_reference` with a causal mask."""
     return lambda q, *others: attention_reference(q, *others, np.tril(np.ones((1, q.shape[1], q.shape[1]), bool)))
 
 
 @pytest.fixture(scope="session")
-def experts_reference():
+def moe_reference():
     """x, experts, weights, w_in, w_out, and dy or not -> y, and the gradients of sum(y dy) for all but the experts.
 
     float64, expert by expert from the definition.
     """
 
     def reference(x, experts, weights, w_in, w_out, dy=None):
-        number, experts = len(w_in), np.asarray(experts)
+        num_experts, experts = len(w_in), np.asarray(experts)
         x, weights = (np.asarray(a, np.float64) for a in (x, weights))
         y, dx, dweights = (np.zeros_like(a) for a in (x, x, weights))
         dw_in, dw_out = [], []
-        for e in range(number):
-            into, out = (np.asarray(w[e], np.float64) for w in (w_in, w_out))
+        for e in range(num_experts):
+            w_gate_up, w_down = (np.asarray(w[e], np.float64) for w in (w_in, w_out))
             t, j = np.nonzero(experts == e)
-            gate, up = x[t] @ into[:, 0], x[t] @ into[:, 1]
+            gate, up = x[t] @ w_gate_up[:, 0], x[t] @ w_gate_up[:, 1]
             sigmoid = 1 / (1 + np.exp(-gate))
             hidden, weight = gate * sigmoid * up, weights[t, j, None]
-            np.add.at(y, t, weight * (hidden @ out))
+            np.add.at(y, t, weight * (hidden @ w_down))
             if dy is None:
                 continue
             d_out = np.asarray(dy, np.float64)[t]
-            dweights[t, j] = np.sum(hidden @ out * d_out, axis=1)
-            d_hidden = weight * (d_out @ out.T)
+            dweights[t, j] = np.sum(hidden @ w_down * d_out, axis=1)
+            d_hidden = weight * (d_out @ w_down.T)
             d_gate, d_up = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid)), d_hidden * gate * sigmoid
-            np.add.at(dx, t, d_gate @ into[:, 0].T + d_up @ into[:, 1].T)
+            np.add.at(dx, t, d_gate @ w_gate_up[:, 0].T + d_up @ w_gate_up[:, 1].T)
             dw_in.append(np.stack([x[t].T @ d_gate, x[t].T @ d_up], axis=1))
             dw_out.append(hidden.T @ (weight * d_out))
         return y if dy is None else (y, (dx, dweights, np.stack(dw_in), np.stack(dw_out)))
@@ -124,25 +124,25 @@ def experts_reference():
 
 
 @pytest.fixture(scope="session")
-def later_attention(causal_attention):
-    """start [B], q [B, S, K, G, D], k and v [B, slots, K, D] -> the output, where query i stands at start + i.
+def chunk_attention(causal_attention):
+    """start [B], q [B, S, K, G, D], k and v [B, cache_len, K, D] -> the output, with query i at position start + i.
 
-    As whole texts, whose queries before `start` are made up.
+    Computed as causal attention of full sequences, with zeros for the queries before `start`.
     """
 
-    def row(start, q, k, v):
-        whole = np.concatenate([np.zeros((start, *q.shape[1:])), q])[None]
-        k, v = (x[None, : whole.shape[1]] for x in (k, v))
-        return causal_attention(whole, k, v, whole)[0][0, start:]
+    def one_sequence(start, q, k, v):
+        full_q = np.concatenate([np.zeros((start, *q.shape[1:])), q])[None]
+        k, v = (x[None, : full_q.shape[1]] for x in (k, v))
+        return causal_attention(full_q, k, v, full_q)[0][0, start:]
 
-    return lambda *args: np.stack([row(*of_row) for of_row in zip(*map(np.asarray, args), strict=True)])
+    return lambda *args: np.stack([one_sequence(*sequence) for sequence in zip(*map(np.asarray, args), strict=True)])
 
 
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory):
-    """The path of a checkpoint directory that the original program wrote, `ens` or `ens5`, of 1 or 2 shards.
+    """(variant, shards) -> the directory of a checkpoint of the original program: `ens` or `ens5`, 1 or 2 shards.
 
-    Both variants have the same weights, which are kept once.
+    Both variants have the same weights, which are stored once.
     """
     unpacked = tmp_path_factory.mktemp("weights")
     with tarfile.open(GOLDEN / "checkpoints.tar.xz") as archive:
@@ -152,9 +152,9 @@ def golden_checkpoint(tmp_path_factory):
         directory = tmp_path_factory.getbasetemp() / f"{variant}-mp{shards}"
         if not directory.exists():
             directory.mkdir()
-            described = [GOLDEN / variant / f"{name}.json" for name in ("config", "meta", "vision")]
+            metadata = [GOLDEN / variant / f"{name}.json" for name in ("config", "meta", "vision")]
             weights = (unpacked / f"mp{shards}").iterdir()
-            for file in (*weights, *described, GOLDEN / "tokenizer" / "tokenizer.model"):
+            for file in (*weights, *metadata, GOLDEN / "tokenizer" / "tokenizer.model"):
                 (directory / file.name).symlink_to(file)
         return directory
 

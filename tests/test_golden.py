@@ -24,7 +24,7 @@ CASES = QUICK + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW if 
 
 
 class Run:
-    """One variant's checkpoint on one mesh, and what a training forward and backward of it gives."""
+    """One variant's checkpoint on one mesh, with the results of a training forward and backward."""
 
     def __init__(self, variant, shape, directory, golden):
         self.expected, self.inputs = golden(f"{variant}/expected.npz"), golden(f"{variant}/inputs.npz")
@@ -32,7 +32,7 @@ class Run:
         self.mesh = sharding.make_mesh(**shape)
         loaded = accessory.load(directory, self.mesh, "float32", unstacked=True)
         self.graph, self.config, params = loaded.graph, loaded.config, loaded.params
-        # Everything but the encoders learns in the original's second stage.
+        # Everything but the encoders is trainable in the original's second stage.
         self.encoders = {name: params["vision"].pop(name) for name in ENCODERS}
         self.params = params
         used = self.facts["train_tokens_used"]
@@ -44,15 +44,15 @@ class Run:
             (self.total, self.out), self.grads = jax.device_get(self.gradient(self.params, self.encoders, self.images))
 
     def loss(self, params, encoders, images):
-        # Pictures are an argument, as everywhere outside of tests: XLA computes with constants while it compiles,
-        # in other roundings, and where those meet a rounding to half a pixel tips over.
-        whole = params | {"vision": params["vision"] | encoders}
-        logits, record = bind(self.graph, whole)(self.tokens, images)
+        # Images are an argument, not a constant: XLA folds constants at compile time with other roundings, which can
+        # change the rounding of a pixel to half precision.
+        all_params = params | {"vision": params["vision"] | encoders}
+        logits, intermediates = bind(self.graph, all_params)(self.tokens, images)
         losses, _, counted = next_token_losses(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), self.labels)
-        words = losses.sum(where=counted) / counted.sum()
-        balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]])
-        out = {"logits": logits, "record": record, "words": words, "balance": balance}
-        return words + self.config.balance_weight * balance.mean(), out
+        cross_entropy = losses.sum(where=counted) / counted.sum()
+        balance = jnp.stack([layer["routing"].balance_loss for layer in intermediates["layers"]])
+        out = {"logits": logits, "intermediates": intermediates, "cross_entropy": cross_entropy, "balance": balance}
+        return cross_entropy + self.config.balance_weight * balance.mean(), out
 
     def published(self, tree):
         """Blocks of a parameter tree under the original's names."""
@@ -84,19 +84,19 @@ def close(ours, theirs, norm=1e-5, largest=1e-4):
 
 
 def test_hidden_states(run):
-    e, record = run.expected, run.out["record"]
+    e, intermediates = run.expected, run.out["intermediates"]
     at = e["hidden_positions"]
-    close(record["embedded"][:, at], e["train_layer0_in"])
-    for i, layer in enumerate(record["layers"]):
+    close(intermediates["embedded"][:, at], e["train_layer0_in"])
+    for i, layer in enumerate(intermediates["layers"]):
         close(layer["out"][:, at], e[f"train_layer{i}_out"])
         close(layer["ffn"][:, at[::4]], e[f"train_layer{i}_ffn"])
-    close(record["layers"][0]["attention"][:, at], e["train_layer0_attn"])
-    close(record["hidden"][:, at], e["train_norm_out"])
+    close(intermediates["layers"][0]["attention"][:, at], e["train_layer0_attn"])
+    close(intermediates["hidden"][:, at], e["train_norm_out"])
 
 
-def test_router_choices_are_identical(run):
+def test_routing_is_identical(run):
     e, at = run.expected, run.expected["hidden_positions"]
-    for i, layer in enumerate(run.out["record"]["layers"]):
+    for i, layer in enumerate(run.out["intermediates"]["layers"]):
         routing = layer["routing"]
         np.testing.assert_array_equal(np.sort(routing.experts[:, at]), e[f"train_layer{i}_experts"])
         close(routing.logits[:, at], e[f"train_layer{i}_gate_logits"])
@@ -114,7 +114,7 @@ def test_logits(run):
 
 def test_losses(run):
     e = run.expected
-    np.testing.assert_allclose(run.out["words"], e["c_loss"], rtol=1e-5)
+    np.testing.assert_allclose(run.out["cross_entropy"], e["c_loss"], rtol=1e-5)
     np.testing.assert_allclose(run.out["balance"], e["load_balancing_per_layer"], rtol=1e-5)
     np.testing.assert_allclose(run.total, e["total_loss"], rtol=1e-5)
     np.testing.assert_allclose(run.config.balance_weight, e["load_balancing_weight"], rtol=1e-6)
@@ -157,7 +157,7 @@ def test_four_optimizer_steps(run):
         params, state = run.params, optimizer.init(run.params)
         for step in trajectory["steps"]:
             (total, out), grads = run.gradient(params, run.encoders, run.images)
-            np.testing.assert_allclose(out["words"], step["c_loss"], rtol=1e-4)
+            np.testing.assert_allclose(out["cross_entropy"], step["c_loss"], rtol=1e-4)
             np.testing.assert_allclose(total, step["total"], rtol=1e-4)
             params, state, norm = update(params, state, grads)
             np.testing.assert_allclose(norm, step["grad_norm"], rtol=1e-4)
@@ -167,15 +167,15 @@ def test_four_optimizer_steps(run):
             close(ours[key.removeprefix("after4steps:")], value, norm=1e-4, largest=1e-3)
 
 
-def test_what_decays(run, golden):
+def test_weight_decay_groups(run, golden):
     flags = run.published(map_with_path(lambda path, leaf: np.full(leaf.shape, decays(path)), run.params))
     groups = golden("params.json")["mixtral_sparse_ens"]
     assert {name for name, flag in flags.items() if flag.all()} == set(groups["decay"])
     assert {name for name, flag in flags.items() if not flag.any()} == set(groups["no_decay"])
 
 
-def test_what_learns(run, golden):
-    """The original's trainable sets by stage; the encoders, taken out of `run.params`, learn in none of them."""
+def test_trainable_parameters(run, golden):
+    """The original's trainable sets by stage; the encoders, which `run.params` lacks, are frozen in all of them."""
     sets = golden("params.json")
     expected = {
         "mm_stage2": sets["mixtral_sparse_ens5:mm_stage2"]["trainable"],
@@ -191,29 +191,29 @@ def test_what_learns(run, golden):
 
 
 @pytest.mark.parametrize("variant", ["ens", "ens5"])
-def test_two_shards_hold_what_one_holds(variant, mesh, golden_checkpoint):
+def test_two_shards_load_as_one(variant, mesh, golden_checkpoint):
     one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, unstacked=True) for shards in (1, 2))
     assert one.config == two.config
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one.params, two.params)
     assert all(jax.tree.leaves(same))
 
 
-def test_text_without_a_picture(run):
-    """The same conversations, asked blind: scores of the last eight positions, and both losses."""
+def test_text_without_an_image(run):
+    """The same conversations without the image: logits of the last eight positions, and both losses."""
     e = run.expected
 
     @jax.jit
-    def blind(params, encoders):
-        logits, record = bind(run.graph, params | {"vision": params["vision"] | encoders})(run.tokens)
+    def text_only(params, encoders):
+        logits, intermediates = bind(run.graph, params | {"vision": params["vision"] | encoders})(run.tokens)
         losses, _, counted = next_token_losses(jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), run.labels)
-        balance = jnp.stack([layer["routing"].balance_loss for layer in record["layers"]]).mean()
+        balance = jnp.stack([layer["routing"].balance_loss for layer in intermediates["layers"]]).mean()
         return logits, losses.sum(where=counted) / counted.sum(), balance
 
     with sharding.mesh_context(run.mesh):
-        logits, words, balance = jax.device_get(blind(run.params, run.encoders))
+        logits, cross_entropy, balance = jax.device_get(text_only(run.params, run.encoders))
     last = logits[:, -8:]
     close(last[..., ::125], e["textonly_logits_cols"])
     close(np.asarray(jax.nn.logsumexp(last, axis=-1)), e["textonly_logits_lse"])
     np.testing.assert_array_equal(last.argmax(-1), e["textonly_logits_argmax"])
-    np.testing.assert_allclose(words, e["textonly_c_loss"], rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy, e["textonly_c_loss"], rtol=1e-5)
     np.testing.assert_allclose(balance, e["textonly_load_balancing_loss"], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Cards by name, by file, and those that are refused."""
+"""GPUs by name and from files, and unsupported ones."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from sharding import LayoutError
 from sphinx_jax.hardware import GPUS, find_gpu
 
 
-def test_known_cards():
+def test_known_gpus():
     assert set(GPUS) >= {
         "a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "l40s", "a6000", "a10g", "l4", "rtx3090", "rtx4090",
         "rtx4080",
@@ -21,25 +21,25 @@ def test_known_cards():
 
 
 @pytest.mark.parametrize("name", ["v100", "T4"])
-def test_cards_without_bfloat16_are_refused(name):
+def test_gpus_without_bfloat16_raise(name):
     with pytest.raises(LayoutError, match="no bfloat16"):
         find_gpu(name)
 
 
-def test_an_unknown_card_lists_the_known_ones_and_how_to_describe_another():
+def test_unknown_gpu_error_lists_known_gpus_and_the_file_format():
     with pytest.raises(LayoutError, match=r"unknown GPU 'h1000'.*rtx4090.*mine\.json.*bandwidth_gb_s"):
         find_gpu("h1000")
 
 
-def test_a_card_from_a_file(tmp_path):
-    own = dataclasses.asdict(GPUS["rtx4090"]) | {"name": "mine", "memory_mib": 49152}
+def test_gpu_from_a_file(tmp_path):
+    fields = dataclasses.asdict(GPUS["rtx4090"]) | {"name": "mine", "memory_mib": 49152}
     file = tmp_path / "mine.json"
-    file.write_text(json.dumps(own))
+    file.write_text(json.dumps(fields))
     assert find_gpu(str(file)) == dataclasses.replace(GPUS["rtx4090"], name="mine", memory_mib=49152)
-    file.write_text(json.dumps(own | {"compute_capability": [7, 5]}))
+    file.write_text(json.dumps(fields | {"compute_capability": [7, 5]}))
     with pytest.raises(LayoutError, match="no bfloat16"):
         find_gpu(str(file))
-    for broken in ("{", "[]", json.dumps({"name": "x"}), json.dumps(own | {"memory_mib": 0})):
+    for broken in ("{", "[]", json.dumps({"name": "x"}), json.dumps(fields | {"memory_mib": 0})):
         file.write_text(broken)
         with pytest.raises(LayoutError, match=r"mine\.json does not describe a GPU"):
             find_gpu(str(file))
@@ -47,8 +47,8 @@ def test_a_card_from_a_file(tmp_path):
         find_gpu(str(tmp_path / "none.json"))
 
 
-def test_the_compilers_description():
-    """Facts of the CUDA programming guide's table that are not in the datasheet."""
+def test_target_description():
+    """Facts from the CUDA programming guide that are not in the datasheet."""
     text = " ".join(find_gpu("h100-80gb").target_description().split())
     for fact in ("core_count: 132", "{ major: 9 minor: 0 }", "shared_memory_per_block_optin: 232448"):
         assert fact in text

@@ -1,4 +1,4 @@
-"""The whole model at nano size: the same numbers on every mesh, and what a causal model must not see."""
+"""The full model at nano size: the same numbers on every mesh, causality, segments and dtypes."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def make_batch():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Loss, gradients and logits on one device, and the parameters they are of."""
+    """Loss, gradients and logits on one device."""
     return run(sharding.make_mesh())
 
 
@@ -48,12 +48,12 @@ def run(mesh):
     batch = make_batch()
     loss = make_loss(graph, CONFIG)
 
-    def both(params):
+    def loss_grads_logits(params):
         (value, _), grads = jax.value_and_grad(lambda p: loss({"model": p}, batch), has_aux=True)(params)
         return value, grads, bind(graph, params)(batch["tokens"], batch["images"])[0]
 
     with sharding.mesh_context(mesh):
-        value, grads, logits = jax.jit(both)(params)
+        value, grads, logits = jax.jit(loss_grads_logits)(params)
     return float(value), jax.tree.map(np.asarray, grads), np.asarray(logits)
 
 
@@ -73,62 +73,62 @@ def test_every_mesh_gives_the_same_numbers(shape, one_device):
     jax.tree.map(close, grads, one_device[1])
 
 
-def test_no_word_sees_a_later_one():
-    """The gradient of the score at position p with respect to the words after p is exactly zero, before it is not."""
+def test_causality():
+    """The gradient of the output at a position is exactly zero for later positions, and nonzero for the others."""
     graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     model = bind(graph, params)
     x = jax.random.normal(jax.random.key(0), (1, 8, CONFIG.language.dim))
     positions = jnp.arange(8)[None]
     mask = jnp.tril(jnp.ones((1, 8, 8), bool))
-    score = lambda x: model.language(x, positions, mask)[0][0, 3].sum()
-    seen = np.abs(np.asarray(jax.grad(score)(x)))[0].max(axis=-1)
-    assert (seen[:4] > 0).all()
-    assert (seen[4:] == 0).all()
+    grad = jax.grad(lambda x: model.language(x, positions, mask)[0][0, 3].sum())(x)
+    per_position = np.abs(np.asarray(grad))[0].max(axis=-1)
+    assert (per_position[:4] > 0).all()
+    assert (per_position[4:] == 0).all()
 
 
-def test_turns_are_as_if_asked_alone(one_device):
-    """Two questions in one sequence after a shared beginning score as each does by itself."""
+def test_segments_equal_separate_sequences():
+    """Two questions in one sequence after a shared prefix have the logits of separate sequences."""
     graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     batch = make_batch()
     forward = jax.jit(lambda tokens, segment_ids: bind(graph, params)(tokens, batch["images"], segment_ids)[0])
-    together = forward(batch["tokens"], batch["segment_ids"])
+    packed = forward(batch["tokens"], batch["segment_ids"])
     second = jnp.concatenate([batch["tokens"][:, :4], batch["tokens"][:, 9:]], axis=1)
-    alone = forward(second, jnp.zeros_like(second))
-    np.testing.assert_allclose(together[:, 9:], alone[:, 4:], rtol=1e-4, atol=1e-5)
+    separate = forward(second, jnp.zeros_like(second))
+    np.testing.assert_allclose(packed[:, 9:], separate[:, 4:], rtol=1e-4, atol=1e-5)
 
 
-def test_turn_positions():
+def test_segment_positions():
     segment_ids = jnp.array([[0, 0, 1, 1, 1, 2, 2, 5, 5]])
     np.testing.assert_array_equal(segment_positions(segment_ids), [[0, 1, 2, 3, 4, 2, 3, 2, 3]])
 
 
-def test_picture_stands_after_the_first_token():
+def test_image_embeddings_follow_bos():
     graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     model, batch = bind(graph, params), make_batch()
-    words = model.encode_images(batch["images"])
-    x = model.embed(batch["tokens"], words)
+    image_embeds = model.encode_images(batch["images"])
+    x = model.embed(batch["tokens"], image_embeds)
     assert CONFIG.num_image_tokens == 4 * 4 + 1 + 2
-    assert words.shape == (BATCH, 1, 17, CONFIG.language.dim)
+    assert image_embeds.shape == (BATCH, 1, 17, CONFIG.language.dim)
     assert x.shape[1] == TEXT + CONFIG.num_image_tokens
     table = params["language"]["embedding"]["table"]
     np.testing.assert_array_equal(x[:, 0], table[batch["tokens"][:, 0]])
     np.testing.assert_array_equal(x[:, 1], jnp.broadcast_to(params["vision"]["start"], x[:, 1].shape))
-    np.testing.assert_array_equal(x[:, 2:19], words[:, 0])
+    np.testing.assert_array_equal(x[:, 2:19], image_embeds[:, 0])
     np.testing.assert_array_equal(x[:, 19], jnp.broadcast_to(params["vision"]["end"], x[:, 1].shape))
     np.testing.assert_array_equal(x[:, 20:], table[batch["tokens"][:, 1:]])
 
 
 def test_bfloat16_stays_bfloat16():
-    """No seam widens the model: hidden states, image words and cache are bfloat16 when the parameters are."""
+    """Hidden states and image embeddings have the parameters' dtype; logits and router weights are float32."""
     graph, params = sharding.abstract_params(make, sharding.make_mesh(), dtype=jnp.bfloat16)
     batch = make_batch()
-    logits, record = jax.eval_shape(lambda p: bind(graph, p)(batch["tokens"], batch["images"]), params)
-    assert record["words"].dtype == record["hidden"].dtype == record["embedded"].dtype == jnp.bfloat16
-    assert record["layers"]["out"].dtype == jnp.bfloat16
-    assert logits.dtype == record["layers"]["routing"].weights.dtype == jnp.float32
+    logits, intermediates = jax.eval_shape(lambda p: bind(graph, p)(batch["tokens"], batch["images"]), params)
+    assert {intermediates[name].dtype for name in ("image_embeds", "hidden", "embedded")} == {jnp.dtype("bfloat16")}
+    assert intermediates["layers"]["out"].dtype == jnp.bfloat16
+    assert logits.dtype == intermediates["layers"]["routing"].weights.dtype == jnp.float32
 
 
-def test_config_round_trip_and_its_errors():
+def test_config_round_trip_and_errors():
     assert SphinxConfig.from_dict(nano().to_dict()) == nano()
     broken = nano().to_dict()
     broken["vision"]["clip"]["widht"] = broken["vision"]["clip"].pop("width")

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, and the cache that decoding reads."""
+"""Grouped-query attention with rotary position embeddings and a KV cache."""
 
 from typing import NamedTuple
 
@@ -17,31 +17,31 @@ from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; slot s holds position s of the row."""
+    """Keys and values of one layer; cache position s is position s of the sequence."""
 
-    k: Float[Array, "batch slots kv_heads head_dim"]
-    v: Float[Array, "batch slots kv_heads head_dim"]
+    k: Float[Array, "batch cache_len kv_heads head_dim"]
+    v: Float[Array, "batch cache_len kv_heads head_dim"]
 
 
 def rotate(
-    x: Float[Array, "batch length kv_heads any head_dim"], positions: Int[Array, "batch length"], theta: float
-) -> Float[Array, "batch length kv_heads any head_dim"]:
-    """Rotary positions on interleaved pairs (x[2i], x[2i + 1]), in float32 (https://arxiv.org/abs/2104.09864)."""
+    x: Float[Array, "batch length kv_heads group head_dim"], positions: Int[Array, "batch length"], theta: float
+) -> Float[Array, "batch length kv_heads group head_dim"]:
+    """Rotary position embedding on interleaved pairs (x[2i], x[2i + 1]), in float32 (arXiv:2104.09864)."""
     half = x.shape[-1] // 2
     frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
     angles = (positions.astype(jnp.float32)[..., None] * frequencies)[:, :, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values in one product, grouped by key/value head.
+    """Grouped-query attention; queries, keys and values are one product, grouped by key/value head.
 
-    `wqkv[dim, kv_heads, queries_per_kv + 2, head_dim]` holds, for each key/value head, its query
-    heads, then its key, then its value: split over the key/value heads it needs no reshuffling.
+    `wqkv[dim, kv_heads, queries_per_kv + 2, head_dim]` has, for each key/value head, its query heads, its key and its
+    value: sharded over the key/value heads, it needs no resharding.
     """
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
@@ -62,6 +62,7 @@ class Attention(nnx.Module):
         self.wo_lora = LowRank(self.wo, lora, inputs=3, rngs=rngs) if lora else None
         self.theta = config.rope_theta
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "batch length dim"],
@@ -69,24 +70,29 @@ class Attention(nnx.Module):
         mask: Mask,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
-        """With a cache, this call's keys and values are written at `positions` before they are read."""
+        """Attention output, and the cache with this call's keys and values.
+
+        `positions` are consecutive in each sequence if there is a cache: the keys and values are written at them, and
+        attention is over the whole cache as `mask` allows.
+        """
         x = constrain(x, "batch", "sequence", None)
         qkv = matmul(x, self.wqkv[...].astype(x.dtype))
         if self.wqkv_lora is not None:
             qkv += self.wqkv_lora(x)
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2
-        turned = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
-        # Cut while whole, and only then split by query heads: a cut through what is split moves heads about.
-        whole = lambda part: constrain(part, "batch", "sequence", "kv_heads", None, "head_dim")
-        turned = whole(turned)
-        q, k, v = whole(turned[:, :, :, :groups]), turned[:, :, :, groups], qkv[:, :, :, groups + 1]
+        rotated = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
+        # Slice queries and keys while the group dimension is not sharded, and shard the query heads only afterwards: a
+        # slice of a sharded dimension would move heads between devices.
+        rotated = constrain(rotated, "batch", "sequence", "kv_heads", None, "head_dim")
+        q, k, v = rotated[:, :, :, :groups], rotated[:, :, :, groups], qkv[:, :, :, groups + 1]
+        q = constrain(q, "batch", "sequence", "kv_heads", None, "head_dim")
         if cache is not None:
             cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
             k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
         q = constrain(q, "batch", "sequence", "kv_heads", "queries", "head_dim")
         out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
-        # Of two dimensions: XLA:CPU transposes the matrix first if it is summed over more.
+        # A two-dimensional product: XLA:CPU would transpose the matrix before a contraction over several dimensions.
         wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
         heads = out.reshape(*x.shape[:2], -1)
         out = heads @ wo
@@ -95,14 +101,24 @@ class Attention(nnx.Module):
         return constrain(out, "batch", "residual", None), cache
 
 
-def _write(slots: Array, new: Array, positions: Int[Array, "batch length"]) -> Array:
-    """`new` written into each row at its first position on: one contiguous run a row."""
-    new, first = new.astype(slots.dtype), positions[:, 0]
+def _write(
+    cached: Float[Array, "batch cache_len kv_heads head_dim"],
+    new: Float[Array, "batch length kv_heads head_dim"],
+    positions: Int[Array, "batch length"],
+) -> Float[Array, "batch cache_len kv_heads head_dim"]:
+    """The cache with `new` written at `positions`, which are consecutive: one contiguous slice per sequence."""
+    new, first = new.astype(cached.dtype), positions[:, 0]
     if sharding.platform() == "cpu" and sharding.device_count() == 1:
-        # Row by row in place; of the form below XLA:CPU copies the whole cache for a single row. So it does of a loop
-        # of one round, which it takes apart: hence a bound that it does not know.
-        rows = jnp.where(first[0] < 0, 0, slots.shape[0])
-        row = lambda i, slots: jax.lax.dynamic_update_slice(slots, new[i][None], (i, first[i], 0, 0))
-        return jax.lax.fori_loop(0, rows, row, slots)
-    write_row = lambda row, values, start: jax.lax.dynamic_update_slice_in_dim(row, values, start, 0)
-    return jax.vmap(write_row)(slots, new, first)
+        # A loop over sequences updates the cache in place, where XLA:CPU copies all of it for the vmap below. XLA
+        # unrolls a loop of one iteration and then copies as well: hence a trip count that it does not know.
+        num_seqs = jnp.where(first[0] < 0, 0, cached.shape[0])
+
+        def write_sequence(i, cached):
+            return jax.lax.dynamic_update_slice(cached, new[i][None], (i, first[i], 0, 0))
+
+        return jax.lax.fori_loop(0, num_seqs, write_sequence, cached)
+
+    def write(cached, new, start):
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, start, 0)
+
+    return jax.vmap(write)(cached, new, first)

@@ -1,7 +1,8 @@
-"""The Mixtral decoder: embedding, layers, final norm, output head."""
+"""The Mixtral decoder: token embedding, layers, final norm, output head."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,7 +17,7 @@ from sphinx_jax.layers import Embedding, Linear, RMSNorm, make_layers, run_layer
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then h + moe_ffn(norm(h))."""
+    """h = x + attention(norm(x)), then h + moe(norm(h))."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
@@ -24,6 +25,7 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.ffn = MoE(config, lora if lora and lora.target_modules == "all" else None, rngs=rngs)
 
+    @jax.named_scope("decoder_layer")
     def __call__(
         self,
         x: Float[Array, "batch length dim"],
@@ -31,16 +33,17 @@ class DecoderLayer(nnx.Module):
         mask: Mask,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None, dict[str, Any]]:
+        """The layer's output, the updated cache, and the intermediates: outputs of attention and FFN, routing."""
         normed = constrain(self.attention_norm(x), "batch", "residual", None)
-        attended, cache = self.attention(normed, positions, mask, cache)
-        h = x + attended
-        fed, routing = self.ffn(constrain(self.ffn_norm(h), "batch", "residual", None))
-        out = constrain(h + fed, "batch", "residual", None)
-        return out, cache, {"attention": attended, "ffn": fed, "out": out, "routing": routing}
+        attention_out, cache = self.attention(normed, positions, mask, cache)
+        h = x + attention_out
+        ffn_out, routing = self.ffn(constrain(self.ffn_norm(h), "batch", "residual", None))
+        out = constrain(h + ffn_out, "batch", "residual", None)
+        return out, cache, {"attention": attention_out, "ffn": ffn_out, "out": out, "routing": routing}
 
 
 class Decoder(nnx.Module):
-    """The language half. `unstacked` holds the layers as a list, for decoding, instead of stacked."""
+    """The language model. `unstacked` makes the layers a list, for decoding, instead of stacked arrays."""
 
     def __init__(
         self, config: DecoderConfig, *, unstacked: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs
@@ -59,27 +62,29 @@ class Decoder(nnx.Module):
         *,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch length dim"], Cache | None, Any]:
-        """Normed hidden states of embedded words, the cache with their keys and values, and what each layer did.
+        """Hidden states after the final norm, the updated cache, and the layers' intermediates.
 
-        The record of the layers is a list of dicts, or one dict of stacked arrays: `attention`, `ffn` and
-        `out` [batch, length, dim], and `routing`. What the caller does not use is never computed or kept.
+        The intermediates are a list of dicts if the layers are unstacked, else one dict of stacked arrays: `attention`,
+        `ffn` and `out` [batch, length, dim], and `routing` (`moe.Routing`). XLA removes those that the caller does not
+        use. A cache needs unstacked layers.
         """
 
         def body(layer, carry, layer_cache):
-            out, layer_cache, record = layer(carry, positions, mask, layer_cache)
-            return out, (layer_cache, record)
+            out, layer_cache, intermediates = layer(carry, positions, mask, layer_cache)
+            return out, (layer_cache, intermediates)
 
         x = constrain(x, "batch", "residual", None)
         x, outputs = run_layers(self.layers, body, x, cache, remat=remat)
         if isinstance(self.layers, nnx.List):
-            cache, records = (list(part) for part in zip(*outputs, strict=True))
-            cache = None if cache[0] is None else cache
+            cache = None if cache is None else [layer_cache for layer_cache, _ in outputs]
+            intermediates = [layer_intermediates for _, layer_intermediates in outputs]
         else:
-            cache, records = outputs
+            cache, intermediates = outputs
         hidden = constrain(self.norm(x), "batch", "residual", None)
-        # Whole again: what is made of it is cut along the sequence.
-        return constrain(hidden, "batch", "sequence", None), cache, records
+        # All-gather the sequence: callers slice it.
+        return constrain(hidden, "batch", "sequence", None), cache, intermediates
 
+    @jax.named_scope("lm_head")
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
-        """Next-word scores, float32."""
+        """Next-token logits, float32."""
         return constrain(self.head(hidden), "batch", "sequence", "vocab").astype(jnp.float32)

@@ -1,61 +1,69 @@
-"""The mixture of experts: a router that picks two of eight, and the experts it picks.
+"""The mixture of experts: a top-k router and SwiGLU experts.
 
-Dropless: every token is served by all the experts it chose, however uneven the choice.
+Dropless: there is no expert capacity, so every token gets all of its k experts whatever the expert load.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sharding import constrain, local_index, sharded_map
 from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.moe import moe_ffn
-from sphinx_jax.kernels.moe_sorted_blocks import WIn, WOut
+from sphinx_jax.kernels.moe_sorted_blocks import LoraFactors, WIn, WOut
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
 class Routing(NamedTuple):
-    """What the router said of one layer's tokens."""
+    """The router's output for the tokens of one layer."""
 
     logits: Float[Array, "batch length experts"]
     experts: Int[Array, "batch length k"]
     weights: Float[Array, "batch length k"]
-    share: Float[Array, "experts"]
-    """Fraction of all assignments that each expert received; sums to 1."""
+    expert_load: Float[Array, "experts"]
+    """The fraction of all token-to-expert assignments per expert; sums to 1."""
     balance_loss: Float[Array, ""]
 
 
 def route(logits: Float[Array, "batch length experts"], k: int) -> Routing:
-    """Softmax over all experts in float32, the best k, their weights scaled to sum to 1.
+    """Softmax over all experts in float32, then the top k with their weights scaled to sum to 1.
 
-    The balance loss is E x sum over experts of (share of assignments) x (mean probability): 1 when the
-    load is even (Switch Transformer, https://arxiv.org/abs/2101.03961, equation 4, for top-k).
+    The load-balancing loss is E x sum over experts of (expert load) x (mean probability), 1 for a uniform load (Switch
+    Transformer, https://arxiv.org/abs/2101.03961, equation 4, for top-k).
     """
     num_experts = logits.shape[-1]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    chosen = _rank(probabilities)[..., None, :] == jnp.arange(k)[:, None]
-    experts = jnp.sum(jnp.where(chosen, jnp.arange(num_experts), 0), axis=-1, dtype=jnp.int32)
-    weights = jnp.sum(jnp.where(chosen, probabilities[..., None, :], 0), axis=-1)
+    # [batch, length, k, experts]: whether the expert has the i-th largest probability of the token.
+    selected = _rank(probabilities)[..., None, :] == jnp.arange(k)[:, None]
+    experts = jnp.sum(jnp.where(selected, jnp.arange(num_experts), 0), axis=-1, dtype=jnp.int32)
+    weights = jnp.sum(jnp.where(selected, probabilities[..., None, :], 0), axis=-1)
     weights = weights / sum(weights[..., i : i + 1] for i in range(k))
-    share = chosen.sum(axis=(0, 1, 2), dtype=jnp.float32) / experts.size
-    balance = num_experts * jnp.dot(share, probabilities.mean(axis=(0, 1)))
-    return Routing(logits, experts, weights, share, balance)
+    expert_load = selected.sum(axis=(0, 1, 2), dtype=jnp.float32) / experts.size
+    balance_loss = num_experts * jnp.dot(expert_load, probabilities.mean(axis=(0, 1)))
+    return Routing(logits, experts, weights, expert_load, balance_loss)
 
 
-def _rank(scores: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-    """How many of the others are larger; of equal ones the first counts as the largest.
+def _rank(values: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
+    """The rank of each value along the last axis, 0 for the largest; of equal values the first ranks first.
 
-    Written out, so that it becomes part of the kernel that needs it: a word spends more time on starting kernels here
-    than on computing. `lax.top_k` is one that XLA does not split over devices either: they would gather the whole batch
-    before it.
+    Elementwise, so that XLA fuses it into its consumer: in a decode step launching kernels takes longer here than
+    computing. `lax.top_k` would be a kernel of its own, and XLA does not partition it: the batch would be all-gathered.
     """
-    n = scores.shape[-1]
-    larger = lambda i: (scores[..., i : i + 1] > scores) | (scores[..., i : i + 1] == scores) & (jnp.arange(n) > i)
-    return sum(larger(i).astype(jnp.int32) for i in range(n))
+    n = values.shape[-1]
+
+    def precedes(i: int) -> Bool[Array, "*batch n"]:
+        """Whether value i ranks before each of the others."""
+        value = values[..., i : i + 1]
+        return (value > values) | (value == values) & (jnp.arange(n) > i)
+
+    ranks = precedes(0).astype(jnp.int32)
+    for i in range(1, n):
+        ranks += precedes(i).astype(jnp.int32)
+    return ranks
 
 
 _WEIGHTS = ("experts", None, None, "mlp"), ("experts", "mlp", None)
@@ -63,7 +71,7 @@ _FACTORS = ("experts", None, None), ("experts", None, None, "mlp"), ("experts", 
 
 
 class MoE(nnx.Module):
-    """Router and SwiGLU experts; gate and up projection are one array and one product."""
+    """Router and SwiGLU experts; the gate and up projections are one array and one product."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         experts, dim, hidden = config.num_experts, config.dim, config.hidden_dim
@@ -74,16 +82,25 @@ class MoE(nnx.Module):
         self.w_out_lora = LowRank(self.w_out, lora, stack=1, rngs=rngs) if lora else None
         self.k = config.experts_per_token
 
+    @jax.named_scope("moe")
     def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
-        logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        # Of words that are shared out, the scores are sent round: less than the words, and fewer than what follows.
-        logits = constrain(logits, "batch", "residual", None)
-        routing = route(constrain(logits, "batch", "sequence", None), self.k)
+        """The experts' output, and the routing. float32 router logits, whatever the dtype of `x`."""
+        with jax.named_scope("router"):
+            logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
+            # With sequence parallelism the router runs on sharded tokens, and its logits are all-gathered: num_experts
+            # values per token instead of dim, and one collective instead of one for each output of `route`.
+            logits = constrain(logits, "batch", "residual", None)
+            routing = route(constrain(logits, "batch", "sequence", None), self.k)
+        with jax.named_scope("experts"):
+            return self._experts(x, routing), routing
+
+    def _experts(self, x: Float[Array, "batch length dim"], routing: Routing) -> Float[Array, "batch length dim"]:
+        """The weighted sum of each token's k experts, computed on local shards and reduced over the devices."""
         factors = ()
-        if self.w_in_lora is not None:
+        if self.w_in_lora is not None and self.w_out_lora is not None:
             factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
         compute = sharded_map(
-            functools.partial(_local_experts_sum, logits.shape[-1]),
+            functools.partial(_local_experts_sum, routing.logits.shape[-1]),
             in_names=(
                 ("batch", "residual", None),
                 *[("batch", "sequence", None)] * 2,
@@ -102,7 +119,7 @@ class MoE(nnx.Module):
             self.w_out[...],
             *factors,
         )
-        return constrain(y, "batch", "residual", None), routing
+        return constrain(y, "batch", "residual", None)
 
 
 def _local_experts_sum(
@@ -114,11 +131,12 @@ def _local_experts_sum(
     w_out: WOut,
     *factors: Float[Array, "local_experts ..."],
 ) -> Float[Array, "batch length dim"]:
-    """What this device's experts (and its slice of their hidden dimension) add to each of its tokens.
+    """The contribution of this device's experts, and its shard of their hidden dimension, to each of its tokens.
 
-    The router's weights are applied and the k results added before anything is sent, so that the
-    reduction over devices carries [tokens, dim] and not [tokens x k, dim].
+    The router's weights are applied and the k results summed locally, so that the all-reduce is of [tokens, dim] and
+    not of [tokens x k, dim].
     """
     dim, k = x.shape[-1], experts.shape[-1]
     local = local_index(experts.reshape(-1, k), "experts", num_experts)
-    return moe_ffn(x.reshape(-1, dim), local, weights.reshape(-1, k), w_in, w_out, factors=factors).reshape(x.shape)
+    rows, weights = x.reshape(-1, dim), weights.reshape(-1, k)
+    return moe_ffn(rows, local, weights, w_in, w_out, factors=cast(LoraFactors, factors)).reshape(x.shape)

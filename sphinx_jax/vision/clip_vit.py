@@ -1,5 +1,6 @@
 """CLIP's vision transformer (https://arxiv.org/abs/2103.00020), as OpenCLIP builds ViT-L/14."""
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -25,8 +26,9 @@ class ClipViT(nnx.Module):
         self.blocks = make_layers(block, config.num_layers, rngs)
         self.norm_post = LayerNorm(width, NORM_EPS, rngs=rngs)
 
+    @jax.named_scope("clip")
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch length width"]:
-        """`images` are normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
+        """Tokens of images normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
         return self.norm_post(run_blocks(self.blocks, self.norm_pre(self.tokens(images)), remat))

@@ -1,5 +1,6 @@
 """ConvNeXt (https://arxiv.org/abs/2201.03545), the trunk of OpenCLIP's ConvNeXt-XXL."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -23,8 +24,8 @@ class ConvNextBlock(nnx.Module):
         self.depthwise_bias = param(rngs, (dim,), ("norm",), nnx.initializers.zeros)
         self.norm = LayerNorm(dim, NORM_EPS, rngs=rngs)
         self.mlp = MLP(dim, 4 * dim, gelu, rngs=rngs)
-        # The paper starts gamma at 1e-6 for trunks of tens of blocks. Those are loaded here, never
-        # started from nothing; the small trunks that are learn faster with every branch open.
+        # The paper initialises gamma to 1e-6, for trunks of tens of blocks. Such trunks are always loaded here; the
+        # small ones that are trained from scratch converge faster with gamma 1.
         self.gamma = param(rngs, (dim,), ("norm",), nnx.initializers.ones)
 
     def __call__(self, x: Float[Array, "batch height width dim"]) -> Float[Array, "batch height width dim"]:
@@ -35,7 +36,7 @@ class ConvNextBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Half the height and width (not in the first stage, whose `in_dim` is None), then blocks of one size."""
+    """A downsampling by 2 (not in the first stage, whose `in_dim` is None), then blocks of one resolution."""
 
     def __init__(self, in_dim: int | None, dim: int, depth: int, kernel: int, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(in_dim, NORM_EPS, rngs=rngs) if in_dim else None
@@ -45,13 +46,13 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width in"], remat: str = "none"
     ) -> Float[Array, "batch rows columns dim"]:
-        if self.downsample is not None:
+        if self.norm is not None and self.downsample is not None:
             x = self.downsample(self.norm(x))
         return run_blocks(self.blocks, x, remat)
 
 
 class ConvNext(nnx.Module):
-    """The feature map after the head's norm at every place, not pooled, and in front of it its mean."""
+    """The feature map after the head's norm as one token per position, and in front of them their mean."""
 
     def __init__(self, config: ConvNextConfig, *, rngs: nnx.Rngs):
         dims, depths = config.dims, config.depths
@@ -65,12 +66,13 @@ class ConvNext(nnx.Module):
         )
         self.norm = LayerNorm(dims[-1], NORM_EPS, rngs=rngs)
 
+    @jax.named_scope("convnext")
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch length channels"]:
-        """`images` are normalised with CLIP's statistics; length is 1 + the places of the last stage, row by row."""
+        """Tokens of images normalised with CLIP's statistics; length is 1 + the last stage's positions, row by row."""
         x = self.stem_norm(self.stem(images))
         for stage in self.stages:
             x = stage(x, remat)
-        places = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return jnp.concatenate([places.mean(axis=1, keepdims=True), places], axis=1)
+        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        return jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)

@@ -15,7 +15,7 @@ NORM_EPS = 1e-6
 
 
 class SwiGLU(nnx.Module):
-    """silu(x A) * (x B), then Linear (https://arxiv.org/abs/2002.05202); A and B are one array."""
+    """silu(x A) * (x B), then Linear (https://arxiv.org/abs/2002.05202); A and B are one array, `gate_up`."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         names = ("vision_embed", None, "vision_mlp")
@@ -24,9 +24,9 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, ("vision_mlp", "vision_embed"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        both = jnp.einsum("btd,dch->btch", x, self.gate_up[...].astype(x.dtype))
-        both = constrain(both + self.gate_up_bias[...].astype(x.dtype), "batch", None, None, "vision_mlp")
-        return constrain(self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1]), "batch", "residual", None)
+        gate_up = jnp.einsum("btd,dch->btch", x, self.gate_up[...].astype(x.dtype))
+        gate_up = constrain(gate_up + self.gate_up_bias[...].astype(x.dtype), "batch", None, None, "vision_mlp")
+        return constrain(self.down(jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]), "batch", "residual", None)
 
 
 class DinoV2(nnx.Module):
@@ -45,17 +45,18 @@ class DinoV2(nnx.Module):
         self.blocks = make_layers(block, config.num_layers, rngs)
         self.norm = LayerNorm(width, NORM_EPS, rngs=rngs)
 
+    @jax.named_scope("dinov2")
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch length width"]:
-        """`images` are normalised with ImageNet's statistics; length is 1 + (size / patch) squared."""
+        """Tokens of images normalised with ImageNet's statistics; length is 1 + (size / patch) squared."""
         return self.norm(run_blocks(self.blocks, self.tokens(images, self.positions()), remat))
 
     def positions(self) -> Float[Array, "length width"]:
-        """The learned positions, resized from the grid they were learned for to that of this input size."""
-        has_loss = self.tokens.positions[...].astype(jnp.float32)
-        places = has_loss[1:].reshape(1, self.position_grid, self.position_grid, -1)
-        # The 0.1 guarded PyTorch's output size against rounding, and moves every sample a little: the
-        # published weights have only ever seen positions moved like that.
-        places = resize(places, self.grid, scale=(self.grid + 0.1) / self.position_grid)
-        return jnp.concatenate([has_loss[:1], places.reshape(self.grid**2, -1)])
+        """The position embeddings, interpolated from the trained grid to that of this input size."""
+        trained = self.tokens.positions[...].astype(jnp.float32)
+        grid = trained[1:].reshape(1, self.position_grid, self.position_grid, -1)
+        # The published code adds 0.1 to guard PyTorch's output size against rounding, which shifts every sample a
+        # little: the published weights were trained with positions shifted like that.
+        grid = resize(grid, self.grid, scale=(self.grid + 0.1) / self.position_grid)
+        return jnp.concatenate([trained[:1], grid.reshape(self.grid**2, -1)])

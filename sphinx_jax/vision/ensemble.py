@@ -1,5 +1,6 @@
-"""The encoders of a picture, side by side, and their words in the language model's dimension."""
+"""The ensemble of vision encoders, and the projections to the language model's dimension."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -14,12 +15,12 @@ from sphinx_jax.vision.dinov2 import DinoV2
 from sphinx_jax.vision.qformer import QFormer
 
 NORM_EPS = 1e-5
-JOINED = ("clip", "convnext", "dino")
-"""Encoders that give one word for each place of a common grid; their channels are joined in this order."""
+CONCATENATED = ("clip", "convnext", "dino")
+"""Encoders that give one token per position of a common grid; their channels are concatenated in this order."""
 
 
 class Ensemble(nnx.Module):
-    """Pictures in; words of the language model out, view by view. Only the encoders that the config names exist."""
+    """Images in, image embeddings for the language model out. Only the encoders in the config exist."""
 
     def __init__(self, config: VisionConfig, dim: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -38,39 +39,43 @@ class Ensemble(nnx.Module):
     def features(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> dict[str, Float[Array, "crops length channels"]]:
-        """What each encoder says of each view, by the encoder's name; crops are batch x views, picture by picture."""
+        """The output tokens of each encoder, by its name; the first dimension is batch x crops, image by image."""
         dtype = self.start[...].dtype
         inputs = encoder_inputs(images, self.config)
-        seen = {name: getattr(self, name)(crops.astype(dtype), remat=remat) for name, crops in inputs.items()}
-        return {name: constrain(features, "batch", "residual", None) for name, features in seen.items()}
+        outputs = {name: getattr(self, name)(crops.astype(dtype), remat=remat) for name, crops in inputs.items()}
+        return {name: constrain(tokens, "batch", "residual", None) for name, tokens in outputs.items()}
 
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch crops tokens dim"]:
-        """Words of pictures normalised with CLIP's mean and deviation.
+        """Image embeddings of images normalised with CLIP's mean and standard deviation.
 
-        A view's words are the Q-Former's, then one for each place of the other encoders' common grid.
-        `remat` names what each block keeps for its gradient (`layers.run_layers`).
-        Raises ValueError if the pictures do not have the config's size.
+        The tokens of a crop are the Q-Former's queries, then one per position of the other encoders' common grid, the
+        class token first. `remat` is the rematerialisation policy of the encoders' blocks (`layers.run_layers`).
+        Raises ValueError if the images do not have the config's size.
         """
         size = self.config.image_size
         if images.shape[1:] != (size, size, 3):
-            raise ValueError(f"pictures must be [batch, {size}, {size}, 3], got {list(images.shape)}")
+            raise ValueError(f"images must be [batch, {size}, {size}, 3], got {list(images.shape)}")
         features = self.features(images, remat=remat)
-        words = []
-        if self.qformer is not None:
-            words.append(self.qformer_norm(self.qformer_proj(features["qformer"])))
-        if self.visual_proj is not None:
-            joined = jnp.concatenate([features[name] for name in JOINED if name in features], axis=-1)
-            words.append(self.visual_norm(self.visual_proj(joined)))
-        crops = jnp.concatenate(words, axis=1)
-        return constrain(crops.reshape(-1, self.config.num_crops, *crops.shape[1:]), "batch", None, None, None)
+        with jax.named_scope("vision_projection"):
+            projected = []
+            if self.qformer_proj is not None and self.qformer_norm is not None:
+                projected.append(self.qformer_norm(self.qformer_proj(features["qformer"])))
+            if self.visual_proj is not None and self.visual_norm is not None:
+                grid = jnp.concatenate([features[name] for name in CONCATENATED if name in features], axis=-1)
+                projected.append(self.visual_norm(self.visual_proj(grid)))
+            tokens = jnp.concatenate(projected, axis=1)
+            # [batch x crops, tokens, dim] -> [batch, crops, tokens, dim]
+            return constrain(tokens.reshape(-1, self.config.num_crops, *tokens.shape[1:]), "batch", None, None, None)
 
-    def between_markers(self, words: Float[Array, "batch crops tokens dim"]) -> Float[Array, "batch image_tokens dim"]:
-        """Each view between the learned start and end vectors; image_words is views x (words + 2)."""
-        batch, num_crops, _, dim = words.shape
+    def add_markers(
+        self, image_embeds: Float[Array, "batch crops tokens dim"]
+    ) -> Float[Array, "batch image_tokens dim"]:
+        """Each crop between the learned start and end vectors; image_tokens = crops x (tokens + 2)."""
+        batch, num_crops, _, dim = image_embeds.shape
         start, end = (
-            jnp.broadcast_to(vector[...].astype(words.dtype), (batch, num_crops, 1, dim))
+            jnp.broadcast_to(vector[...].astype(image_embeds.dtype), (batch, num_crops, 1, dim))
             for vector in (self.start, self.end)
         )
-        return jnp.concatenate([start, words, end], axis=2).reshape(batch, -1, dim)
+        return jnp.concatenate([start, image_embeds, end], axis=2).reshape(batch, -1, dim)

@@ -1,5 +1,6 @@
-"""BLIP-2's Q-Former and the EVA ViT-g that it reads (https://arxiv.org/abs/2301.12597)."""
+"""BLIP-2's Q-Former and its vision encoder, EVA ViT-g (https://arxiv.org/abs/2301.12597)."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -28,16 +29,17 @@ class EvaViT(nnx.Module):
         self.blocks = make_layers(block, config.vision_layers, rngs)
         self.norm = LayerNorm(width, VIT_NORM_EPS, rngs=rngs)
 
+    @jax.named_scope("eva_vit")
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch length vision_width"]:
-        """`images` are normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
+        """Tokens of images normalised with CLIP's statistics; length is 1 + (size / patch) squared."""
         x = run_blocks(self.blocks, self.tokens(images), remat)
         return constrain(self.norm(x), "batch", "residual", None)
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of the queries to a picture's tokens; keys and values are one array."""
+    """Multi-head attention from the queries to an image's tokens; keys and values are one array."""
 
     def __init__(self, width: int, num_heads: int, vision_width: int, *, rngs: nnx.Rngs):
         head_dim, zeros = width // num_heads, nnx.initializers.zeros
@@ -50,20 +52,21 @@ class CrossAttention(nnx.Module):
         self.out = param(rngs, (num_heads, head_dim, width), out_names, fan_in_normal(width))
         self.out_bias = param(rngs, (width,), ("norm",), zeros)
 
+    @jax.named_scope("attention")
     def __call__(
-        self, x: Float[Array, "batch queries width"], picture: Float[Array, "batch length vision_width"]
+        self, x: Float[Array, "batch queries width"], image_tokens: Float[Array, "batch length vision_width"]
     ) -> Float[Array, "batch queries width"]:
         q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(x.dtype)) + self.q_bias[...].astype(x.dtype)
         q = constrain(q, "batch", None, "vision_heads", None)
-        kv = jnp.einsum("btd,dchk->btchk", picture, self.kv[...].astype(x.dtype)) + self.kv_bias[...].astype(x.dtype)
-        kv = constrain(kv, "batch", None, None, "vision_heads", None)
-        attended = attention(q[:, :, :, None], kv[:, :, 0], kv[:, :, 1])[:, :, :, 0]
-        out = jnp.einsum("bthk,hkd->btd", attended, self.out[...].astype(x.dtype))
+        kv = jnp.einsum("btd,dchk->btchk", image_tokens, self.kv[...].astype(x.dtype))
+        kv = constrain(kv + self.kv_bias[...].astype(x.dtype), "batch", None, None, "vision_heads", None)
+        heads = attention(q[:, :, :, None], kv[:, :, 0], kv[:, :, 1])[:, :, :, 0]
+        out = jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(x.dtype))
         return constrain(out, "batch", "residual", None) + self.out_bias[...].astype(x.dtype)
 
 
 class QFormerLayer(nnx.Module):
-    """norm(x + self-attention(x)), the same with cross-attention if there is one, the same with the MLP."""
+    """Post-norm layer: self-attention, cross-attention if `cross`, MLP, each as norm(x + f(x))."""
 
     def __init__(self, config: QFormerConfig, *, cross: bool, rngs: nnx.Rngs):
         width, heads = config.width, config.num_heads
@@ -75,16 +78,16 @@ class QFormerLayer(nnx.Module):
         self.mlp_norm = LayerNorm(width, NORM_EPS, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch queries width"], picture: Float[Array, "batch length vision_width"]
+        self, x: Float[Array, "batch queries width"], image_tokens: Float[Array, "batch length vision_width"]
     ) -> Float[Array, "batch queries width"]:
         x = self.attention_norm(x + self.attention(x))
-        if self.cross is not None:
-            x = self.cross_norm(x + self.cross(x, picture))
+        if self.cross is not None and self.cross_norm is not None:
+            x = self.cross_norm(x + self.cross(x, image_tokens))
         return constrain(self.mlp_norm(x + self.mlp(x)), "batch", "residual", None)
 
 
 class QFormerGroup(nnx.Module):
-    """One layer that looks at the picture, and those without cross-attention up to the next that does."""
+    """One layer with cross-attention to the image, and the layers without it that follow."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List(
@@ -92,32 +95,33 @@ class QFormerGroup(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "batch queries width"], picture: Float[Array, "batch length vision_width"]
+        self, x: Float[Array, "batch queries width"], image_tokens: Float[Array, "batch length vision_width"]
     ) -> Float[Array, "batch queries width"]:
         for layer in self.layers:
-            x = layer(x, picture)
+            x = layer(x, image_tokens)
         return x
 
 
 class QFormer(nnx.Module):
-    """A few learned queries that read a picture: always `num_queries` words, whatever its size."""
+    """Learned queries with cross-attention to the image's tokens: `num_queries` output tokens for any image size."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
-        groups, rest = divmod(config.num_layers, config.cross_attention_every)
-        if rest:
+        num_groups, remainder = divmod(config.num_layers, config.cross_attention_every)
+        if remainder:
             raise ValueError(
-                f"the Q-Former's {config.num_layers} layers are not whole groups of {config.cross_attention_every}"
+                f"the Q-Former's {config.num_layers} layers must be a multiple of {config.cross_attention_every}"
             )
         self.vit = EvaViT(config, rngs=rngs)
         self.queries = param(rngs, (config.num_queries, config.width), (None, "norm"), nnx.initializers.normal(0.02))
         self.norm = LayerNorm(config.width, NORM_EPS, rngs=rngs)
-        self.groups = make_layers(lambda r: QFormerGroup(config, rngs=r), groups, rngs)
+        self.groups = make_layers(lambda r: QFormerGroup(config, rngs=r), num_groups, rngs)
 
+    @jax.named_scope("qformer")
     def __call__(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> Float[Array, "batch queries width"]:
-        """`images` are normalised with CLIP's statistics."""
-        picture = self.vit(images, remat=remat)
+        """Tokens of images normalised with CLIP's statistics."""
+        image_tokens = self.vit(images, remat=remat)
         queries = self.norm(self.queries[...].astype(images.dtype))
         x = constrain(jnp.broadcast_to(queries, (images.shape[0], *queries.shape)), "batch", "residual", None)
-        return run_layers(self.groups, lambda group, carry, _: (group(carry, picture), None), x, remat=remat)[0]
+        return run_layers(self.groups, lambda group, carry, _: (group(carry, image_tokens), None), x, remat=remat)[0]

@@ -1,4 +1,4 @@
-"""What the vision transformers share: patches, tokens, attention, feed-forward, and the pre-norm block."""
+"""Modules of all vision transformers: patch embedding, tokens, attention, MLP, and the pre-norm block."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 class Patchify(nnx.Module):
-    """Convolution whose stride is its kernel: every patch times one matrix."""
+    """A convolution whose stride is its kernel size: every patch times one matrix."""
 
     def __init__(self, in_dim: int, out_dim: int, patch: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = param(
@@ -43,15 +43,15 @@ class Patchify(nnx.Module):
         rows, columns = height // patch, width // patch
         patches = x.reshape(batch, rows, patch, columns, patch, in_dim).transpose(0, 1, 3, 2, 4, 5)
         y = patches.reshape(batch, rows, columns, -1) @ kernel.reshape(-1, out_dim)
-        # Each device makes its own channels; only then are they exchanged.
+        # Each device computes its own output channels, which are then all-gathered.
         y = constrain(constrain(y, "batch", None, None, "vision_channels"), "batch", None, None, None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Tokens(nnx.Module):
-    """A picture as a row of tokens: a learned class token, then its patches row by row; positions are added.
+    """An image as tokens: a learned class token, then the patches row by row, plus position embeddings.
 
-    `position_grid` is the side of the grid that there are learned positions for.
+    `position_grid` is the side of the grid of the learned position embeddings.
     """
 
     def __init__(self, width: int, patch: int, position_grid: int, *, bias: bool = True, rngs: nnx.Rngs):
@@ -63,7 +63,7 @@ class Tokens(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch size size 3"], positions: Float[Array, "length width"] | None = None
     ) -> Float[Array, "batch length width"]:
-        """`positions` replaces the learned ones."""
+        """length is 1 + the number of patches; `positions` replaces the learned position embeddings."""
         patches = self.patches(images)
         batch, rows, columns, width = patches.shape
         class_token = jnp.broadcast_to(self.class_token[...].astype(images.dtype), (batch, 1, width))
@@ -83,13 +83,14 @@ class SelfAttention(nnx.Module):
         self.out = param(rngs, (num_heads, head_dim, width), out_names, fan_in_normal(width))
         self.out_bias = param(rngs, (width,), ("norm",), zeros)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         qkv = jnp.einsum("btd,dchk->btchk", x, self.qkv[...].astype(x.dtype)) + self.qkv_bias[...].astype(x.dtype)
         qkv = constrain(qkv, "batch", None, None, "vision_heads", None)
-        # Every query head has a key head of its own: groups of one.
+        # Multi-head attention: one query head per key/value head.
         q, k, v = qkv[:, :, 0, :, None], qkv[:, :, 1], qkv[:, :, 2]
-        attended = attention(q, k, v)[:, :, :, 0]
-        out = jnp.einsum("bthk,hkd->btd", attended, self.out[...].astype(x.dtype))
+        heads = attention(q, k, v)[:, :, :, 0]
+        out = jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(x.dtype))
         return constrain(out, "batch", "residual", None) + self.out_bias[...].astype(x.dtype)
 
 
@@ -102,14 +103,14 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        # XLA:CPU multiplies two-dimensional arrays faster than the same numbers in four dimensions.
+        # XLA:CPU's matrix product is faster on two dimensions than on four.
         flat = x.reshape(-1, x.shape[-1])
         hidden = constrain(self.activation(self.fc1(flat)), "batch", "vision_mlp")
         return constrain(self.fc2(hidden), "batch", None).reshape(x.shape)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `layer_scale`, each sum's second part times a vector."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `layer_scale` each branch is scaled by a learned vector."""
 
     def __init__(
         self, width: int, num_heads: int, mlp: nnx.Module, eps: float, *, layer_scale: bool = False, rngs: nnx.Rngs
@@ -127,10 +128,10 @@ class Block(nnx.Module):
 
 
 def scaled(x: Float[Array, "*batch width"], scale: nnx.Param | None) -> Float[Array, "*batch width"]:
-    """x times a learned vector, if there is one (layer scale, https://arxiv.org/abs/2103.17239)."""
+    """x times a learned vector, or x (layer scale, https://arxiv.org/abs/2103.17239)."""
     return x if scale is None else x * scale[...].astype(x.dtype)
 
 
 def run_blocks(blocks: nnx.Module, x: Float[Array, "batch *dims"], remat: str = "none") -> Float[Array, "batch *dims"]:
-    """Stacked blocks one after another; each takes and returns one array. `remat` as in `layers.run_layers`."""
+    """The output of stacked blocks that map one array to one. `remat` as in `layers.run_layers`."""
     return run_layers(blocks, lambda block, carry, _: (block(carry), None), x, remat=remat)[0]

@@ -1,4 +1,4 @@
-"""What decoding moves of the cache on a CPU, read off the compiled program."""
+"""A decode step updates the KV cache in place on a CPU, checked in the compiled program."""
 
 import pytest
 
@@ -13,17 +13,17 @@ CONFIG = SphinxConfig(
 )
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_word_is_written_where_the_cache_lies(rows):
-    """Nothing as large as a layer's keys is written but the keys and values of the word, each into the cache."""
+@pytest.mark.parametrize("num_seqs", [1, 2])
+def test_decode_updates_the_cache_in_place(num_seqs):
+    """No copy, transpose, broadcast or select as large as a layer's keys; only dynamic-update-slices."""
     mesh = sharding.make_mesh()
     graph, params = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh)
-    job = inference_jobs(CONFIG, graph, params, mesh, rows, 512)[0][-1]
+    job = inference_jobs(CONFIG, graph, params, mesh, num_seqs, 512)[0][-1]
     cache = job.args[1].cache[0].k
     computations, _ = parse(job.program.compile(job.args, mesh).as_text())
-    as_large = [i for body in computations.values() for i in body if i.type.startswith(_text(cache.shape))]
-    assert {i.opcode for i in as_large} >= {"parameter", "dynamic-update-slice"}
-    assert [i.name for i in as_large if i.opcode in ("copy", "transpose", "broadcast", "select")] == []
+    cache_sized = [i for body in computations.values() for i in body if i.type.startswith(_text(cache.shape))]
+    assert {i.opcode for i in cache_sized} >= {"parameter", "dynamic-update-slice"}
+    assert [i.name for i in cache_sized if i.opcode in ("copy", "transpose", "broadcast", "select")] == []
 
 
 def _text(shape: tuple[int, ...]) -> str:

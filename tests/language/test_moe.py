@@ -1,4 +1,4 @@
-"""The mixture of experts against a plain loop over tokens, and the properties that dropless routing has."""
+"""The mixture of experts against a plain loop over tokens, and the properties of dropless routing."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ def loop(params, x, k):
     out = np.zeros(x.shape)
     for index in np.ndindex(x.shape[:-1]):
         token = np.asarray(x[index], np.float64)
-        scores = token @ router
-        probabilities = np.exp(scores - scores.max())
+        logits = token @ router
+        probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         best = np.argsort(-probabilities)[:k]
         for expert in best:
@@ -50,11 +50,11 @@ def test_permuting_experts_changes_nothing():
     y, routing = bind(graph, params)(x)
     y_permuted, routing_permuted = bind(graph, permuted)(x)
     np.testing.assert_allclose(y, y_permuted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(routing.share[order], routing_permuted.share)
+    np.testing.assert_array_equal(routing.expert_load[order], routing_permuted.expert_load)
 
 
-def test_no_token_is_dropped_when_all_choose_one_expert():
-    """Capacity would be four times exceeded; every token still gets its experts' full answer."""
+def test_no_token_is_dropped_at_the_most_uneven_load():
+    """All tokens select the same two experts, beyond any capacity; every token still gets their full output."""
     graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     params["router"] = jnp.zeros((16, 4)).at[0, 2].set(50.0).at[0, 1].set(25.0)
     x = jax.random.normal(jax.random.key(1), (2, 9, 16)).at[..., 0].set(1.0)
@@ -64,34 +64,34 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
 
 
 def test_balance_loss():
-    """1 when tokens spread evenly; the number of experts over k when k experts take everything."""
+    """1 for a uniform load; num_experts / k if k experts get all tokens."""
     even = route(jnp.zeros((1, 4, 4)).at[0, jnp.arange(4), jnp.arange(4)].set(1e-3), 1)
     np.testing.assert_allclose(even.balance_loss, 1.0, rtol=1e-5)
-    np.testing.assert_allclose(even.share, 0.25)
+    np.testing.assert_allclose(even.expert_load, 0.25)
     uneven = route(jnp.full((1, 6, 4), -1e9).at[..., :2].set(0.0), 2)
     np.testing.assert_allclose(uneven.balance_loss, 4 / 2, rtol=1e-5)
 
 
-def test_weights_sum_to_one_and_experts_are_the_likeliest():
+def test_weights_sum_to_one_and_experts_are_the_top_k():
     logits = jax.random.normal(jax.random.key(0), (3, 5, 8))
     routing = route(logits, 2)
     np.testing.assert_allclose(routing.weights.sum(-1), 1.0, rtol=1e-6)
     np.testing.assert_array_equal(np.sort(routing.experts), np.sort(np.argsort(-np.asarray(logits))[..., :2]))
 
 
-def test_of_equal_scores_the_first_are_chosen():
-    """As `lax.top_k` does, and numpy's stable sort."""
+def test_ties_select_the_first_experts():
+    """As `lax.top_k` and numpy's stable sort."""
     logits = np.random.default_rng(0).integers(0, 3, (4, 50, 8)).astype(np.float32)
     np.testing.assert_array_equal(route(logits, 2).experts, np.argsort(-logits, axis=-1, kind="stable")[..., :2])
 
 
 def test_golden_dense_reference(golden):
-    """The original's dense and sparse forms, run in PyTorch on one input, and its balance loss."""
+    """The original's dense and sparse implementations, run in PyTorch on one input, and its balance loss."""
     data = golden("moe_dense.npz")
     config = DecoderConfig(dim=24, hidden_dim=128, num_layers=1, num_heads=4, num_kv_heads=4, num_experts=4)
     graph, _ = nnx.split(MoE(config, rngs=nnx.Rngs(0)))
-    w = lambda name: np.stack([data[f"experts.{e}.{name}.weight"].T for e in range(4)])
-    params = {"router": data["gate"].T, "w_in": np.stack([w("w1"), w("w3")], axis=2), "w_out": w("w2")}
+    w1, w2, w3 = (np.stack([data[f"experts.{e}.w{i}.weight"].T for e in range(4)]) for i in (1, 2, 3))
+    params = {"router": data["gate"].T, "w_in": np.stack([w1, w3], axis=2), "w_out": w2}
     y, routing = bind(graph, jax.tree.map(jnp.asarray, params))(jnp.asarray(data["x"]))
     for reference in ("y", "y_sparse"):
         np.testing.assert_allclose(y, data[reference], rtol=1e-5, atol=1e-5)

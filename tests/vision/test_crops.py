@@ -1,4 +1,4 @@
-"""Sizes, views and half-precision roundings, apart from the reference pictures."""
+"""Crops, resizing and half-precision rounding, without reference data."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from sphinx_jax.vision.crops import encoder_inputs, resize, to_half
 
 
 def test_to_half_rounds_as_numpy_does():
-    """Normal numbers, subnormal ones, halfway cases, zero, and both signs; also inside a compiled program."""
+    """Normal and subnormal numbers, halfway cases, zero, and both signs, inside a compiled program."""
     rng = np.random.default_rng(0)
     x = np.concatenate(
         [rng.normal(size=2000), rng.normal(size=2000) * 2.0**-15, [0.0, 2.0**-24, 2.0**-25, 1 + 2.0**-11]]
@@ -19,13 +19,13 @@ def test_to_half_rounds_as_numpy_does():
     np.testing.assert_array_equal(jax.jit(to_half)(x), x.astype(np.float16).astype(np.float32))
 
 
-def test_resize_keeps_constants_and_nearly_keeps_lines():
-    """The weights of a new sample add up to 1, and are centred on its place."""
+def test_resize_preserves_constants_and_nearly_preserves_lines():
+    """The weights of a new sample sum to 1, and are centred on its position."""
     line = jnp.broadcast_to(jnp.arange(40.0)[None, :, None, None], (1, 40, 40, 1))
-    places = (np.arange(25) + 0.5) * 40 / 25 - 0.5
-    inside = (places > 2) & (places < 37)
-    # Keys shows that lines are kept exactly by a = -0.5 alone; a = -0.75 is off by less than a tenth of a sample.
-    np.testing.assert_allclose(np.asarray(resize(line, 25)[0, :, 0, 0])[inside], places[inside], atol=0.1)
+    positions = (np.arange(25) + 0.5) * 40 / 25 - 0.5
+    inside = (positions > 2) & (positions < 37)
+    # Only a = -0.5 preserves lines exactly (Keys 1981); a = -0.75 is off by less than a tenth of a sample.
+    np.testing.assert_allclose(np.asarray(resize(line, 25)[0, :, 0, 0])[inside], positions[inside], atol=0.1)
     np.testing.assert_allclose(resize(jnp.ones((1, 40, 40, 1)), 25), 1.0, rtol=1e-6)
 
 
@@ -41,11 +41,11 @@ def tiny() -> VisionConfig:
     )
 
 
-def test_five_views_of_a_picture_of_quarters(tiny):
-    """Whole, top left, top right, bottom left, bottom right; one picture's views before the next's."""
+def test_order_of_five_crops(tiny):
+    """Full image, top left, top right, bottom left, bottom right; all crops of one image before the next."""
     colours = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
-    picture = np.kron(colours, np.ones((32, 32), np.float32))[None, :, :, None] * np.ones(3, np.float32)
-    inputs = encoder_inputs(jnp.concatenate([jnp.asarray(picture), jnp.asarray(10 * picture)]), tiny)
+    image = np.kron(colours, np.ones((32, 32), np.float32))[None, :, :, None] * np.ones(3, np.float32)
+    inputs = encoder_inputs(jnp.concatenate([jnp.asarray(image), jnp.asarray(10 * image)]), tiny)
     for name in ("clip", "convnext"):
         middle = np.asarray(inputs[name][:, 16, 16, 0])
         np.testing.assert_allclose(middle[1:5], [1, 2, 3, 4], rtol=1e-3)
@@ -56,8 +56,8 @@ def test_five_views_of_a_picture_of_quarters(tiny):
 
 def test_quarters_for_convnext_are_not_rounded(tiny):
     rng = np.random.default_rng(1)
-    picture = rng.normal(size=(1, 64, 64, 3)).astype(np.float32)
-    crops = encoder_inputs(jnp.asarray(picture), tiny)
-    np.testing.assert_array_equal(crops["convnext"][2], picture[0, :32, 32:])
+    image = rng.normal(size=(1, 64, 64, 3)).astype(np.float32)
+    crops = encoder_inputs(jnp.asarray(image), tiny)
+    np.testing.assert_array_equal(crops["convnext"][2], image[0, :32, 32:])
     np.testing.assert_array_equal(crops["clip"], np.asarray(crops["clip"]).astype(np.float16))
-    assert not np.array_equal(crops["clip"][2], picture[0, :32, 32:])
+    assert not np.array_equal(crops["clip"][2], image[0, :32, 32:])

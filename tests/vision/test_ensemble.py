@@ -1,4 +1,4 @@
-"""Which encoders are built, the order of words, and gradients on any mesh."""
+"""Which encoders exist, the order of the image embeddings, and gradients on any mesh."""
 
 import dataclasses
 
@@ -27,11 +27,11 @@ TINY = VisionConfig(
 
 @pytest.fixture(scope="module")
 def images():
-    return np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
 
 
-def drawn(config: VisionConfig):
-    """Graph and random parameters on one device. Compiling the initialisers would outlast all the tests here."""
+def random_params(config: VisionConfig):
+    """Graph definition and random parameters on one device, without the slow compilation of the initialisers."""
     graph, abstract = sharding.abstract_params(lambda rngs: Ensemble(config, DIM, rngs=rngs), sharding.make_mesh())
     rng = np.random.default_rng(2)
     return graph, jax.tree.map(lambda p: 0.3 * rng.normal(size=p.shape).astype(p.dtype), abstract)
@@ -39,7 +39,7 @@ def drawn(config: VisionConfig):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return drawn(TINY)
+    return random_params(TINY)
 
 
 @pytest.mark.parametrize("present", [("clip",), ("convnext",), ("dino",), ("qformer",), ("clip", "dino", "qformer")])
@@ -51,54 +51,55 @@ def test_only_the_named_encoders_exist(present):
     expected |= {"qformer_proj", "qformer_norm"} if "qformer" in present else set()
     expected |= {"visual_proj", "visual_norm"} if set(present) - {"qformer"} else set()
     assert set(params) == expected
-    words = jax.eval_shape(lambda x: Ensemble(config, DIM, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 32, 32, 3)))
-    assert words.shape == (2, 1, config.tokens_per_crop, DIM)
+    image_embeds = jax.eval_shape(lambda x: Ensemble(config, DIM, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 32, 32, 3)))
+    assert image_embeds.shape == (2, 1, config.tokens_per_crop, DIM)
 
 
-def test_nano_words():
+def test_nano_shape():
     config = nano()
-    make = lambda x: Ensemble(config.vision, config.language.dim, rngs=nnx.Rngs(0))(x)
-    assert jax.eval_shape(make, jnp.zeros((3, 64, 64, 3))).shape == (3, 1, 17, config.language.dim)
+    images = jnp.zeros((3, 64, 64, 3))
+    image_embeds = jax.eval_shape(lambda x: Ensemble(config.vision, config.language.dim, rngs=nnx.Rngs(0))(x), images)
+    assert image_embeds.shape == (3, 1, 17, config.language.dim)
 
 
-def test_the_queries_words_come_first(tiny, images):
-    """The Q-Former's last bias moves the first five words and no other."""
+def test_qformer_tokens_come_first(tiny, images):
+    """The Q-Former's last bias changes the first five tokens and no other."""
     graph, params = tiny
     encode = jax.jit(lambda params: nnx.merge(graph, nnx.State(params))(images))
     norm = params["qformer_norm"]
-    moved = encode(params | {"qformer_norm": norm | {"bias": norm["bias"] + 1}}) - encode(params)
-    np.testing.assert_allclose(moved[:, :, :5], 1.0, rtol=1e-5)
-    np.testing.assert_array_equal(moved[:, :, 5:], 0.0)
+    change = encode(params | {"qformer_norm": norm | {"bias": norm["bias"] + 1}}) - encode(params)
+    np.testing.assert_allclose(change[:, :, :5], 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(change[:, :, 5:], 0.0)
 
 
 def test_between_markers(tiny):
     graph, params = tiny
-    words = np.random.default_rng(1).normal(size=(2, 5, 3, DIM)).astype(np.float32)
-    out = np.asarray(nnx.merge(graph, nnx.State(params)).between_markers(words)).reshape(2, 5, 5, DIM)
-    np.testing.assert_array_equal(out[:, :, 1:-1], words)
+    image_embeds = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 3, DIM)), jnp.float32)
+    out = np.asarray(nnx.merge(graph, nnx.State(params)).add_markers(image_embeds)).reshape(2, 5, 5, DIM)
+    np.testing.assert_array_equal(out[:, :, 1:-1], image_embeds)
     np.testing.assert_array_equal(out[:, :, 0], np.broadcast_to(params["start"], (2, 5, DIM)))
     np.testing.assert_array_equal(out[:, :, -1], np.broadcast_to(params["end"], (2, 5, DIM)))
 
 
-def test_pictures_of_another_size_are_refused(tiny, images):
+def test_wrong_image_size_raises(tiny, images):
     graph, params = tiny
-    with pytest.raises(ValueError, match=r"must be \[batch, 32, 32, 3\], got \[2, 16, 16, 3\]"):
+    with pytest.raises(ValueError, match=r"images must be \[batch, 32, 32, 3\], got \[2, 16, 16, 3\]"):
         nnx.merge(graph, nnx.State(params))(images[:, ::2, ::2])
 
 
 def test_gradients_agree_on_a_mesh(images):
-    """Every parameter's gradient, where three heads do not divide over the devices and where two do."""
-    # CLIP's blocks are DINOv2's without layer scale; one layer of the Q-Former has all there is in it.
+    """The gradient of every parameter, with head counts that the mesh divides and that it does not."""
+    # CLIP's blocks are DINOv2's without layer scale; one layer of the Q-Former has all of its modules.
     qformer = dataclasses.replace(TINY.qformer, num_layers=1, cross_attention_every=1)
     config = dataclasses.replace(TINY, clip=None, qformer=qformer)
-    graph, params = drawn(config)
+    graph, params = random_params(config)
 
     def gradients(mesh):
         _, abstract = sharding.abstract_params(lambda rngs: Ensemble(config, DIM, rngs=rngs), mesh)
 
         def loss(params):
             model = nnx.merge(graph, nnx.State(params))
-            return (model.between_markers(model(images)) * np.linspace(-1, 1, DIM, dtype=np.float32)).var()
+            return (model.add_markers(model(images)) * np.linspace(-1, 1, DIM, dtype=np.float32)).var()
 
         with sharding.mesh_context(mesh):
             return jax.device_get(jax.jit(jax.grad(loss))(jax.device_put(params, sharding.shardings_of(abstract))))
@@ -123,15 +124,18 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_blocks_computed_again_take_less_memory_for_the_same_gradient(name):
-    """Of eight layers only what goes into each is kept, and all that one layer makes."""
-    graph, params = drawn(VisionConfig(image_size=64, **dict.fromkeys(DEEP) | {name: DEEP[name]}))
-    pictures = np.random.default_rng(1).normal(size=(4, 64, 64, 3)).astype(np.float32)
-    found = {}
+def test_remat_saves_memory_for_the_same_gradient(name):
+    """With eight layers, remat stores each layer's input, and the activations of one layer at a time."""
+    graph, params = random_params(VisionConfig(image_size=64, **dict.fromkeys(DEEP) | {name: DEEP[name]}))
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 64, 64, 3)), jnp.float32)
+    results = {}
     for remat in ("none", "block"):
-        loss = lambda p, remat=remat: jnp.square(nnx.merge(graph, nnx.State(p))(pictures, remat=remat)).mean()
+
+        def loss(params, remat=remat):
+            return jnp.square(nnx.merge(graph, nnx.State(params))(images, remat=remat)).mean()
+
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-        found[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
-    (whole, before), (again, after) = found["none"], found["block"]
-    assert after < before / 3
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), again, whole)
+        results[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
+    (expected, bytes_without), (grads, bytes_with) = results["none"], results["block"]
+    assert bytes_with < bytes_without / 3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, expected)

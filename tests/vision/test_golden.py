@@ -1,4 +1,4 @@
-"""Encoders and views against what the original program computed, from its own checkpoint files."""
+"""Encoders and crops against the original program's outputs, from its own checkpoint files."""
 
 import dataclasses
 
@@ -17,8 +17,8 @@ QUICK = [{}, {"tensor": 2, "expert": 2, "fsdp": 2}]
 SLOW = [{"tensor": 2}, {"expert": 4}]
 
 
-def pictures(variant: str) -> np.ndarray:
-    """The reference batch: a photograph, and the same from left to right."""
+def golden_images(variant: str) -> np.ndarray:
+    """The reference batch: a photograph, and its mirror image."""
     pixels = np.asarray(Image.open(GOLDEN / variant / "image_padded_resized.png")).astype(np.float32)
     normalised = (pixels / np.float32(255) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return np.stack([normalised, normalised[:, ::-1]])
@@ -32,19 +32,23 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{mesh_name(case[1])}")
 def run(request, golden_checkpoint, golden):
-    """One variant on one mesh: ours under the original's names, with its token stride, and the original's."""
+    """One variant on one mesh: our outputs under the original's names and token stride, and the original's."""
     variant, shape = request.param
     mesh = sharding.make_mesh(**shape)
     loaded = accessory.load(golden_checkpoint(variant, 1), mesh, "float32")
-    images = pictures(variant)
+    images = golden_images(variant)
     images = jax.device_put(images, sharding.named_sharding(("batch", None, None, None), images.shape, mesh))
 
     @jax.jit
     def compute(params, images):
         model = bind(loaded.graph, params).vision
-        words = model(images)
+        image_embeds = model(images)
         vit = model.qformer.vit(encoder_inputs(images, model.config)["qformer"])
-        return model.features(images) | {"vit": vit, "words": words, "all": model.between_markers(words)}
+        return model.features(images) | {
+            "vit": vit,
+            "image_embeds": image_embeds,
+            "with_markers": model.add_markers(image_embeds),
+        }
 
     with sharding.mesh_context(mesh):
         out = jax.device_get(compute(loaded.params, images))
@@ -56,9 +60,9 @@ def run(request, golden_checkpoint, golden):
         "feat_dino": out["dino"][:, ::stride],
         "feat_convnext": out["convnext"][:, 1:][:, ::stride],
         "feat_convnext_gap": out["convnext"][:, 0],
-        "encode_image": out["words"][:, :, ::stride],
-        "start_img": out["all"][0, 0],
-        "end_img": out["all"][0, -1],
+        "encode_image": out["image_embeds"][:, :, ::stride],
+        "start_img": out["with_markers"][0, 0],
+        "end_img": out["with_markers"][0, -1],
     }
     return ours, golden(f"{variant}/expected.npz")
 
@@ -91,7 +95,7 @@ def assert_close(ours, expected):
 
 @pytest.mark.parametrize("variant", ["ens", "ens5"])
 def test_quick_gelu_as_the_original(variant, golden_checkpoint, golden):
-    """CLIP's other activation, through to the words."""
+    """CLIP's other activation, through to the image embeddings."""
     loaded = accessory.load(golden_checkpoint(variant, 1), sharding.make_mesh(), "float32")
     vision = loaded.config.vision
     vision = dataclasses.replace(vision, clip=dataclasses.replace(vision.clip, activation="quick_gelu"))
@@ -103,21 +107,21 @@ def test_quick_gelu_as_the_original(variant, golden_checkpoint, golden):
         model = bind(graph, params).vision
         return model.features(images)["clip"], model(images)
 
-    clip, words = compute(loaded.params, pictures(variant))
+    clip, image_embeds = compute(loaded.params, golden_images(variant))
     expected = golden(f"{variant}/expected.npz")
     stride = 4 * golden(f"{variant}/expected.json")["feature_token_stride"]
     assert_close(clip[:, ::stride], expected["alt_quickgelu_feat_clip"])
-    words_expected = expected["alt_quickgelu_encode_image_item0"]
-    assert_close(words[0, :, ::stride].reshape(words_expected.shape), words_expected)
+    expected_embeds = expected["alt_quickgelu_encode_image_item0"]
+    assert_close(image_embeds[0, :, ::stride].reshape(expected_embeds.shape), expected_embeds)
 
 
 @pytest.fixture(scope="module")
 def inputs(golden, golden_checkpoint):
-    """Of each variant: our input of each encoder, [crop, channel, row, column], and the original's arrays."""
+    """Per variant: our input of each encoder, [crop, channel, row, column], and the original's arrays."""
 
     def of(variant: str):
         config = accessory.open_directory(golden_checkpoint(variant, 1)).config.vision
-        ours = jax.jit(lambda images: encoder_inputs(images, config))(pictures(variant))
+        ours = jax.jit(lambda images: encoder_inputs(images, config))(golden_images(variant))
         ours = {name: np.asarray(crops).transpose(0, 3, 1, 2) for name, crops in ours.items()}
         return ours, golden(f"{variant}/expected.npz")
 
@@ -147,7 +151,7 @@ def test_inputs_as_the_original(inputs, variant, name, encoder, crops):
     if encoder == "dino":
         assert difference.max() <= 1e-6
     else:
-        # Where this was written not one pixel differs. On another processor the last bit of a sum may tip the
+        # On the CPU that computed the reference no pixel differs. On another one the last bit of a sum may change the
         # rounding to half of a few: at most one in 10,000, by one step between half-precision numbers.
         assert (difference > 0).mean() <= 1e-4
         assert difference.max() <= 2.0**-9
