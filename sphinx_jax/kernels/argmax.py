@@ -1,4 +1,4 @@
-"""The place of the largest of many scores."""
+"""Index of the largest logit."""
 
 import math
 
@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def argmax(scores: Float[Array, "*batch n"]) -> Int[Array, "*batch"]:
-    """The first largest: of the largest of each 16 the first, and in its group again the first.
+def argmax(logits: Float[Array, "*batch n"]) -> Int[Array, "*batch"]:
+    """Index of the maximum over the last dimension; of equal maxima the first.
 
-    XLA:CPU compares pairs of value and index one by one, twenty times as slowly as it finds a maximum.
+    XLA:CPU reduces (value, index) pairs one by one, 20 times as slowly as it reduces a maximum. So groups of up to 16
+    are reduced by a maximum, and only two short argmax follow: over the groups, and within the best group.
     """
-    size = math.gcd(scores.shape[-1], 16)
-    groups = scores.reshape(*scores.shape[:-1], -1, size)
-    group = jnp.max(groups, axis=-1).argmax(axis=-1)
-    within = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :].argmax(axis=-1)
-    return group * size + within
+    group_size = math.gcd(logits.shape[-1], 16)
+    groups = logits.reshape(*logits.shape[:-1], -1, group_size)
+    best_group = jnp.max(groups, axis=-1).argmax(axis=-1)
+    index_in_group = jnp.take_along_axis(groups, best_group[..., None, None], axis=-2)[..., 0, :].argmax(axis=-1)
+    return best_group * group_size + index_in_group

@@ -1,12 +1,19 @@
-"""Causal attention for Hopper GPUs that keeps no scores, in Pallas (https://arxiv.org/abs/2307.08691, 2407.08608).
+"""Causal flash attention for Hopper GPUs in Pallas: no scores in memory (https://arxiv.org/abs/2307.08691, 2407.08608).
 
-Each thread block has a tile of one head, of queries or for the second half of the gradient of keys. One warpgroup
-copies what the tile looks at into shared memory, block by block; two others, with half of the tile each, compute: the
-forward pass a running maximum, sum and output of the softmax, the gradient the same scores once more.
+A thread block computes one tile of 128 positions of one head: queries, or keys for the gradients of keys and values. It
+has three warpgroups. One issues the copies of the blocks that the tile attends to into shared memory (two stages, so
+that a copy overlaps with the products of the block before). Two compute, 64 positions of the tile each:
+
+- forward: running maximum, sum and output of the softmax, over blocks of keys;
+- gradient of queries: scores recomputed, d_q accumulated over blocks of keys;
+- gradients of keys and values: scores recomputed, d_k and d_v accumulated over blocks of queries.
+
+Each kernel sums over its loop in registers and writes its tile once: no atomics, and the same result in every run.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,84 +25,109 @@ from jaxtyping import Array, Float, Int
 from sharding import pvary_like
 
 TILE = 128
-"""Positions of a thread block: more do not fit into its registers and shared memory."""
+"""Positions of a thread block, and keys of a block in its loop, for 16-bit numbers and head_dim 128.
+
+Shared memory of the gradient of queries: 32 KiB each for its tiles of q and d_out, and two stages of 32 KiB each for k
+and v, 192 of 227 KiB. Registers of the forward pass, per thread: 64 for out, 64 for the scores and 32 for the weights,
+of about 230. A larger tile fits into neither.
+"""
 
 HEAD_DIMS = (64, 128)
 
 _WARPGROUPS = 2
-_HALF = TILE // _WARPGROUPS
+"""That compute; one more copies."""
+
+_ROWS = TILE // _WARPGROUPS
+"""Positions of a compute warpgroup: 64, the rows of one wgmma instruction."""
+
+_Accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # public, though not re-exported explicitly
 
 _LOG2E = math.log2(math.e)
+"""Scores are scaled by it, as the GPU has an instruction for exp2 but none for exp."""
 
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-"""How the tensor cores want 16-bit numbers in shared memory."""
+_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+"""The layout of 16-bit matrices in shared memory that wgmma reads without bank conflicts."""
 
 _MATRIX, _ROW, _COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""Where a warpgroup's threads keep a product of the tensor cores, one value for each of its rows, for each column."""
+"""Register layouts: a wgmma accumulator; one value per row of it; one value per column of it."""
 
 Queries = Float[Array, "batch length heads head_dim"]
 Keys = Float[Array, "batch length kv_heads head_dim"]
-Rows = Float[Array, "batch heads length"]
-Cached = Float[Array, "batch slots kv_heads head_dim"]
+CachedKeys = Float[Array, "batch cache_len kv_heads head_dim"]
+RowStats = Float[Array, "batch heads length"]
+"""One float32 per query and head."""
+
+_Residuals = tuple[Queries, Keys, Keys, Queries, RowStats]
 
 
 @jax.custom_vjp
 def flash_attention(q: Queries, k: Keys, v: Keys) -> Queries:
-    """softmax(q k' / sqrt(head_dim)) v where query i sees keys 0 to i.
+    """softmax(q k' / sqrt(head_dim)) v where query i attends to keys 0 to i.
 
-    bfloat16 or float16; `length` a multiple of TILE, `head_dim` one of HEAD_DIMS, `heads` of `kv_heads`.
+    bfloat16 or float16; `length` a multiple of TILE, `head_dim` one of HEAD_DIMS, `heads` a multiple of `kv_heads`.
     """
-    return _forward(_forward_tile, q, k, v)[0]
+    return _forward(_flash_forward_kernel, q, k, v)[0]
 
 
-def flash_attention_from(start: Int[Array, "batch"], q: Queries, k: Cached, v: Cached) -> Queries:
-    """The same where query i of a row sees keys 0 to start + i: for a text whose beginning is in a cache.
+def flash_attention_with_kv_cache(start: Int[Array, "batch"], q: Queries, k: CachedKeys, v: CachedKeys) -> Queries:
+    """The same where query i of a sequence attends to keys 0 to start + i: chunked prefill with a KV cache.
 
-    `slots` too is a multiple of TILE. Values that no query sees are multiplied by zero, and have to be finite. Has no
-    gradient.
+    `cache_len` too is a multiple of TILE. Values that no query attends to are multiplied by zero, and must be finite.
+    Has no gradient.
     """
-    return _forward(_later_forward_tile, q, k, v, start)[0]
+    return _forward(_flash_forward_cache_kernel, q, k, v, start)[0]
 
 
-# Compiled functions of their own, so that a kernel is lowered once for all layers: half a second each time.
+# The kernels are called from jitted functions, so that each is lowered once for all layers: half a second per call.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(tile, q: Queries, *others) -> tuple[Queries, Rows]:
-    """The attention, and log2 of each query's sum of exponentials."""
-    rows = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    scratch = (_halves(q), _half_rows(), plgpu.Barrier(num_barriers=_WARPGROUPS))
-    return _kernel(tile, (jax.ShapeDtypeStruct(q.shape, q.dtype), rows), scratch, q, *others)
+def _forward(kernel, q: Queries, *others: Array) -> tuple[Queries, RowStats]:
+    """The attention, and lse: log2 of each query's sum of exponentials."""
+    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    scratch = (_tile_smem(q), _row_smem(), plgpu.Barrier(num_barriers=_WARPGROUPS))
+    return _launch(kernel, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), scratch, q, *others)
 
 
-def _with_residuals(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple]:
-    # Kept apart from where they are stored: XLA would run the kernel once for each of both.
-    out, lse = lax.optimization_barrier(_forward(_forward_tile, q, k, v))
+def _vjp_forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, _Residuals]:
+    # Without the barrier XLA clones the kernel: one call for the output, one for the residuals.
+    out, lse = lax.optimization_barrier(_forward(_flash_forward_kernel, q, k, v))
     return out, (q, k, v, out, lse)
 
 
 @jax.jit
-def _gradient(residuals: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys]:
+def _vjp_backward(residuals: _Residuals, d_out: Queries) -> tuple[Queries, Keys, Keys]:
     q, k, v, out, lse = residuals
     d_out = d_out.astype(q.dtype)
-    # What the softmax takes off each row of the scores' gradient.
+    # The gradient of the softmax subtracts from d_weights, per query, the sum over keys of weights times d_weights.
+    # That is the dot product of the output and its gradient, which needs no scores.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    own = (_halves(q), _halves(q), _half_rows(), _half_rows(), plgpu.Barrier(num_arrivals=4, num_barriers=_WARPGROUPS))
-    d_q = _kernel(_d_query_tile, jax.ShapeDtypeStruct(q.shape, q.dtype), own, q, k, v, d_out, lse, delta)
-    own = (_halves(k), _halves(v), plgpu.Barrier(num_arrivals=2, num_barriers=_WARPGROUPS))
-    by_head = jax.ShapeDtypeStruct(q.shape, k.dtype)
-    d_k, d_v = _kernel(_d_key_tile, (by_head, by_head), own, q, k, v, d_out, lse, delta)
-    # Of each key head, over the queries' heads that it serves.
-    total = lambda d: d.reshape(*k.shape[:3], -1, k.shape[3]).sum(axis=3, dtype=jnp.float32).astype(k.dtype)
-    return d_q, total(d_k), total(d_v)
+    barrier = plgpu.Barrier(num_arrivals=4, num_barriers=_WARPGROUPS)
+    scratch = (_tile_smem(q), _tile_smem(q), _row_smem(), _row_smem(), barrier)
+    d_q = _launch(_flash_dq_kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), scratch, q, k, v, d_out, lse, delta)
+    barrier = plgpu.Barrier(num_arrivals=2, num_barriers=_WARPGROUPS)
+    per_query_head = jax.ShapeDtypeStruct(q.shape, k.dtype)
+    out_type, scratch = (per_query_head, per_query_head), (_tile_smem(k), _tile_smem(v), barrier)
+    d_k, d_v = _launch(_flash_dkv_kernel, out_type, scratch, q, k, v, d_out, lse, delta)
+
+    def sum_group(d):
+        """Over the query heads of each key head."""
+        return d.reshape(*k.shape[:3], -1, k.shape[3]).sum(axis=3, dtype=jnp.float32).astype(k.dtype)
+
+    return d_q, sum_group(d_k), sum_group(d_v)
 
 
-flash_attention.defvjp(_with_residuals, _gradient)
+flash_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _kernel(tile, out_type, scratch, q: Queries, k: Keys, *others):
-    """`tile` run for each tile of each row and head, heads of one key head side by side."""
+def _launch(kernel, out_type, scratch, q: Queries, k: Array, *others: Array):
+    """`kernel` on a grid of tiles, sequences and query heads.
+
+    The last dimension varies fastest: query heads of one key head run at the same time and share its keys and values in
+    the second-level cache.
+    """
     batch, length, heads, _ = q.shape
+    group = heads // k.shape[2]
     run = plgpu.kernel(
-        functools.update_wrapper(functools.partial(tile, heads // k.shape[2]), tile),
+        functools.update_wrapper(functools.partial(kernel, group), kernel),
         out_type=out_type,
         grid=(length // TILE, batch, heads),
         grid_names=("tile", "batch", "head"),
@@ -107,147 +139,183 @@ def _kernel(tile, out_type, scratch, q: Queries, k: Keys, *others):
     return jax.tree.map(lambda out: pvary_like(out, q), run(q, k, *others))
 
 
-def _later_forward_tile(group, q_ref, k_ref, v_ref, start_ref, *others):
+def _flash_forward_cache_kernel(group, q_ref, k_ref, v_ref, start_ref, *others):
     start = start_ref[lax.axis_index("batch")]
-    _forward_tile(group, q_ref, k_ref, v_ref, *others, start=start)
+    _flash_forward_kernel(group, q_ref, k_ref, v_ref, *others, start=start)
 
 
-def _forward_tile(group, q_ref, k_ref, v_ref, out_ref, lse_ref, own_q, own_lse, arrived, start=0):
-    batch, head, tile, warpgroup, mine = _place(last_first=q_ref.shape[1])
+def _flash_forward_kernel(group, q_ref, k_ref, v_ref, out_ref, lse_ref, q_smem, lse_smem, barrier, start=0):
+    """One tile of queries; `group` query heads share a key head. The first query is at position `start`.
+
+    `*_ref` are whole arrays in global memory, `*_smem` hold one part per compute warpgroup.
+    """
+    batch, head, tile, warpgroup, rows = _program_ids(last_tile_first=True, length=q_ref.shape[1])
     head_dim = q_ref.shape[3]
-    q, lse = own_q.at[warpgroup], own_lse.at[warpgroup]
+    q, lse = q_smem.at[warpgroup], lse_smem.at[warpgroup]
     scale = head_dim**-0.5 * _LOG2E
 
     def compute(pipeline):
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, mine, head], q, arrived.at[warpgroup])
-        plgpu.barrier_wait(arrived.at[warpgroup])
-        row = lambda value: plgpu.layout_cast(jnp.full((_HALF,), value, jnp.float32), _ROW)
-        out, maximum, total = pipeline((_zeros(head_dim), row(-jnp.inf), row(0.0)))
-        q[...] = (out / _along_rows(total, out.shape)).astype(q.dtype)
+        # Each warpgroup copies and awaits its own 64 queries, then runs the loop over blocks of keys. The carry is in
+        # registers: out [64, head_dim], maximum [64] and total [64], all float32.
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q, barrier.at[warpgroup])
+        plgpu.barrier_wait(barrier.at[warpgroup])
+        out, maximum, total = pipeline((_zeros(head_dim), _full_row(-jnp.inf), _full_row(0.0)))
+        # Only this warpgroup reads its part of q_smem, and its last product is complete: reuse it for the output.
+        q[...] = (out / _broadcast_rows(total, out.shape)).astype(q.dtype)
         lse[...] = maximum + jnp.log(total) * _LOG2E
+        # Writes to shared memory must be visible to the asynchronous copies before these start.
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, out_ref.at[batch, mine, head])
-        plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, head, mine])
+        plgpu.copy_smem_to_gmem(q, out_ref.at[batch, rows, head])
+        plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
     def step(index, k, v, k_done, v_done, carry):
+        # k and v: [TILE, head_dim] in shared memory. Invariant, per query, over the keys so far: maximum of the scaled
+        # scores, total = sum of exp2(score - maximum), out = that sum times v.
         out, maximum, total = carry
-        scores = _product(q, k.transpose((1, 0)))
+        scores = _wgmma(q, k.transpose((1, 0)))
+        # k is free for the next block while the softmax of this one is computed.
         plgpu.barrier_arrive(k_done)
-        scores = jnp.where(_sees(start + mine.start, index[0] * TILE, scores.shape), scores * scale, -jnp.inf)
-        # Every query sees key 0, which is in the first block: from there on the maximum is finite.
+        scores = jnp.where(_causal_mask(start + rows.start, index[0] * TILE, scores.shape), scores * scale, -jnp.inf)
+        # Every query attends to key 0, which is in the first block: from there on the maximum is finite, and
+        # exp2(-inf - maximum) is zero.
         new_maximum = jnp.maximum(maximum, scores.max(axis=1))
         rescale = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores - _along_rows(new_maximum, scores.shape))
+        weights = jnp.exp2(scores - _broadcast_rows(new_maximum, scores.shape))
         total = total * rescale + weights.sum(axis=1)
-        out = _product(weights.astype(v.dtype), v, out * _along_rows(rescale, out.shape))
+        # The weights are 16-bit numbers for the tensor cores, straight from registers.
+        out = _wgmma(weights.astype(v.dtype), v, out * _broadcast_rows(rescale, out.shape))
         plgpu.barrier_arrive(v_done)
         return out, new_maximum, total
 
     kv_head = lax.div(head, jnp.asarray(group, head.dtype))
-    keys = plgpu.BlockSpec((TILE, head_dim), lambda block: (block, 0), transforms=_SWIZZLED)
-    # Up to the one that the tile's last query is in, unless that one only fills up the tile and is past the end.
+    keys = plgpu.BlockSpec((TILE, head_dim), lambda block: (block, 0), transforms=_SWIZZLE)
+    # Blocks of keys up to the one with the position of the tile's last query, of those that exist: padding queries may
+    # be at positions past the end of the cache.
     blocks = lax.min(tile + 1 + pl.cdiv(start, TILE), k_ref.shape[1] // TILE)
     _pipeline(step, blocks, [keys, keys], compute)(k_ref.at[batch, :, kv_head], v_ref.at[batch, :, kv_head])
 
 
-def _d_query_tile(
+def _flash_dq_kernel(
     group, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_q_ref,
-    own_q, own_d_out, own_lse, own_delta, arrived,
+    q_smem, d_out_smem, lse_smem, delta_smem, barrier,
 ):  # fmt: skip
-    batch, head, tile, warpgroup, mine = _place(last_first=q_ref.shape[1])
+    """Gradient of one tile of queries: d_q = scale * sum over keys of weights * (d_out v' - delta) k."""
+    batch, head, tile, warpgroup, rows = _program_ids(last_tile_first=True, length=q_ref.shape[1])
     head_dim = q_ref.shape[3]
-    q, d_out, lse, delta = (own.at[warpgroup] for own in (own_q, own_d_out, own_lse, own_delta))
+    q, d_out, lse, delta = (smem.at[warpgroup] for smem in (q_smem, d_out_smem, lse_smem, delta_smem))
 
     def compute(pipeline):
-        for whole, own in ((q_ref, q), (d_out_ref, d_out)):
-            plgpu.copy_gmem_to_smem(whole.at[batch, mine, head], own, arrived.at[warpgroup])
-        for whole, own in ((lse_ref, lse), (delta_ref, delta)):
-            plgpu.copy_gmem_to_smem(whole.at[batch, head, mine], own, arrived.at[warpgroup])
-        plgpu.barrier_wait(arrived.at[warpgroup])
+        # All four copies arrive at one barrier (`num_arrivals=4`).
+        for ref, smem in ((q_ref, q), (d_out_ref, d_out)):
+            plgpu.copy_gmem_to_smem(ref.at[batch, rows, head], smem, barrier.at[warpgroup])
+        for ref, smem in ((lse_ref, lse), (delta_ref, delta)):
+            plgpu.copy_gmem_to_smem(ref.at[batch, head, rows], smem, barrier.at[warpgroup])
+        plgpu.barrier_wait(barrier.at[warpgroup])
+        # lse and delta are constants of the loop; in the carry they stay in registers.
         d_q, *_ = pipeline((_zeros(head_dim), _load(lse, _ROW), _load(delta, _ROW)))
         q[...] = (d_q * head_dim**-0.5).astype(q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, d_q_ref.at[batch, mine, head])
+        plgpu.copy_smem_to_gmem(q, d_q_ref.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
     def step(index, k, v, k_done, v_done, carry):
         d_q, lse, delta = carry
-        scores = _product(q, k.transpose((1, 0)))
-        weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - _along_rows(lse, scores.shape))
-        weights = jnp.where(_sees(mine.start, index[0] * TILE, scores.shape), weights, 0.0)
-        d_weights = _product(d_out, v.transpose((1, 0)))
+        scores = _wgmma(q, k.transpose((1, 0)))
+        # With lse the weights are normalised at once: no running maximum, no rescaling.
+        weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - _broadcast_rows(lse, scores.shape))
+        weights = jnp.where(_causal_mask(rows.start, index[0] * TILE, scores.shape), weights, 0.0)
+        d_weights = _wgmma(d_out, v.transpose((1, 0)))
         plgpu.barrier_arrive(v_done)
-        d_scores = weights * (d_weights - _along_rows(delta, scores.shape))
-        d_q = _product(d_scores.astype(k.dtype), k, d_q)
+        d_scores = weights * (d_weights - _broadcast_rows(delta, scores.shape))
+        d_q = _wgmma(d_scores.astype(k.dtype), k, d_q)
         plgpu.barrier_arrive(k_done)
         return d_q, lse, delta
 
     kv_head = lax.div(head, jnp.asarray(group, head.dtype))
-    keys = plgpu.BlockSpec((TILE, head_dim), lambda block: (block, 0), transforms=_SWIZZLED)
+    keys = plgpu.BlockSpec((TILE, head_dim), lambda block: (block, 0), transforms=_SWIZZLE)
     _pipeline(step, tile + 1, [keys, keys], compute)(k_ref.at[batch, :, kv_head], v_ref.at[batch, :, kv_head])
 
 
-def _d_key_tile(
-    group, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, own_k, own_v, arrived
+def _flash_dkv_kernel(
+    group, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, k_smem, v_smem, barrier
 ):  # fmt: skip
-    batch, head, tile, warpgroup, mine = _place()
+    """Gradients of one tile of keys and values, for one query head; the caller sums over the heads of a group."""
+    batch, head, tile, warpgroup, rows = _program_ids()
     kv_head = lax.div(head, jnp.asarray(group, head.dtype))
     head_dim = q_ref.shape[3]
-    k, v = own_k.at[warpgroup], own_v.at[warpgroup]
-    # Half as many queries at a time: both sums and two products of them take all registers. From the last on, so
-    # that the first block does not depend on the tile.
-    blocks = q_ref.shape[1] // _HALF
-    block_of = lambda i: blocks - 1 - i
+    k, v = k_smem.at[warpgroup], v_smem.at[warpgroup]
+    # Blocks of 64 queries. Registers per thread: 64 each for d_k and d_v, and 32 each for two products [64 keys, 64
+    # queries], 192 of about 230; with 128 queries it would be 256.
+    # The loop runs from the last block to the one on the diagonal: so its first block is the same for all tiles.
+    blocks = q_ref.shape[1] // _ROWS
+
+    def block_of(i):
+        return blocks - 1 - i
 
     def compute(pipeline):
-        for whole, own in ((k_ref, k), (v_ref, v)):
-            plgpu.copy_gmem_to_smem(whole.at[batch, mine, kv_head], own, arrived.at[warpgroup])
-        plgpu.barrier_wait(arrived.at[warpgroup])
+        for ref, smem in ((k_ref, k), (v_ref, v)):
+            plgpu.copy_gmem_to_smem(ref.at[batch, rows, kv_head], smem, barrier.at[warpgroup])
+        plgpu.barrier_wait(barrier.at[warpgroup])
         d_k, d_v = pipeline((_zeros(head_dim), _zeros(head_dim)))
         k[...] = (d_k * head_dim**-0.5).astype(k.dtype)
         v[...] = d_v.astype(v.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k, d_k_ref.at[batch, mine, head])
-        plgpu.copy_smem_to_gmem(v, d_v_ref.at[batch, mine, head])
+        plgpu.copy_smem_to_gmem(k, d_k_ref.at[batch, rows, head])
+        plgpu.copy_smem_to_gmem(v, d_v_ref.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
     def step(index, q, d_out, lse, delta, q_done, d_out_done, lse_done, delta_done, carry):
         d_k, d_v = carry
-        # Keys by queries, so that no product needs its left side turned.
-        scores = _product(k, q.transpose((1, 0)))
+        # [keys, queries]: weights and d_scores are left sides of the products for d_v and d_k as they are, and a left
+        # side in registers cannot be transposed. lse and delta are per column, then.
+        scores = _wgmma(k, q.transpose((1, 0)))
         lse = lax.broadcast_in_dim(_load(lse, _COLUMN), scores.shape, [1])
         plgpu.barrier_arrive(lse_done)
         weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - lse)
-        sees = _sees(block_of(index[0]) * _HALF, mine.start, scores.shape, query_dim=1)
-        weights = jnp.where(sees, weights, 0.0)
-        d_v = _product(weights.astype(d_out.dtype), d_out, d_v)
-        d_weights = _product(v, d_out.transpose((1, 0)))
+        # The last blocks of the loop hold queries before some of the tile's keys.
+        mask = _causal_mask(block_of(index[0]) * _ROWS, rows.start, scores.shape, query_dim=1)
+        weights = jnp.where(mask, weights, 0.0)
+        d_v = _wgmma(weights.astype(d_out.dtype), d_out, d_v)
+        d_weights = _wgmma(v, d_out.transpose((1, 0)))
         plgpu.barrier_arrive(d_out_done)
         delta = lax.broadcast_in_dim(_load(delta, _COLUMN), scores.shape, [1])
         plgpu.barrier_arrive(delta_done)
-        d_k = _product((weights * (d_weights - delta)).astype(q.dtype), q, d_k)
+        d_k = _wgmma((weights * (d_weights - delta)).astype(q.dtype), q, d_k)
         plgpu.barrier_arrive(q_done)
         return d_k, d_v
 
-    queries = plgpu.BlockSpec((_HALF, head_dim), lambda i: (block_of(i), 0), transforms=_SWIZZLED)
-    rows = plgpu.BlockSpec((_HALF,), lambda i: (block_of(i),))
+    queries = plgpu.BlockSpec((_ROWS, head_dim), lambda i: (block_of(i), 0), transforms=_SWIZZLE)
+    stats = plgpu.BlockSpec((_ROWS,), lambda i: (block_of(i),))
+    # Queries before the tile attend to none of its keys.
     steps = blocks - tile * _WARPGROUPS
-    looked_at = (q_ref.at[batch, :, head], d_out_ref.at[batch, :, head], lse_ref.at[batch, head])
-    _pipeline(step, steps, [queries, queries, rows, rows], compute)(*looked_at, delta_ref.at[batch, head])
+    inputs = (
+        q_ref.at[batch, :, head],
+        d_out_ref.at[batch, :, head],
+        lse_ref.at[batch, head],
+        delta_ref.at[batch, head],
+    )
+    _pipeline(step, steps, [queries, queries, stats, stats], compute)(*inputs)
 
 
-def _place(last_first: int = 0):
-    """Batch row, head, tile and warpgroup at work here, and its positions. `last_first`: tiles of so many positions
-    from the last on, which sees most, so that the short ones fill up the end.
+def _program_ids(last_tile_first: bool = False, length: int = 0):
+    """Sequence, head, tile and warpgroup of this thread, and the positions of the warpgroup within the sequence.
+
+    `last_tile_first` reverses the tiles of `length` positions. The last tile of queries attends to most keys; if the
+    longest tiles start first, short ones fill the multiprocessors at the end.
     """
     batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-    if last_first:
-        tile = last_first // TILE - 1 - tile
-    return batch, head, tile, warpgroup, pl.ds(tile * TILE + warpgroup * _HALF, _HALF)
+    if last_tile_first:
+        tile = length // TILE - 1 - tile
+    return batch, head, tile, warpgroup, pl.ds(tile * TILE + warpgroup * _ROWS, _ROWS)
 
 
 def _pipeline(step, steps, in_specs, compute):
+    """A loop of `steps` over blocks in global memory, for `compute` to call with its initial carry.
+
+    The copying warpgroup fills a stage as soon as both others have arrived at its barriers; `step` arrives by hand,
+    input by input, after the last product that reads it. It gives up registers (40 remain) for those that compute.
+    """
     return plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(steps,),
@@ -261,42 +329,53 @@ def _pipeline(step, steps, in_specs, compute):
     )
 
 
-def _halves(x: Array) -> plgpu.SMEM:
-    return plgpu.SMEM((_WARPGROUPS, _HALF, x.shape[-1]), x.dtype, transforms=_SWIZZLED)
+def _tile_smem(x: Array):
+    """Shared memory for a tile of x, [_ROWS, head_dim] per compute warpgroup."""
+    return plgpu.SMEM((_WARPGROUPS, _ROWS, x.shape[-1]), x.dtype, transforms=_SWIZZLE)
 
 
-def _half_rows() -> plgpu.SMEM:
-    return plgpu.SMEM((_WARPGROUPS, _HALF), jnp.float32)
+def _row_smem():
+    """Shared memory for one float32 per position of a tile."""
+    return plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32)
 
 
 def _zeros(head_dim: int):
-    return plgpu.layout_cast(jnp.zeros((_HALF, head_dim), jnp.float32), _MATRIX)
+    return plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), _MATRIX)
 
 
-def _product(a, b, onto=None):
-    """a b (+ onto) on the tensor cores, in float32; `b` in shared memory, `a` there or in registers."""
-    multiply = lambda sums: plgpu.wgmma(sums, a, b)
-    if onto is not None:
-        return pl.run_state(multiply)(plgpu.ACC.init(onto))
+def _full_row(value: float):
+    return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _ROW)
 
-    def scope(sums):
-        multiply(sums)
-        return sums[...]
 
-    return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+def _wgmma(a, b, accumulator=None) -> Any:
+    """a b (+ accumulator) on the tensor cores, in float32, complete on return.
+
+    `a` is in shared memory or registers, `b` in shared memory; the result is in registers, of layout _MATRIX.
+    """
+    if accumulator is not None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(_Accumulator.init(accumulator))
+
+    def scope(ref):
+        plgpu.wgmma(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(scope, _Accumulator((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _load(ref, layout):
-    # jax 0.10 asks for an index, jax 0.12 takes none.
+    # jax 0.10 requires an index, jax 0.12 accepts none.
     index = ((),) if jax.__version_info__ < (0, 11) else ()
     return plgpu.load(ref, *index, layout=layout)
 
 
-def _along_rows(row, shape):
+def _broadcast_rows(row, shape):
     return lax.broadcast_in_dim(row, shape, [0])
 
 
-def _sees(first_query, first_key, shape, query_dim=0):
-    """Which query may look at which key, both counted from the first ones on."""
-    position = lambda dim: plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=_MATRIX)
-    return position(query_dim) + first_query >= position(1 - query_dim) + first_key
+def _causal_mask(first_query, first_key, shape, query_dim=0):
+    """True where a query attends to a key; `query_dim` is the dimension of `shape` that counts queries."""
+
+    def positions(dim):
+        return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=_MATRIX)
+
+    return positions(query_dim) + first_query >= positions(1 - query_dim) + first_key

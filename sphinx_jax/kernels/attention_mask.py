@@ -1,4 +1,4 @@
-"""Which query may look at which key."""
+"""Attention masks: causal with a start position per sequence, or boolean."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,23 @@ from jaxtyping import Array, Bool, Int
 
 
 class Causal(NamedTuple):
-    """Query i of a row stands at position start + i and sees keys 0 to its own; what lies past them must be finite."""
+    """Query i of a sequence is at position start + i and attends to the keys at positions 0 to start + i.
+
+    Keys and values at later positions must be finite.
+    """
 
     start: Int[Array, "batch"] | None = None
-    """None: queries and keys are of the same positions, from 0 on."""
+    """Position of the first query. None: queries and keys have the same positions, from 0."""
+    kv_len: int | None = None
+    """Static: keys and values past the first `kv_len` are not read at all. None: all of them may be."""
 
 
-Mask = Bool[Array, "batch q_len kv_len"] | Causal | None
-"""True where a query may look, which is somewhere for each; None: all see all."""
+Mask = Bool[Array, "#batch q_len kv_len"] | Causal | None
+"""Boolean: True where a query attends to a key; each query attends to at least one. None: no mask."""
 
 
-def written_out(mask: Mask, q_len: int, kv_len: int) -> Bool[Array, "#batch q_len kv_len"]:
-    """The mask with an entry for each pair."""
+def dense_mask(mask: Mask, q_len: int, kv_len: int) -> Bool[Array, "#batch q_len kv_len"]:
+    """The mask as a boolean array with one entry per pair of query and key."""
     if mask is None:
         return jnp.ones((1, q_len, kv_len), bool)
     if isinstance(mask, Causal):

@@ -1,4 +1,6 @@
-"""Depthwise convolution: each channel with its own small kernel."""
+"""Depthwise convolution: every channel has its own k x k filter."""
+
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +9,21 @@ from jaxtyping import Array, Float
 import sharding
 
 Images = Float[Array, "batch height width channels"]
+Filters = Float[Array, "k k channels"]
 
 
 @jax.custom_vjp
-def depthwise_conv(x: Images, w: Float[Array, "k k channels"]) -> Images:
+def depthwise_conv(x: Images, w: Filters) -> Images:
     """y[b, i, j, c] = sum over u, v of w[u, v, c] x[b, i + u - k // 2, j + v - k // 2, c], zeros outside; k is odd.
 
-    Written as k x k shifted copies, each times its weight. XLA:CPU runs that, with its gradient, 8 to 14 times
-    (k = 3) or 2 to 4 times (k = 7) as fast as its own grouped convolution. Elsewhere the rows of the kernel are
-    the steps of a loop: a sum of 49 copies that a norm follows, whole on one GPU, takes XLA many minutes to compile.
+    On CPU a sum of k x k shifted copies of the image, each times its weight. XLA:CPU runs that, forward and backward, 8
+    to 14 times (k = 3) or 2 to 4 times (k = 7) as fast as its own grouped convolution. On other platforms a loop over
+    the filter's rows: a sum of 49 copies followed by a norm takes XLA many minutes to compile for one GPU.
     """
     if sharding.platform() == "cpu":
-        return sum(copy * w[u, v] for (u, v), copy in _shifted(x, w.shape[0]))
+        return cast(Array, sum(view * w[u, v] for (u, v), view in _shifted_views(x, w.shape[0])))
     (k, _, _), (height, width) = w.shape, x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    padded = _pad(x, k)
 
     def add_row(u, y):
         rows, weights = jax.lax.dynamic_slice_in_dim(padded, u, height, 1), w[u].astype(jnp.float32)
@@ -29,41 +32,47 @@ def depthwise_conv(x: Images, w: Float[Array, "k k channels"]) -> Images:
     return jax.lax.fori_loop(0, k, add_row, jnp.zeros_like(x, jnp.float32)).astype(x.dtype)
 
 
-def _shifted(x: Images, k: int) -> list[tuple[tuple[int, int], Images]]:
-    """The picture seen from each place (u, v) of the kernel."""
+def _pad(x: Images, k: int) -> Float[Array, "batch padded_height padded_width channels"]:
+    """Zero padding on all four sides, so that a k x k filter keeps the size."""
+    return jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+
+
+def _shifted_views(x: Images, k: int) -> list[tuple[tuple[int, int], Images]]:
+    """One slice of the padded image, of the size of `x`, per offset (u, v) of the filter."""
     height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    padded = _pad(x, k)
     return [((u, v), padded[:, u : u + height, v : v + width]) for u in range(k) for v in range(k)]
 
 
-def _forward(x, w):
+def _forward(x: Images, w: Filters) -> tuple[Images, tuple[Images, Filters]]:
     return depthwise_conv(x, w), (x, w)
 
 
-def _backward(residuals, dy):
+def _backward(residuals: tuple[Images, Filters], dy: Images) -> tuple[Images, Filters]:
     x, w = residuals
+    # The gradient with respect to x is a convolution with the flipped filter.
     dx = depthwise_conv(dy, w[::-1, ::-1])
-    # The GPU compiler makes a kernel of each shifted copy and keeps them all; the library's does neither.
-    dw = jax.lax.platform_dependent(x, dy, w, cpu=_weight_gradient_shifted, default=_weight_gradient_grouped)
+    # XLA:GPU compiles one kernel per shifted copy and stores all copies; cuDNN's grouped convolution does neither.
+    dw = jax.lax.platform_dependent(x, dy, w, cpu=_dw_from_views, default=_dw_from_grouped_conv)
     return dx, dw
 
 
-def _weight_gradient_shifted(x: Images, dy: Images, w: Float[Array, "k k channels"]) -> Float[Array, "k k channels"]:
-    """dw[u, v, c] = sum over b, i, j of dy[b, i, j, c] times x seen from (u, v)."""
-    sums = [jnp.sum(copy * dy, axis=(0, 1, 2), dtype=jnp.float32) for _, copy in _shifted(x, w.shape[0])]
+def _dw_from_views(x: Images, dy: Images, w: Filters) -> Filters:
+    """dw[u, v, c] = sum over b, i, j of dy[b, i, j, c] times the view of x at (u, v)."""
+    sums = [jnp.sum(view * dy, axis=(0, 1, 2), dtype=jnp.float32) for _, view in _shifted_views(x, w.shape[0])]
     return jnp.stack(sums).reshape(w.shape).astype(w.dtype)
 
 
-def _weight_gradient_grouped(x: Images, dy: Images, w: Float[Array, "k k channels"]) -> Float[Array, "k k channels"]:
-    """The same by XLA's grouped convolution."""
+def _dw_from_grouped_conv(x: Images, dy: Images, w: Filters) -> Filters:
+    """The same from the gradient of XLA's grouped convolution."""
 
-    def grouped(w):
+    def grouped_conv(w):
         layout, channels = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
         return jax.lax.conv_general_dilated(
             x, w[:, :, None], (1, 1), "SAME", dimension_numbers=layout, feature_group_count=channels
         )
 
-    return jax.vjp(grouped, w)[1](dy)[0]
+    return jax.vjp(grouped_conv, w)[1](dy)[0]
 
 
 depthwise_conv.defvjp(_forward, _backward)

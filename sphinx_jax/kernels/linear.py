@@ -1,4 +1,4 @@
-"""Linear projections: one function, with a gradient of its own on CPU and a form of its own for one row on a GPU."""
+"""Linear projections: `matmul` for any shapes, with a custom gradient on CPU and a matrix-vector kernel on GPU."""
 
 import math
 from collections.abc import Callable
@@ -6,100 +6,106 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import sharding
 from sphinx_jax.kernels.quantized import Quantized, Weight
 
+_Inputs = Float[Array, "*rows in"]
+_Matrix = Float[Array, "in *out"]
 
-def matmul(x: Float[Array, "*rows in"], w: Float[Array, "in *out"]) -> Float[Array, "..."]:
-    """x @ w of shape [*rows, *out]: any number of dimensions before and behind the one summed over."""
+
+def matmul(x: _Inputs, w: _Matrix) -> Float[Array, "..."]:
+    """x @ w, of shape [*rows, *out]: any number of dimensions before and after the contracted one."""
     if sharding.platform() == "cpu":
-        return _project_on_cpu(x, w)
+        return _matmul_cpu(x, w)
     if x.size == x.shape[-1]:
         return matvec(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
     return jnp.tensordot(x, w, axes=1)
 
 
-def matvec(x: Float[Array, "in"], w: Float[Array, "in *out"]) -> Float[Array, "*out"]:
-    """x @ w, summed in float32, in a form that XLA:GPU makes one kernel of that reads `w` in place.
+def matvec(x: Float[Array, "in"], w: _Matrix) -> Float[Array, "*out"]:
+    """x @ w accumulated in float32; XLA:GPU compiles it to one kernel that reads `w` in place.
 
-    Of a matrix product with one row XLA makes a sum of products too, but may write the products to memory first,
-    and gives a thread block to every 128 columns only, which leaves most processors idle. Hence the sum in parts,
-    which the barrier keeps XLA from joining again. A `w` chosen from a stack at run time is not copied out of it.
+    XLA lowers a matrix product with one row to multiply and reduce, but may materialise the products, and starts one
+    thread block per 128 columns, which leaves most multiprocessors idle. Hence the sum in chunks of the contracted
+    dimension; the barrier keeps XLA from merging the two sums. A `w` sliced from a stack at run time is not copied.
     """
-    part = math.gcd(x.shape[0], 256)
-    w = w.reshape(-1, part, *w.shape[1:])
-    x = x.reshape(-1, part, *(1,) * (w.ndim - 2))
-    parts = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
-    return jax.lax.optimization_barrier(parts).sum(axis=0).astype(w.dtype)
+    chunk = math.gcd(x.shape[0], 256)
+    w = w.reshape(-1, chunk, *w.shape[1:])
+    x = x.reshape(-1, chunk, *(1,) * (w.ndim - 2))
+    partial_sums = jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)
+    return jax.lax.optimization_barrier(partial_sums).sum(axis=0).astype(w.dtype)
 
 
 def gathered_matrix(w: Weight, index: int | Int[Array, ""]) -> Weight:
-    """w[index]; if quantized, it stays so."""
-    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), w)
+    """w[index]; a quantized stack gives a quantized matrix."""
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), w)
 
 
 def gathered_matvec(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]) -> Float[Array, "*out"]:
-    """x @ w[index] with w[n, in, *out], summed in float32, the matrix read in place."""
+    """x @ w[index] with w[n, in, *out], accumulated in float32; the matrix is read in place."""
     if sharding.platform() != "cpu" or isinstance(w, Quantized):
         return matvec(x, gathered_matrix(w, index).astype(x.dtype))
-    # XLA:CPU copies what a product is given of a larger array, but not what is added up line by line.
-    lines = w.reshape(w.shape[0] * x.shape[0], -1)
-    return _sum_of_lines(x.astype(jnp.float32), lines, index).reshape(w.shape[2:]).astype(w.dtype)
+    # XLA:CPU copies a dynamic slice before a dot, but not before an elementwise sum of its rows.
+    matrix_rows = w.reshape(w.shape[0] * x.shape[0], -1)
+    return _weighted_row_sum(x.astype(jnp.float32), matrix_rows, index).reshape(w.shape[2:]).astype(w.dtype)
 
 
-def _in_one_kernel(function: Callable) -> Callable:
-    """`function` as one kernel of XLA:CPU, with its loops, which else cost more between steps than in them.
+def _single_cpu_kernel(function: Callable) -> Callable:
+    """`function` compiled by XLA:CPU to one kernel, loops included: otherwise each loop step costs a kernel launch.
 
-    The mark is the one that XLA puts on small loops itself. A compiler that does not know it compiles as ever. The
-    gradient goes without: not all that it needs can be part of a kernel, nor is it faster as one.
+    XLA sets this attribute on small loops itself; a compiler that does not know it ignores it. The gradient is compiled
+    without it: not all of its operations may be part of such a kernel, and it is no faster as one.
     """
-    marks = ("xla_cpu_small_call", "true"), ("inlineable", "false")
+    attributes = ("xla_cpu_small_call", "true"), ("inlineable", "false")
 
     @jax.jit
     def unmarked(*args):
-        with set_xla_metadata(**{name: None for name, _ in marks}):
+        with set_xla_metadata(**{name: None for name, _ in attributes}):
             return function(*args)
 
     @jax.custom_vjp
     def marked(*args):
-        with set_xla_metadata(**dict(marks)):
+        with set_xla_metadata(**dict(attributes)):
             return unmarked(*args)
 
-    marked.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, dy: pull(dy))
+    marked.defvjp(lambda *args: jax.vjp(function, *args), lambda vjp, dy: vjp(dy))
     return marked
 
 
-@_in_one_kernel
-def _sum_of_lines(
-    x: Float[Array, "in"], lines: Float[Array, "n_in width"], index: Int[Array, ""]
+@_single_cpu_kernel
+def _weighted_row_sum(
+    x: Float[Array, "in"], matrix_rows: Float[Array, "n_in width"], index: Int[Array, ""]
 ) -> Float[Array, "width"]:
-    """The lines of matrix number `index`, each times its number in `x`, added up."""
-    line = lambda i: jax.lax.dynamic_index_in_dim(lines, index * len(x) + i, keepdims=False)
-    add = lambda i, y: y + x[i] * line(i).astype(x.dtype)
-    return jax.lax.fori_loop(0, len(x), add, jnp.zeros_like(lines, x.dtype, shape=lines.shape[1:]))
+    """Sum over i of x[i] times row i of matrix number `index`."""
+
+    def add_row(i, y):
+        return y + x[i] * jax.lax.dynamic_index_in_dim(matrix_rows, index * len(x) + i, keepdims=False).astype(x.dtype)
+
+    return jax.lax.fori_loop(0, len(x), add_row, jnp.zeros_like(matrix_rows, x.dtype, shape=matrix_rows.shape[1:]))
 
 
-def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: jnp.dtype) -> Float[Array, "in out"]:
+def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: DTypeLike) -> Float[Array, "in out"]:
     """x' y, the gradient of a matrix. XLA:CPU is up to twice as fast if x is transposed before the product."""
     return jnp.dot(jax.lax.optimization_barrier(x.T), y, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
-def _project_on_cpu(x, w):
+def _matmul_cpu(x: _Inputs, w: _Matrix) -> Float[Array, "..."]:
     return jnp.tensordot(x, w, axes=1)
 
 
-def _forward(x, w):
-    return _project_on_cpu(x, w), (x, w)
+def _matmul_cpu_forward(x: _Inputs, w: _Matrix) -> tuple[Float[Array, "..."], tuple[_Inputs, _Matrix]]:
+    return _matmul_cpu(x, w), (x, w)
 
 
-def _backward(residuals, dy):
+def _matmul_cpu_backward(residuals: tuple[_Inputs, _Matrix], dy: Float[Array, "..."]) -> tuple[_Inputs, _Matrix]:
     x, w = residuals
     rows, matrix = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
     dy = dy.reshape(-1, matrix.shape[1])
     return (dy @ matrix.T).reshape(x.shape), outer(rows, dy, w.dtype).reshape(w.shape)
 
 
-_project_on_cpu.defvjp(_forward, _backward)
+_matmul_cpu.defvjp(_matmul_cpu_forward, _matmul_cpu_backward)

@@ -1,7 +1,7 @@
-"""SwiGLU experts on assignments put group by group, expert by expert, for the kernels of `grouped_matmul`.
+"""SwiGLU experts on assignments permuted by expert, with the kernels of `grouped_matmul`.
 
-Every product over all experts is one kernel, forwards and back, on arrays of [assignments, width]; between them are
-gathers of rows. No row is dropped, and experts without rows are not read.
+Each product over all experts is one kernel, forward and backward, on arrays of [assignments, width]; between the
+kernels rows are gathered. No token is dropped, and the matrices of experts without rows are not read.
 """
 
 from typing import NamedTuple
@@ -10,120 +10,141 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sphinx_jax.kernels.grouped_matmul import MULTIPLE, TILES, Groups, grouped_matmul, grouped_outer, grouped_swiglu
-from sphinx_jax.kernels.moe_sorted_blocks import Assigned, Tokens, Weights
+from sphinx_jax.kernels.grouped_matmul import (
+    TILE_ROWS,
+    WIDTH_MULTIPLE,
+    Groups,
+    grouped_matmul,
+    grouped_outer,
+    grouped_swiglu,
+)
+from sphinx_jax.kernels.moe_sorted_blocks import ExpertIds, RouterWeights, Tokens
+from sphinx_jax.kernels.quantized import Weight
 
-FEW = 8
-"""Most assignments for which counting and sorting takes longer than computing a tile for each."""
+MAX_UNSORTED_ASSIGNMENTS = 8
+"""Up to so many assignments, a tile for each takes less time than counting and sorting them."""
+
+_WIn = Float[Array, "experts dim 2 hidden"]
+_WOut = Float[Array, "experts hidden dim"]
 
 
-def groups_fit(x: Tokens, w_in: Float[Array, "experts dim 2 hidden"]) -> bool:
-    """Whether the kernels take matrices of these sizes and numbers of this kind."""
+def supports_grouped_matmul(x: Tokens, w_in: Weight) -> bool:
+    """Whether the kernels take these sizes and dtypes."""
     sizes = w_in.shape[1], w_in.shape[3]
-    return x.dtype in (jnp.bfloat16, jnp.float16) and w_in.dtype == x.dtype and not any(n % MULTIPLE for n in sizes)
+    if not isinstance(w_in, jax.Array) or w_in.dtype != x.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    return not any(size % WIDTH_MULTIPLE for size in sizes)
 
 
-class Grouped(NamedTuple):
-    """Which row each assignment is, and of which token each row is."""
+class PermutedAssignments(NamedTuple):
+    """The row of each assignment, and the token of each row."""
 
     groups: Groups
+    """The rows of each expert."""
     row: Int[Array, "tokens k"]
-    """Past the last row for an assignment to no expert here."""
+    """One past the last row for an assignment to an expert elsewhere."""
     token: Int[Array, "rows"]
-    """Past the last token for a row of none."""
+    """One past the last token for a row without an assignment."""
 
     @classmethod
-    def of(cls, experts: Assigned, num_experts: int) -> "Grouped":
-        """One row for each assignment, after another in each expert's group."""
+    def sort(cls, experts: ExpertIds, num_experts: int) -> "PermutedAssignments":
+        """One row per assignment, those of an expert consecutive."""
         tokens, k = experts.shape
-        tile = TILES[experts.size >= TILES[1] * num_experts]
+        # Large tiles if the experts have at least one large tile each on average.
+        tile_rows = TILE_ROWS[experts.size >= TILE_ROWS[1] * num_experts]
         flat = experts.reshape(-1)
+        # A counting sort: an assignment's row is its expert's first row plus the number of earlier ones of the expert.
         one_hot = flat[:, None] == jnp.arange(num_experts)
         so_far = jnp.cumsum(one_hot, axis=0, dtype=jnp.int32)
-        groups = Groups.of(so_far[-1], flat.size // tile + num_experts, tile)
-        rows = groups.group_of_tile.size * tile
-        # Of an assignment to no expert here all of one_hot is zero.
+        groups = Groups.from_counts(so_far[-1], flat.size // tile_rows + num_experts, tile_rows)
+        rows = groups.group_of_tile.size * tile_rows
+        # For an assignment to an expert elsewhere one_hot is all zero.
         row = jnp.sum(jnp.where(one_hot, groups.first + so_far - 1, 0), axis=1)
         row = jnp.where(flat < num_experts, row, rows)
         token = jnp.full(rows, tokens, jnp.int32).at[row].set(jnp.arange(flat.size) // k, mode="drop")
         return cls(groups, row.reshape(tokens, k), token)
 
     @classmethod
-    def few(cls, experts: Assigned, num_experts: int) -> "Grouped":
-        """A tile for each assignment, full of its token: nothing to count or to sort.
+    def tile_per_assignment(cls, experts: ExpertIds, num_experts: int) -> "PermutedAssignments":
+        """One tile per assignment, in the order of the assignments, filled with copies of its token.
 
-        Tiles of the same expert are worked on side by side, so that its matrices come from memory once.
+        Tiles of the same expert are computed at the same time, so its matrices are read from memory once.
         """
-        number, tile = jnp.arange(experts.size, dtype=jnp.int32), TILES[0]
-        here = experts < num_experts
-        rows = here.reshape(-1).astype(jnp.int32)
-        groups = Groups(rows, number * tile, experts.reshape(-1), rows, jnp.full(1, experts.size, jnp.int32))
-        row = jnp.where(here, groups.first.reshape(experts.shape), experts.size * tile)
-        return cls(groups, row, jnp.repeat(number // experts.shape[1], tile))
+        index, tile_rows = jnp.arange(experts.size, dtype=jnp.int32), TILE_ROWS[0]
+        local = experts < num_experts
+        count = local.reshape(-1).astype(jnp.int32)
+        groups = Groups(count, index * tile_rows, experts.reshape(-1), count, jnp.full(1, experts.size, jnp.int32))
+        row = jnp.where(local, groups.first.reshape(experts.shape), experts.size * tile_rows)
+        return cls(groups, row, jnp.repeat(index // experts.shape[1], tile_rows))
 
-    def spread(self, x: Float[Array, "tokens width"]) -> Float[Array, "rows width"]:
-        """Each row its token's; zero if it is of none."""
+    def permute(self, x: Float[Array, "tokens width"]) -> Float[Array, "rows width"]:
+        """The token of each row; zero for a row without an assignment."""
         return jnp.take(x, self.token, axis=0, mode="fill", fill_value=0)
 
-    def back(self, rows: Float[Array, "rows width"]) -> Float[Array, "tokens k width"]:
-        """Each assignment its row; zero if it is to no expert here."""
+    def unpermute(self, rows: Float[Array, "rows width"]) -> Float[Array, "tokens k width"]:
+        """The row of each assignment; zero for an assignment to an expert elsewhere."""
         return jnp.take(rows, self.row, axis=0, mode="fill", fill_value=0)
 
 
+_Residuals = tuple[Tokens, RouterWeights, _WIn, _WOut, PermutedAssignments, Float[Array, "rows gate_up"]]
+
+
 @jax.custom_vjp
-def moe_grouped_matmul(
-    x: Tokens,
-    experts: Assigned,
-    weights: Weights,
-    w_in: Float[Array, "experts dim 2 hidden"],
-    w_out: Float[Array, "experts hidden dim"],
-) -> Tokens:
-    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.experts`."""
-    grouped = (Grouped.few if experts.size <= FEW else Grouped.of)(experts, w_in.shape[0])
-    hidden = grouped_swiglu(grouped.spread(x), w_in, grouped.groups)
-    return _weighted(grouped_matmul(hidden, w_out, grouped.groups), weights, grouped)
+def moe_grouped_matmul(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: _WIn, w_out: _WOut) -> Tokens:
+    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.moe`."""
+    if experts.size <= MAX_UNSORTED_ASSIGNMENTS:
+        permuted = PermutedAssignments.tile_per_assignment(experts, w_in.shape[0])
+    else:
+        permuted = PermutedAssignments.sort(experts, w_in.shape[0])
+    hidden = grouped_swiglu(permuted.permute(x), w_in, permuted.groups)
+    return _weighted_sum(grouped_matmul(hidden, w_out, permuted.groups), weights, permuted)
 
 
-def _weighted(rows: Float[Array, "rows dim"], weights: Weights, grouped: Grouped) -> Tokens:
-    return jnp.sum(grouped.back(rows) * weights[..., None], axis=1)
+def _weighted_sum(rows: Float[Array, "rows dim"], weights: RouterWeights, permuted: PermutedAssignments) -> Tokens:
+    return jnp.sum(permuted.unpermute(rows) * weights[..., None], axis=1)
 
 
-def _flat(w_in: Float[Array, "experts dim 2 hidden"]) -> Float[Array, "experts dim both"]:
+def _merge_gate_up(w_in: _WIn) -> Float[Array, "experts dim gate_up"]:
     return w_in.reshape(*w_in.shape[:2], -1)
 
 
-def _swiglu(gate_up: Float[Array, "rows both"]) -> Float[Array, "rows hidden"]:
+def _swiglu(gate_up: Float[Array, "rows gate_up"]) -> Float[Array, "rows hidden"]:
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
 
-def _forward(x, experts, weights, w_in, w_out):
-    grouped = Grouped.of(experts, w_in.shape[0])
-    # Kept apart from where it is stored: XLA would run the kernel once for each of both.
-    gate_up = jax.lax.optimization_barrier(grouped_matmul(grouped.spread(x), _flat(w_in), grouped.groups))
-    y = _weighted(grouped_matmul(_swiglu(gate_up), w_out, grouped.groups), weights, grouped)
-    return y, (x, weights, w_in, w_out, grouped, gate_up)
+def _forward(
+    x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: _WIn, w_out: _WOut
+) -> tuple[Tokens, _Residuals]:
+    """Unlike the primal function it stores gate and up, and so applies SwiGLU outside of the kernel."""
+    permuted = PermutedAssignments.sort(experts, w_in.shape[0])
+    # Without the barrier XLA clones the kernel: one call for the hidden vectors, one for the residuals.
+    gate_up = jax.lax.optimization_barrier(grouped_matmul(permuted.permute(x), _merge_gate_up(w_in), permuted.groups))
+    y = _weighted_sum(grouped_matmul(_swiglu(gate_up), w_out, permuted.groups), weights, permuted)
+    return y, (x, weights, w_in, w_out, permuted, gate_up)
 
 
-def _backward(residuals, dy):
-    x, weights, w_in, w_out, grouped, gate_up = residuals
-    groups = grouped.groups
+def _backward(residuals: _Residuals, dy: Tokens) -> tuple[Tokens, None, RouterWeights, _WIn, _WOut]:
+    x, weights, w_in, w_out, permuted, gate_up = residuals
+    groups = permuted.groups
+    # Router weight of each row, [rows, 1].
     weight = (
-        jnp.zeros(grouped.token.size, jnp.float32)
-        .at[grouped.row]
+        jnp.zeros(permuted.token.size, jnp.float32)
+        .at[permuted.row]
         .set(weights.astype(jnp.float32), mode="drop")[:, None]
     )
-    dout = grouped.spread(dy)
-    # Of the unweighted output: times the hidden vector it is the weight's gradient, times the weight the hidden
-    # vector's.
+    dout = permuted.permute(dy)
+    # dout is the gradient of the weighted output. dout w_out' dotted with the hidden vector is the gradient of the
+    # router weight; times the router weight it is the gradient of the hidden vector.
     dhidden = grouped_matmul(dout, w_out, groups, transposed=True)
-    hidden, pull = jax.vjp(_swiglu, gate_up)
+    hidden, swiglu_vjp = jax.vjp(_swiglu, gate_up)
     dweight = jnp.sum(hidden.astype(jnp.float32) * dhidden.astype(jnp.float32), axis=1, keepdims=True)
-    (dgate_up,) = pull((dhidden * weight).astype(x.dtype))
-    dw_in = grouped_outer(grouped.spread(x), dgate_up, groups).reshape(w_in.shape)
+    (dgate_up,) = swiglu_vjp((dhidden * weight).astype(x.dtype))
+    # Rows without an assignment are zero in the left side of the first product and in the right side of the second.
+    dw_in = grouped_outer(permuted.permute(x), dgate_up, groups).reshape(w_in.shape)
     dw_out = grouped_outer(hidden, (dout * weight).astype(x.dtype), groups)
-    dx = jnp.sum(grouped.back(grouped_matmul(dgate_up, _flat(w_in), groups, transposed=True)), axis=1)
-    return dx, None, grouped.back(dweight)[..., 0].astype(weights.dtype), dw_in, dw_out
+    dx = jnp.sum(permuted.unpermute(grouped_matmul(dgate_up, _merge_gate_up(w_in), groups, transposed=True)), axis=1)
+    return dx, None, permuted.unpermute(dweight)[..., 0].astype(weights.dtype), dw_in, dw_out
 
 
 moe_grouped_matmul.defvjp(_forward, _backward)

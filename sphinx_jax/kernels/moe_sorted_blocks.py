@@ -1,34 +1,37 @@
-"""SwiGLU experts on assignments sorted by expert, block by block: the arithmetic of the chosen experts alone.
+"""SwiGLU experts on assignments sorted by expert, in blocks of rows: the arithmetic of the chosen experts alone.
 
-`lax.ragged_dot` multiplies every row by every expert's matrix on CPU and on most GPUs, so this is a loop over the
-experts that were chosen, and for each a loop over blocks of its rows. Trip counts follow the routing: no row is
-dropped. A block is taken through the whole expert, gate to output, while it lies in cache.
+`lax.ragged_dot` multiplies every row by every expert's matrix on CPU and on most GPUs. Instead this is a loop over the
+experts that have rows, and for each a loop over blocks of its rows. Trip counts depend on the routing: no token is
+dropped. A block goes through the whole expert, from gate to output, while it is in cache.
 
-On a GPU a matrix that is chosen at run time is copied out of its stack once for all blocks, as XLA's products take no
-such slice. Newer compilers' take one that is fixed in the program (`sharding.reads_slices_in_place`): with `in_place`
-the loop over the experts is written out, and a block takes its matrices next to the products. Other compilers would
-copy them for each block. Gradients are always computed with copies: written out, XLA keeps those of each expert apart
-until the last.
+On a GPU, XLA's products cannot read a matrix that is sliced from a stack at run time: it is copied, once for all blocks
+of an expert. Newer compilers' products can read one at a fixed index (`sharding.reads_slices_in_place`): with
+`in_place` the loop over experts is unrolled, and each block slices its matrices right before the products. Other
+compilers would copy them for each block. The backward pass always copies: unrolled, XLA would store the gradients of
+each expert in a buffer of its own until the last.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.kernels.linear import gathered_matrix, outer
 from sphinx_jax.kernels.quantized import Weight
 
 Tokens = Float[Array, "tokens dim"]
-Assigned = Int[Array, "tokens k"]
-Weights = Float[Array, "tokens k"]
+ExpertIds = Int[Array, "tokens k"]
+"""The k experts of each token: assignments. Number `num_experts`, one past the last, is an expert elsewhere."""
+RouterWeights = Float[Array, "tokens k"]
 WIn = Weight
-"""[experts, dim, 2, hidden]; likewise quantized, and then without a gradient."""
+"""[experts, dim, 2, hidden], gate and up next to each other; may be quantized, and then has no gradient."""
 WOut = Weight
-"""[experts, hidden, dim]"""
-Factors = (
+"""[experts, hidden, dim], likewise"""
+LoraFactors = (
     tuple[()]
     | tuple[
         Float[Array, "experts dim rank"],
@@ -37,17 +40,18 @@ Factors = (
         Float[Array, "experts rank dim"],
     ]
 )
+"""(a_in, b_in, a_out, b_out), or none."""
 
 
-def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
-    """Rows of an expert's first blocks, and of its last ones: whole large blocks, then small ones for what is left.
+def block_sizes(rows: int, experts: int, max_size: int) -> tuple[int, ...]:
+    """Block sizes for `rows` rows sorted by `experts` experts: large blocks, and small ones for an expert's remainder.
 
-    Only small blocks are partly filled, by half on average, so with a quarter of the large size the arithmetic in
-    vain is an eighth of a large block an expert. Twice the mean load is large enough for an expert's first block,
-    and one row for most experts if there are fewer rows than experts.
+    Only small blocks are partly filled, by half on average. With small = large / 4 the wasted arithmetic is an eighth
+    of a large block per expert. A large block holds up to twice the mean load of an expert, so that one is enough for
+    most; with fewer rows than experts it is one row.
     """
     large = 1
-    while large < largest and large * experts <= rows:
+    while large < max_size and large * experts <= rows:
         large *= 2
     small = max(large // 4, min(large, 4))
     return (large, small) if small < large else (large,)
@@ -56,177 +60,232 @@ def block_sizes(rows: int, experts: int, largest: int) -> tuple[int, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 7))
 def moe_sorted_blocks(
     x: Tokens,
-    experts: Assigned,
-    weights: Weights,
+    experts: ExpertIds,
+    weights: RouterWeights,
     w_in: WIn,
     w_out: WOut,
     sizes: tuple[int, ...],
-    factors: Factors = (),
+    factors: LoraFactors = (),
     in_place: bool = False,
 ) -> Tokens:
-    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.experts`.
+    """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.moe`.
 
-    `sizes` are the sizes of blocks, largest first. With `factors` (a_in, b_in, a_out, b_out) an expert's matrices are
-    w_in + a_in b_in and w_out + a_out b_out; w_in and w_out are constants then, and have no gradient. The sums are
-    never made: rows go through both factors, and no array as large as the matrices is written, forwards or back.
+    `sizes` are block sizes, largest first. With LoRA `factors` an expert's matrices are w_in + a_in b_in and w_out +
+    a_out b_out; w_in and w_out are frozen then, and have no gradient. The merged matrices are never computed: rows are
+    multiplied by both factors, and nothing as large as the matrices is written, forward or backward.
 
-    `in_place` is for matrices that hold numbers of the same kind as `x`.
+    `in_place` requires matrices of the dtype of `x`.
     """
-    return _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep=False)[0]
+    return _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, save_residuals=False)[0]
 
 
-class Sorted(NamedTuple):
-    """Assignments sorted by expert, those to no expert here last."""
+class SortedAssignments(NamedTuple):
+    """Assignments sorted by expert, those to experts elsewhere last; each sorted assignment is a row."""
 
     order: Int[Array, "rows"]
+    """The assignment of each row."""
     token: Int[Array, "padded"]
-    """Which token each is of, followed by a block of padding."""
+    """The token of each row, followed by one block of padding."""
     first: Int[Array, "experts"]
+    """The first row of each expert."""
     count: Int[Array, "experts"]
-    chosen: Int[Array, "experts"]
-    """The experts that have any, in ascending order; then the others."""
+    """Rows of each expert."""
+    nonempty_first: Int[Array, "experts"]
+    """The experts that have rows, in ascending order; then the others."""
 
     @classmethod
-    def of(cls, experts: Assigned, num_experts: int, padding: int) -> "Sorted":
+    def sort(cls, experts: ExpertIds, num_experts: int, padding: int) -> "SortedAssignments":
         flat = experts.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         count = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
         token = jnp.pad(order // experts.shape[1], (0, padding))
         return cls(order, token, jnp.cumsum(count) - count, count, jnp.argsort(count == 0, stable=True))
 
-    def each_expert(self, body, carry, written_out=False):
-        """carry = body(expert, carry) for each expert that has rows; if `written_out` for all, by their numbers."""
-        if written_out:
+    def loop_over_experts(self, body: Callable[[Any, Any], Any], carry: Any, unroll: bool = False) -> Any:
+        """carry = body(expert, carry) for each expert that has rows; with `unroll`, for all, with static indices."""
+        if unroll:
             for expert in range(self.count.size):
                 carry = body(expert, carry)
             return carry
-        step = lambda i, carry: body(self.chosen[i], carry)
-        return jax.lax.fori_loop(0, jnp.sum(self.count > 0), step, carry)
+        # The trip count is the number of experts that have rows: the matrices of the others are not read.
+        return jax.lax.fori_loop(
+            0, jnp.sum(self.count > 0), lambda i, carry: body(self.nonempty_first[i], carry), carry
+        )
 
-    def each_block(self, expert, sizes, body, carry):
-        """carry = body(start, size, carry) for each block of an expert's rows.
+    def loop_over_blocks(
+        self,
+        expert: int | Int[Array, ""],
+        sizes: tuple[int, ...],
+        body: Callable[[Any, int, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """carry = body(start, size, carry) for each block of an expert's rows: one loop per block size.
 
-        A block may reach past its expert's rows, never past the padding. What it writes there is written again by
-        the experts that the rows are of, which come later, and is not read if they are of none.
+        The last block may extend past the expert's rows, but not past the padding. What it writes there is overwritten
+        by the experts of these rows, which come later, or ignored where the rows are of experts elsewhere.
         """
         start, left = self.first[expert], self.count[expert]
         for size in sizes:
+            # Full blocks of each size but the last, which takes all rows that are left.
             blocks = left // size if size != sizes[-1] else (left + size - 1) // size
-            step = lambda i, carry, start=start, size=size: body(start + i * size, size, carry)
+
+            def step(i, carry, start=start, size=size):
+                return body(start + i * size, size, carry)
+
             carry = jax.lax.fori_loop(0, blocks, step, carry)
             start, left = start + blocks * size, left - blocks * size
         return carry
 
-    def back(self, rows: Float[Array, "padded dim"], experts: Assigned, num_experts: int) -> Array:
-        """Rows in the order of their assignments, zero where an assignment is to no expert here."""
-        ours = rows[jnp.argsort(self.order)].reshape(*experts.shape, *rows.shape[1:])
-        here = experts < num_experts
-        return jnp.where(here.reshape(*here.shape, *(1,) * (ours.ndim - 2)), ours, 0)
+    def unsort(
+        self, rows: Float[Array, "padded width"], experts: ExpertIds, num_experts: int
+    ) -> Float[Array, "tokens k width"]:
+        """Rows in the order of the assignments, zero where an assignment is to an expert elsewhere."""
+        unsorted = rows[jnp.argsort(self.order)].reshape(*experts.shape, *rows.shape[1:])
+        local = experts < num_experts
+        return jnp.where(local.reshape(*local.shape, *(1,) * (unsorted.ndim - 2)), unsorted, 0)
 
 
 _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
 
 
-def _of_expert(matrices: tuple[Weight, ...], expert: int | Int[Array, ""], dtype: jnp.dtype) -> tuple[Array, ...]:
-    """One expert's w, or w, a and b, before or behind the nonlinearity. Gate and up are one."""
-    one = (gathered_matrix(w, expert).astype(dtype) for w in matrices)
-    return tuple(w.reshape(w.shape[0], -1) for w in one)
+def _expert_matrices(
+    stacks: tuple[Weight, ...], expert: int | Int[Array, ""], dtype: DTypeLike
+) -> tuple[Float[Array, "_ _"], ...]:
+    """(w,) or (w, a, b) of one expert as matrices, gate and up being one; quantized ones are dequantized."""
+    matrices = (gathered_matrix(stack, expert).astype(dtype) for stack in stacks)
+    return tuple(w.reshape(w.shape[0], -1) for w in matrices)
 
 
-def _times(x, w, a=None, b=None):
-    """x w, or x (w + a b)."""
+def _matmul(x, w, a=None, b=None):
+    """x w, or with LoRA factors x (w + a b)."""
     return x @ w if a is None else x @ w + (x @ a) @ b
 
 
-def _times_transposed(dy, w, a=None, b=None):
-    """The gradient of `_times` for x."""
-    return dy @ w.T if a is None else dy @ w.T + (dy @ b.T) @ a.T
+def _matmul_dx(dy, w, a=None, b=None):
+    """The gradient of `_matmul` with respect to x."""
+    return dy @ w.T if a is None or b is None else dy @ w.T + (dy @ b.T) @ a.T
 
 
-def _learned(w, *factors):
-    """What has a gradient: the matrix, or the factors beside it."""
-    return factors or (w,)
-
-
-def _gradients(x, dy, w, a=None, b=None):
-    """The gradients of `_times` for what is learned, float32."""
-    if a is None:
+def _matmul_dw(x, dy, w, a=None, b=None):
+    """The gradients of `_matmul` with respect to `_trainable(w, a, b)`, float32."""
+    if a is None or b is None:
         return (outer(x, dy, jnp.float32),)
     return outer(x, dy @ b.T, jnp.float32), outer(x @ a, dy, jnp.float32)
 
 
-def _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep):
-    """The sum over each token's experts; if `keep`, also what the gradient needs: the order, and gate and up."""
+def _trainable(w, *factors):
+    """What has a gradient: the LoRA factors if there are any, else the matrix."""
+    return factors or (w,)
+
+
+def _forward(
+    x: Tokens,
+    experts: ExpertIds,
+    weights: RouterWeights,
+    w_in: WIn,
+    w_out: WOut,
+    sizes: tuple[int, ...],
+    factors: LoraFactors,
+    in_place: bool,
+    save_residuals: bool,
+) -> tuple[Tokens, tuple]:
+    """The sum over each token's experts; with `save_residuals` also the sorted assignments, and gate and up by row."""
     num_experts, dim, _, hidden = w_in.shape
-    before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])
-    rows = Sorted.of(experts, num_experts, sizes[0])
-    # Constant zeros are nobody's result, and XLA writes those of all layers before the first begins.
+    in_stacks, out_stacks = (w_in, *factors[:2]), (w_out, *factors[2:])
+    rows = SortedAssignments.sort(experts, num_experts, padding=sizes[0])
+    # The buffers depend on the input: XLA hoists constant zeros, and would write those of all layers at the start.
     zero = jnp.where(rows.order[0] < 0, x[0, 0], 0)
-    empty = lambda width: jnp.broadcast_to(zero, (rows.token.size, width))
+
+    def empty(width):
+        return jnp.broadcast_to(zero, (rows.token.size, width))
 
     def expert(e, carry):
-        take = lambda: (_of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype))
-        taken = None if in_place else take()
+        def slice_matrices():
+            return _expert_matrices(in_stacks, e, x.dtype), _expert_matrices(out_stacks, e, x.dtype)
+
+        # One copy for all blocks of the expert, or in place a slice in each block, which a product reads directly.
+        copied = None if in_place else slice_matrices()
 
         def block(start, size, carry):
-            into, out_of = taken or take()
-            gate_up = _times(x[_slice(rows.token, start, size)], *into)
+            # [size, dim] -> [size, 2 hidden] -> [size, dim]: one block stays in cache between the two products.
+            w_in, w_out = copied or slice_matrices()
+            gate_up = _matmul(x[_slice(rows.token, start, size)], *w_in)
             gate, up = jnp.split(gate_up, 2, axis=-1)
-            out = _times(jax.nn.silu(gate) * up, *out_of)
-            new = (out, gate_up) if keep else (out,)
-            return tuple(_update(whole, part, start, 0) for whole, part in zip(carry, new, strict=True))
+            out = _matmul(jax.nn.silu(gate) * up, *w_out)
+            results = (out, gate_up) if save_residuals else (out,)
+            return tuple(_update(buffer, result, start, 0) for buffer, result in zip(carry, results, strict=True))
 
-        return rows.each_block(e, sizes, block, carry)
+        return rows.loop_over_blocks(e, sizes, block, carry)
 
-    out, *kept = rows.each_expert(expert, (empty(dim), empty(2 * hidden)) if keep else (empty(dim),), in_place)
-    return jnp.sum(rows.back(out, experts, num_experts) * weights[..., None], axis=1), (rows, *kept)
-
-
-def _vjp_forward(x, experts, weights, w_in, w_out, sizes, factors, in_place):
-    y, kept = _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, keep=True)
-    return y, (x, experts, weights, w_in, w_out, factors, *kept)
+    buffers = (empty(dim), empty(2 * hidden)) if save_residuals else (empty(dim),)
+    out, *gate_up = rows.loop_over_experts(expert, buffers, unroll=in_place)
+    y = jnp.sum(rows.unsort(out, experts, num_experts) * weights[..., None], axis=1)
+    return y, (rows, *gate_up)
 
 
-def _vjp_backward(sizes, in_place, residuals, dy):
+def _vjp_forward(
+    x: Tokens,
+    experts: ExpertIds,
+    weights: RouterWeights,
+    w_in: WIn,
+    w_out: WOut,
+    sizes: tuple[int, ...],
+    factors: LoraFactors,
+    in_place: bool,
+) -> tuple[Tokens, tuple]:
+    y, residuals = _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, save_residuals=True)
+    return y, (x, experts, weights, w_in, w_out, factors, *residuals)
+
+
+def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: Tokens) -> tuple:
+    """Gradients of x, weights, and w_in and w_out or the LoRA factors; blocks as in the forward pass."""
     x, experts, weights, w_in, w_out, factors, rows, gate_up = residuals
     num_experts, dim = w_in.shape[:2]
-    before, behind = (w_in, *factors[:2]), (w_out, *factors[2:])
+    in_stacks, out_stacks = (w_in, *factors[:2]), (w_out, *factors[2:])
+    # Router weight of each row, [padded, 1].
     weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
 
     def expert(e, carry):
-        into, out_of = _of_expert(before, e, x.dtype), _of_expert(behind, e, x.dtype)
+        w_in, w_out = _expert_matrices(in_stacks, e, x.dtype), _expert_matrices(out_stacks, e, x.dtype)
         end = rows.first[e] + rows.count[e]
 
         def block(start, size, carry):
-            dx, dweight, *so_far = carry
+            # Carry: dx and dweight by row, and float32 sums of this expert's gradients over its blocks so far.
+            dx, dweight, *sums = carry
             token = _slice(rows.token, start, size)
+            # Rows past the expert's last one would add to its gradients: their dy is zero.
             own = (start + jnp.arange(size) < end)[:, None]
             dout = jnp.where(own, dy[token], 0)
             gate, up = jnp.split(_slice(gate_up, start, size), 2, axis=-1)
-            swish, slope = jax.vjp(jax.nn.silu, gate)
-            # Of the unweighted output: times the hidden vector it is the weight's gradient, times the weight the
-            # hidden vector's.
-            dhidden = _times_transposed(dout, *out_of)
+            swish, swish_vjp = jax.vjp(jax.nn.silu, gate)
+            # dout is the gradient of the weighted output. dout w_out' dotted with the hidden vector is the gradient of
+            # the router weight; times the router weight it is the gradient of the hidden vector.
+            dhidden = _matmul_dx(dout, *w_out)
             dweight = _update(dweight, jnp.sum(swish * up * dhidden, axis=-1, keepdims=True), start, 0)
-            scale = _slice(weight, start, size)
-            dhidden = dhidden * scale
-            dgate_up = jnp.concatenate([*slope(dhidden * up), dhidden * swish], axis=-1)
-            new = (*_gradients(x[token], dgate_up, *into), *_gradients(swish * up, dout * scale, *out_of))
-            added = map(jnp.add, so_far, new)
-            return _update(dx, _times_transposed(dgate_up, *into), start, 0), dweight, *added
+            row_weight = _slice(weight, start, size)
+            dhidden = dhidden * row_weight
+            dgate_up = jnp.concatenate([*swish_vjp(dhidden * up), dhidden * swish], axis=-1)
+            gradients = (*_matmul_dw(x[token], dgate_up, *w_in), *_matmul_dw(swish * up, dout * row_weight, *w_out))
+            sums = map(jnp.add, sums, gradients)
+            return _update(dx, _matmul_dx(dgate_up, *w_in), start, 0), dweight, *sums
 
-        dx, dweight, *gradients = carry
-        zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_learned(*into), *_learned(*out_of)))
-        dx, dweight, *own = rows.each_block(e, sizes, block, (dx, dweight, *zeros))
-        put = lambda whole, part: _update(whole, part.reshape(1, *whole.shape[1:]).astype(whole.dtype), e, 0)
-        return dx, dweight, *map(put, gradients, own)
+        def set_expert(stack, gradient):
+            return _update(stack, gradient.reshape(1, *stack.shape[1:]).astype(stack.dtype), e, 0)
 
-    empty = lambda width: jnp.zeros_like(x, shape=(rows.token.size, width))
-    zeros = map(jnp.zeros_like, (*_learned(*before), *_learned(*behind)))
-    dx, dweight, *gradients = rows.each_expert(expert, (empty(dim), empty(1), *zeros))
-    dx = jnp.sum(rows.back(dx, experts, num_experts), axis=1)
-    dweights = rows.back(dweight, experts, num_experts)[..., 0]
+        dx, dweight, *stacks = carry
+        zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_trainable(*w_in), *_trainable(*w_out)))
+        dx, dweight, *sums = rows.loop_over_blocks(e, sizes, block, (dx, dweight, *zeros))
+        return dx, dweight, *map(set_expert, stacks, sums)
+
+    def empty(width):
+        return jnp.zeros_like(x, shape=(rows.token.size, width))
+
+    # Experts without rows keep the zero gradient.
+    zeros = map(jnp.zeros_like, (*_trainable(*in_stacks), *_trainable(*out_stacks)))
+    dx, dweight, *gradients = rows.loop_over_experts(expert, (empty(dim), empty(1), *zeros))
+    dx = jnp.sum(rows.unsort(dx, experts, num_experts), axis=1)
+    dweights = rows.unsort(dweight, experts, num_experts)[..., 0]
     return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ()))
 
 

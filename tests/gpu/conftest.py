@@ -1,4 +1,4 @@
-"""Tests on a real GPU: `pytest -m gpu -n 0`. Nothing here needs more than jax, flax and numpy."""
+"""Tests on a GPU: `pytest -m gpu -n 0`. They need only jax, flax and numpy."""
 
 import jax
 import pytest

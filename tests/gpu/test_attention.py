@@ -1,4 +1,4 @@
-"""Attention as a GPU computes it, in a Hopper's kernels and in blocks, against float64 on the CPU."""
+"""Attention on a GPU, flash on Hopper and blockwise, against float64 on the CPU."""
 
 import logging
 
@@ -10,7 +10,7 @@ import pytest
 import sharding
 from sharding.log_once import log_once
 from sphinx_jax.kernels.attention import attention
-from sphinx_jax.kernels.attention_blockwise import attention_in_blocks
+from sphinx_jax.kernels.attention_blockwise import blockwise_attention
 from sphinx_jax.kernels.attention_mask import Causal
 
 pytestmark = pytest.mark.gpu
@@ -18,33 +18,33 @@ pytestmark = pytest.mark.gpu
 
 @jax.jit
 def with_gradients(q, k, v, d_out):
-    out, gradients = jax.vjp(lambda *args: attention(*args, Causal()), q, k, v)
-    return out, *gradients(d_out)
+    out, vjp = jax.vjp(lambda *args: attention(*args, Causal()), q, k, v)
+    return out, *vjp(d_out)
 
 
 @jax.jit
-def later(start, q, k, v):
+def attend_from(start, q, k, v):
     return attention(q, k, v, Causal(start))
 
 
 @pytest.mark.parametrize(
-    ("start", "length", "slots"),
+    ("start", "length", "cache_len"),
     [([2048], 2048, 4096), ([0, 77, 1000], 200, 1210), ([128, 300], 128, 768)],
 )
-def test_later_pieces(later_attention, caplog, start, length, slots):
-    """In a cache that holds anything past the end of a row, for the beginning of each row was read before."""
+def test_chunk(chunk_attention, caplog, start, length, cache_len):
+    """The KV cache has stale values past the end of each sequence; earlier chunks filled it up to `start`."""
     if sharding.compute_capability() != "9.0":
         pytest.skip("needs a Hopper GPU")
     rng = np.random.default_rng(length)
-    start, keys = np.array(start), (len(start), slots, 2, 128)
+    start, k_shape = np.array(start), (len(start), cache_len, 2, 128)
     q = 3 * jnp.asarray(rng.normal(size=(len(start), length, 2, 2, 128)), jnp.bfloat16)
-    k, v = (jnp.asarray(rng.normal(size=keys), jnp.bfloat16) for _ in range(2))
-    past = (np.arange(slots) >= (start + length)[:, None])[:, :, None, None]
+    k, v = (jnp.asarray(rng.normal(size=k_shape), jnp.bfloat16) for _ in range(2))
+    past = (np.arange(cache_len) >= (start + length)[:, None])[:, :, None, None]
     with caplog.at_level(logging.INFO):
-        found = later(start, q, jnp.where(past, jnp.nan, k), jnp.where(past, jnp.nan, v))
-    reference = later_attention(start, q, k, v)
-    assert found.dtype == jnp.bfloat16
-    near_everywhere(found, reference)
+        actual = attend_from(start, q, jnp.where(past, jnp.nan, k), jnp.where(past, jnp.nan, v))
+    reference = chunk_attention(start, q, k, v)
+    assert actual.dtype == jnp.bfloat16
+    assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(
@@ -59,46 +59,51 @@ def test_later_pieces(later_attention, caplog, start, length, slots):
     ],
 )
 def test_causal(causal_attention, caplog, length, head_dim, dtype):
-    """Two key heads with two heads of queries each, and scores far from even."""
+    """Two key heads with two query heads each, and a wide range of scores."""
     if sharding.compute_capability() != "9.0":
         pytest.skip("needs a Hopper GPU")
     rng = np.random.default_rng(length)
     batch = 1 if length > 1000 else 2
-    heads, keys = (batch, length, 2, 2, head_dim), (batch, length, 2, head_dim)
-    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (heads, keys, keys, heads))
+    q_shape, k_shape = (batch, length, 2, 2, head_dim), (batch, length, 2, head_dim)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (q_shape, k_shape, k_shape, q_shape))
     q = 3 * q
     log_once.cache_clear()
     with caplog.at_level(logging.INFO):
-        ours = with_gradients(q, k, v, d_out)
+        actual = with_gradients(q, k, v, d_out)
     assert f"attention of {length} queries on gpu: flash" in caplog.text
-    for found, reference in zip(ours, causal_attention(q, k, v, d_out), strict=True):
-        assert found.dtype == dtype
-        near_everywhere(found, reference)
+    for array, reference in zip(actual, causal_attention(q, k, v, d_out), strict=True):
+        assert array.dtype == dtype
+        assert_close(array, reference)
 
 
-def near_everywhere(found, reference):
-    """Within rounding as a whole, nor does a single position hide among the others."""
-    wrong = np.asarray(found, np.float64) - reference
-    assert np.linalg.norm(wrong) < 1e-2 * np.linalg.norm(reference)
-    size = lambda x: np.linalg.norm(np.moveaxis(x, 1, 0).reshape(x.shape[1], -1), axis=1)
-    assert np.all(size(wrong) < 2e-2 * (size(reference) + np.median(size(reference))))
+def norm_per_position(x):
+    return np.linalg.norm(np.moveaxis(x, 1, 0).reshape(x.shape[1], -1), axis=1)
+
+
+def assert_close(actual, reference):
+    """Within rounding, as a whole and at every position."""
+    error, norm = np.asarray(actual, np.float64) - reference, norm_per_position(reference)
+    assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(reference)
+    assert np.all(norm_per_position(error) < 2e-2 * (norm + np.median(norm)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [512, 1000])
-def test_in_blocks(attention_reference, length, packed):
-    """On any GPU: of 128 positions, with half of them left out, or two texts side by side."""
-    text = np.arange(length) // 300 if packed else np.zeros(length, int)
-    seen = np.tril(text[:, None] == text)[None].repeat(2, axis=0)
-    mask = jnp.asarray(seen) if packed else Causal()
+def test_blockwise(attention_reference, length, packed):
+    """On any GPU, blocks of 128: causal, where half of the blocks are skipped, or packed segments."""
+    segment_ids = np.arange(length) // 300 if packed else np.zeros(length, int)
+    dense_mask = np.tril(segment_ids[:, None] == segment_ids)[None].repeat(2, axis=0)
+    mask = jnp.asarray(dense_mask) if packed else Causal()
     rng = np.random.default_rng(length)
-    heads, keys = (2, length, 2, 2, 128), (2, length, 2, 128)
-    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (heads, keys, keys, heads))
+    q_shape, k_shape = (2, length, 2, 2, 128), (2, length, 2, 128)
+    q, k, v, d_out = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (q_shape, k_shape, k_shape, q_shape)
+    )
 
     @jax.jit
     def run(q, k, v, d_out):
-        out, gradients = jax.vjp(lambda *qkv: attention_in_blocks(*qkv, mask, 128), q, k, v)
-        return out, *gradients(d_out)
+        out, vjp = jax.vjp(lambda *qkv: blockwise_attention(*qkv, mask, 128), q, k, v)
+        return out, *vjp(d_out)
 
-    for found, reference in zip(run(q, k, v, d_out), attention_reference(q, k, v, d_out, seen), strict=True):
-        near_everywhere(found, reference)
+    for array, reference in zip(run(q, k, v, d_out), attention_reference(q, k, v, d_out, dense_mask), strict=True):
+        assert_close(array, reference)

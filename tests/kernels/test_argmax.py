@@ -1,5 +1,6 @@
-"""The place of the largest against numpy, ties included."""
+"""The index of the largest logit against numpy, ties included."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,7 +8,7 @@ from sphinx_jax.kernels.argmax import argmax
 
 
 @pytest.mark.parametrize("n", [1, 7, 48, 512])
-def test_first_largest(n):
-    scores = np.random.default_rng(n).integers(0, 9, (3, 20, n)).astype(np.float32)
-    scores[0, 0] = -np.inf
-    np.testing.assert_array_equal(argmax(scores), scores.argmax(axis=-1))
+def test_first_maximum(n):
+    logits = np.random.default_rng(n).integers(0, 9, (3, 20, n)).astype(np.float32)
+    logits[0, 0] = -np.inf
+    np.testing.assert_array_equal(argmax(jnp.asarray(logits)), logits.argmax(axis=-1))

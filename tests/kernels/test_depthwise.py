@@ -1,17 +1,18 @@
 """The depthwise convolution against XLA's grouped one, and both weight gradients."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.kernels.depthwise import _weight_gradient_grouped, depthwise_conv
+from sphinx_jax.kernels.depthwise import _dw_from_grouped_conv, depthwise_conv
 
 
-def grouped(x, w):
-    numbers = ("NHWC", "HWIO", "NHWC")
+def grouped_conv(x, w):
+    layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
-        x, w[:, :, None], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=x.shape[-1]
+        x, w[:, :, None], (1, 1), "SAME", dimension_numbers=layout, feature_group_count=x.shape[-1]
     )
 
 
@@ -22,15 +23,15 @@ def test_values_and_gradients(monkeypatch, platform, k, height, width):
     rng = np.random.default_rng(k)
     x = rng.normal(size=(2, height, width, 6)).astype(np.float32)
     w = rng.normal(size=(k, k, 6)).astype(np.float32)
-    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     @jax.jit
     def both(x, w):
-        (ours, pull), (expected, pull_expected) = jax.vjp(depthwise_conv, x, w), jax.vjp(grouped, x, w)
-        dx, dw = pull(cotangent)
-        dx_expected, dw_expected = pull_expected(cotangent)
-        on_gpu = _weight_gradient_grouped(x, cotangent, w)
-        return (ours, dx, dw, on_gpu), (expected, dx_expected, dw_expected, dw_expected)
+        (y, vjp), (expected, vjp_expected) = jax.vjp(depthwise_conv, x, w), jax.vjp(grouped_conv, x, w)
+        dx, dw = vjp(dy)
+        dx_expected, dw_expected = vjp_expected(dy)
+        dw_on_gpu = _dw_from_grouped_conv(x, dy, w)
+        return (y, dx, dw, dw_on_gpu), (expected, dx_expected, dw_expected, dw_expected)
 
-    for ours, expected in zip(*both(x, w), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=5e-5)
+    for actual, expected in zip(*both(x, w), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=5e-5)

@@ -1,4 +1,4 @@
-"""Each form of the experts against numpy in float64, gradients included; and what the forms read on a GPU."""
+"""Each implementation of the experts against numpy in float64, with gradients; and what they read on a GPU."""
 
 import math
 import re
@@ -10,14 +10,14 @@ import pytest
 
 import sharding
 from sphinx_jax.config import DecoderConfig
-from sphinx_jax.kernels.moe import MOST_WRITTEN_OUT, choose_implementation, moe_ffn, reads_in_place
+from sphinx_jax.kernels.moe import MAX_UNROLLED_EXPERTS, choose_implementation, moe_ffn, reads_in_place
 from sphinx_jax.kernels.moe_sorted_blocks import block_sizes, moe_sorted_blocks
 from sphinx_jax.kernels.quantized import quantize
 from sphinx_jax.language.moe import MoE
 from sphinx_jax.model import bind
 
 E, DIM, HIDDEN, K = 4, 12, 10, 2
-FORMS = ("chosen", "chosen on a GPU", "every", "blocks", "blocks in place")
+IMPLEMENTATIONS = ("gather", "gather on a GPU", "dense", "sorted_blocks", "sorted_blocks in place")
 
 
 def draw(tokens, dtype=jnp.float32):
@@ -30,7 +30,7 @@ def draw(tokens, dtype=jnp.float32):
     return x, experts, weights, w_in, w_out, dy
 
 
-# One number of tokens, so that each form is compiled once.
+# One number of tokens, so that each implementation is compiled once.
 ROUTINGS = {
     "even": lambda experts: experts,
     "an empty expert": lambda experts: experts % 3,
@@ -42,61 +42,61 @@ ROUTINGS = {
 
 @pytest.fixture(scope="module")
 def compiled():
-    """y and gradients by each form, as one program; the forms for a GPU run here too."""
+    """y and gradients of an implementation as one program; those for GPUs run on CPU too."""
 
-    def both(form, x, experts, weights, w_in, w_out, dy):
-        form, *how = form.split(" ", 1)
+    def both(case, x, experts, weights, w_in, w_out, dy):
+        implementation, *options = case.split(" ", 1)
         with pytest.MonkeyPatch.context() as patch:
-            if how == ["on a GPU"]:
+            if options == ["on a GPU"]:
                 patch.setattr(sharding, "platform", lambda: "gpu")
-            patch.setattr(sharding, "reads_slices_in_place", lambda: how == ["in place"])
-            y, pull = jax.vjp(lambda *a: moe_ffn(a[0], experts, *a[1:], form), x, weights, w_in, w_out)
-            return y, pull(dy)
+            patch.setattr(sharding, "reads_slices_in_place", lambda: options == ["in place"])
+            y, vjp = jax.vjp(lambda *a: moe_ffn(a[0], experts, *a[1:], implementation), x, weights, w_in, w_out)
+            return y, vjp(dy)
 
     return jax.jit(both, static_argnums=0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_values_and_gradients(compiled, experts_reference, form, routing):
+def test_values_and_gradients(compiled, moe_reference, implementation, routing):
     x, experts, *rest = draw(3)
     args = (x, routing(experts), *rest)
-    y, gradients = compiled(form, *args)
-    expected, expected_gradients = experts_reference(*args)
-    for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    y, gradients = compiled(implementation, *args)
+    expected, expected_gradients = moe_reference(*args)
+    for actual, reference in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.float32), (3, jnp.bfloat16)])
-def test_one_token_and_bfloat16(compiled, experts_reference, form, tokens, dtype):
+def test_one_token_and_bfloat16(compiled, moe_reference, implementation, tokens, dtype):
     args = draw(tokens, dtype)
-    y, gradients = compiled(form, *args)
-    expected, expected_gradients = experts_reference(*args)
-    for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
-        assert ours.dtype == dtype
+    y, gradients = compiled(implementation, *args)
+    expected, expected_gradients = moe_reference(*args)
+    for actual, reference in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        assert actual.dtype == dtype
         tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-6
-        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= tolerance * np.linalg.norm(theirs)
+        assert np.linalg.norm(np.asarray(actual, np.float64) - reference) <= tolerance * np.linalg.norm(reference)
 
 
 @pytest.mark.parametrize("sizes", [(8, 2), (4, 1)])
-def test_blocks_of_two_sizes(experts_reference, sizes):
+def test_blocks_of_two_sizes(moe_reference, sizes):
     @jax.jit
     def both(x, experts, weights, w_in, w_out, dy):
-        y, pull = jax.vjp(lambda *a: moe_sorted_blocks(a[0], experts, *a[1:], sizes), x, weights, w_in, w_out)
-        return y, pull(dy)
+        y, vjp = jax.vjp(lambda *a: moe_sorted_blocks(a[0], experts, *a[1:], sizes), x, weights, w_in, w_out)
+        return y, vjp(dy)
 
     x, experts, *rest = draw(17)
     for routing in ("even", "all on one", "some elsewhere"):
         args = (x, ROUTINGS[routing](experts), *rest)
-        (y, gradients), (expected, expected_gradients) = both(*args), experts_reference(*args)
-        for ours, theirs in zip((y, *gradients), (expected, *expected_gradients), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        (y, gradients), (expected, expected_gradients) = both(*args), moe_reference(*args)
+        for actual, reference in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+            np.testing.assert_allclose(actual, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("routing", "in_place"), [("an empty expert", False), ("some elsewhere", True)])
-def test_factors_are_learned_beside_constant_matrices(experts_reference, monkeypatch, routing, in_place):
-    """As the merged matrices', whose gradients the chain rule turns into the factors'."""
+def test_lora_factors_are_trained_with_frozen_matrices(moe_reference, monkeypatch, routing, in_place):
+    """The reference is the merged matrices; the chain rule turns their gradients into those of the factors."""
     monkeypatch.setattr(sharding, "reads_slices_in_place", lambda: in_place)
     x, experts, weights, w_in, w_out, dy = draw(17)
     experts, rank = ROUTINGS[routing](experts), 3
@@ -105,23 +105,26 @@ def test_factors_are_learned_beside_constant_matrices(experts_reference, monkeyp
 
     @jax.jit
     def both(x, weights, factors):
-        by_blocks = lambda x, weights, factors: moe_ffn(x, experts, weights, w_in, w_out, factors=factors)
-        y, pull = jax.vjp(by_blocks, x, weights, factors)
-        return y, pull(dy)
+        def function(x, weights, factors):
+            return moe_ffn(x, experts, weights, w_in, w_out, factors=factors)
 
-    y, (dx, dweights, found) = both(x, weights, factors)
+        y, vjp = jax.vjp(function, x, weights, factors)
+        return y, vjp(dy)
+
+    y, (dx, dweights, dfactors) = both(x, weights, factors)
     a_in, b_in, a_out, b_out = (np.asarray(f, np.float64) for f in factors)
     merged = np.asarray(w_in) + np.einsum("edr,ergh->edgh", a_in, b_in), np.asarray(w_out) + a_out @ b_out
-    expected, (expected_dx, expected_dweights, dw_in, dw_out) = experts_reference(x, experts, weights, *merged, dy)
+    expected, (expected_dx, expected_dweights, dw_in, dw_out) = moe_reference(x, experts, weights, *merged, dy)
     expected_factors = (
         np.einsum("edgh,ergh->edr", dw_in, b_in),
         np.einsum("edr,edgh->ergh", a_in, dw_in),
         dw_out @ b_out.swapaxes(1, 2),
         a_out.swapaxes(1, 2) @ dw_out,
     )
-    ours, theirs = (y, dx, dweights, *found), (expected, expected_dx, expected_dweights, *expected_factors)
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    actual = (y, dx, dweights, *dfactors)
+    references = (expected, expected_dx, expected_dweights, *expected_factors)
+    for one, reference in zip(actual, references, strict=True):
+        np.testing.assert_allclose(one, reference, rtol=1e-5, atol=1e-5)
 
 
 FULL = DecoderConfig()
@@ -129,28 +132,31 @@ MESHES = [{"tensor": 8}, {"tensor": 2}, {"tensor": 8, "expert": 2}]
 
 
 def layer(mesh, compile_for_gpu, batch, length=1):
-    """One full-size mixture of experts in bfloat16, compiled."""
+    """One full-size mixture-of-experts layer in bfloat16, compiled."""
     graph, params = sharding.abstract_params(lambda rngs: MoE(FULL, rngs=rngs), mesh, dtype=jnp.bfloat16)
-    placed = sharding.named_sharding(("batch", None, None), (batch, length, FULL.dim), mesh)
-    x = jax.ShapeDtypeStruct((batch, length, FULL.dim), jnp.bfloat16, sharding=placed)
+    x_sharding = sharding.named_sharding(("batch", None, None), (batch, length, FULL.dim), mesh)
+    x = jax.ShapeDtypeStruct((batch, length, FULL.dim), jnp.bfloat16, sharding=x_sharding)
     return compile_for_gpu(mesh, lambda params, x: bind(graph, params)(x)[0], params, x)
 
 
 def weights_read(text: str) -> list[tuple[int, ...]]:
-    """What the program's kernels read of arrays of over four million elements: only the weights have that many."""
-    size = lambda shape: tuple(map(int, shape.split(",")))
+    """Shapes that the program's kernels read of arrays of over four million elements: only weights have that many."""
+
+    def dims(shape):
+        return tuple(map(int, shape.split(",")))
+
     read = []
     for call in re.finditer(r" fusion\([^\n]*calls=(%[\w.-]+)", text):
         body = text[text.index(f"\n{call[1]} (") :].partition("\n}")[0]
         for name, shape in re.findall(r"\n  (%\S+) = bf16\[([\d,]+)\]\S* parameter\(", body):
-            if math.prod(size(shape)) > 4e6:
+            if math.prod(dims(shape)) > 4e6:
                 uses = re.findall(rf" = bf16\[([\d,]+)\]\S* (\S+)\([^\n]*{re.escape(name)}[,)]", body)
-                read += [size(part if use == "dynamic-slice" else shape) for part, use in uses]
+                read += [dims(part if use == "dynamic-slice" else shape) for part, use in uses]
     return sorted(read)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_one_word_on_a_gpu_reads_its_own_experts_in_place(gpu_mesh, compile_for_gpu, shape):
+def test_one_token_on_gpu_reads_its_experts_in_place(gpu_mesh, compile_for_gpu, shape):
     program = layer(gpu_mesh(**shape), compile_for_gpu, 1)
     hidden, text = FULL.hidden_dim // shape["tensor"], program.as_text()
     w_in, w_out = (1, FULL.dim, 2, hidden), (1, hidden, FULL.dim)
@@ -161,7 +167,7 @@ def test_one_word_on_a_gpu_reads_its_own_experts_in_place(gpu_mesh, compile_for_
 
 
 @pytest.mark.parametrize("batch", [8, 64])
-def test_a_batch_on_a_gpu_reads_every_weight_once(gpu_mesh, compile_for_gpu, batch):
+def test_a_batch_on_gpu_reads_each_weight_once(gpu_mesh, compile_for_gpu, batch):
     program = layer(gpu_mesh(tensor=8), compile_for_gpu, batch)
     hidden, text = FULL.hidden_dim // 8, program.as_text()
     assert weights_read(text) == [(8, hidden, FULL.dim), (8, FULL.dim, 2 * hidden)]
@@ -170,16 +176,16 @@ def test_a_batch_on_a_gpu_reads_every_weight_once(gpu_mesh, compile_for_gpu, bat
     assert program.memory_analysis().temp_size_in_bytes < 4 * batch * 8 * FULL.dim * 4
 
 
-def test_a_long_prompt_on_a_gpu_makes_no_array_of_tokens_by_experts_by_hidden(gpu_mesh, compile_for_gpu):
+def test_prefill_on_gpu_has_no_array_of_tokens_by_experts_by_hidden(gpu_mesh, compile_for_gpu):
     tokens = 16384
     text = layer(gpu_mesh(tensor=8), compile_for_gpu, 1, tokens).as_text()
     largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", text))
     assert largest < tokens * FULL.num_experts * FULL.hidden_dim // 8
 
 
-def test_matrices_stay_in_their_stack_where_a_product_takes_them_as_they_are(monkeypatch):
+def test_matrices_are_read_in_place_where_products_take_them_unconverted(monkeypatch):
     x, _, _, w_in, *_ = draw(3)
-    many = jnp.zeros((MOST_WRITTEN_OUT + 1, DIM, 2, HIDDEN))
+    many = jnp.zeros((MAX_UNROLLED_EXPERTS + 1, DIM, 2, HIDDEN))
     assert not reads_in_place(x, w_in)
     monkeypatch.setattr(sharding, "reads_slices_in_place", lambda: True)
     assert reads_in_place(x, w_in)
@@ -187,23 +193,24 @@ def test_matrices_stay_in_their_stack_where_a_product_takes_them_as_they_are(mon
     assert not any(reads_in_place(x, other) for other in others)
 
 
-def test_the_form_follows_platform_and_tokens():
-    chosen = [choose_implementation("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
-    assert chosen == ["chosen", "chosen", "every", "every", "blocks"]
-    assert choose_implementation("gpu", 2, 2, 4) == "every"
+def test_implementation_depends_on_platform_and_tokens():
+    on_gpu = [choose_implementation("gpu", tokens, 2, 8) for tokens in (1, 3, 4, 128, 129)]
+    assert on_gpu == ["gather", "gather", "dense", "dense", "sorted_blocks"]
+    assert choose_implementation("gpu", 2, 2, 4) == "dense"
     on_hopper = [choose_implementation("gpu", tokens, 2, 8, True) for tokens in (1, 3, 4, 128, 129)]
-    assert on_hopper == ["groups", "groups", "every", "every", "groups"]
-    # Of two experts here, a word may have chosen none.
-    assert choose_implementation("gpu", 1, 2, 2, True) == "groups"
-    assert [choose_implementation("cpu", tokens, 2, 8) for tokens in (1, 3, 4)] == ["chosen", "chosen", "blocks"]
+    assert on_hopper == ["grouped_matmul", "grouped_matmul", "dense", "dense", "grouped_matmul"]
+    # A token may have chosen neither of two local experts.
+    assert choose_implementation("gpu", 1, 2, 2, True) == "grouped_matmul"
+    on_cpu = [choose_implementation("cpu", tokens, 2, 8) for tokens in (1, 3, 4)]
+    assert on_cpu == ["gather", "gather", "sorted_blocks"]
 
 
-@pytest.mark.parametrize("largest", [128, 256])
-def test_blocks_waste_little(largest):
-    """At most one small block of an expert is partly filled: of 2,048 words that is at most an eighth of the rows."""
+@pytest.mark.parametrize("max_size", [128, 256])
+def test_blocks_have_little_padding(max_size):
+    """At most one small block per expert is partly filled: with 2,048 tokens at most an eighth of the rows."""
     for rows in (1, 2, 32, 100, 1000, 4096, 100_000):
-        large, small = block_sizes(rows, 8, largest)[0], block_sizes(rows, 8, largest)[-1]
-        assert large & (large - 1) == 0 and large % small == 0 and large <= largest
+        large, small = block_sizes(rows, 8, max_size)[0], block_sizes(rows, 8, max_size)[-1]
+        assert large & (large - 1) == 0 and large % small == 0 and large <= max_size
         if rows >= 4096:
             assert 8 * small <= rows / 8
-    assert block_sizes(2, 8, largest) == (1,)
+    assert block_sizes(2, 8, max_size) == (1,)

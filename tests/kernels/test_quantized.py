@@ -1,4 +1,4 @@
-"""Weights of few bits against numpy, and the experts that are multiplied by them."""
+"""Weight-only quantization against numpy, and experts with quantized weights."""
 
 import jax
 import jax.numpy as jnp
@@ -9,50 +9,53 @@ import pytest
 from sphinx_jax.kernels.moe import moe_ffn
 from sphinx_jax.kernels.quantized import quantize
 
-LARGEST = {"int8": 127, "int4": 7}
+MAX_VALUE = {"int8": 127, "int4": 7}
 
 
-def rounded(weights, axis, kind):
-    """Numpy: every run of the `axis` scaled so that its largest is the largest integer, and rounded to integers."""
+def quantize_and_dequantize(weights, axis, dtype):
+    """numpy: each group along `axis` scaled so that its largest value is the largest integer, and rounded."""
     moved = np.moveaxis(weights.astype(np.float32), axis, -1)
-    runs = moved.reshape(*moved.shape[:-1], -1, 64 if kind == "int4" else moved.shape[-1])
-    scales = (np.abs(runs).max(axis=-1, keepdims=True) / np.float32(LARGEST[kind])).astype(ml_dtypes.bfloat16)
+    groups = moved.reshape(*moved.shape[:-1], -1, 64 if dtype == "int4" else moved.shape[-1])
+    scales = (np.abs(groups).max(axis=-1, keepdims=True) / np.float32(MAX_VALUE[dtype])).astype(ml_dtypes.bfloat16)
     scales = scales.astype(np.float32)
-    steps = np.divide(runs, scales, out=np.zeros_like(runs), where=scales > 0)
-    back = np.clip(np.round(steps), -LARGEST[kind], LARGEST[kind]) * scales
-    return np.moveaxis(back.reshape(moved.shape), -1, axis)
+    steps = np.divide(groups, scales, out=np.zeros_like(groups), where=scales > 0)
+    dequantized = np.clip(np.round(steps), -MAX_VALUE[dtype], MAX_VALUE[dtype]) * scales
+    return np.moveaxis(dequantized.reshape(moved.shape), -1, axis)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("axis", [-1, -2, -3])
-def test_rounding(kind, axis):
+def test_rounding(dtype, axis):
     weights = np.random.default_rng(0).normal(size=(128, 64, 128)).astype(np.float32)
     weights[:64, :, :3] = 0
-    made = quantize(jnp.asarray(weights), kind, axis)
-    expected = rounded(weights, axis, kind)
-    np.testing.assert_array_equal(made.astype(jnp.float32), expected)
-    assert np.linalg.norm(expected - weights) < (0.01 if kind == "int8" else 0.12) * np.linalg.norm(weights)
-    assert made.shape == weights.shape
-    bits = {"int8": 8, "int4": 4}[kind]
-    groups = 1 if kind == "int8" else weights.shape[axis] // 64
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(made)) == (
-        weights.size * bits // 8 + 2 * groups * weights.size // weights.shape[axis]
+    actual = quantize(jnp.asarray(weights), dtype, axis)
+    expected = quantize_and_dequantize(weights, axis, dtype)
+    np.testing.assert_array_equal(actual.astype(jnp.float32), expected)
+    assert np.linalg.norm(expected - weights) < (0.01 if dtype == "int8" else 0.12) * np.linalg.norm(weights)
+    assert actual.shape == weights.shape
+    bits = {"int8": 8, "int4": 4}[dtype]
+    num_groups = 1 if dtype == "int8" else weights.shape[axis] // 64
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(actual)) == (
+        weights.size * bits // 8 + 2 * num_groups * weights.size // weights.shape[axis]
     )
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_experts_of_few_bits(kind, tokens):
-    """The same as experts with the rounded weights, whichever form runs."""
+def test_quantized_experts(dtype, tokens):
+    """Match experts with the dequantized weights, in every implementation."""
     random = np.random.default_rng(1)
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
+
+    def normal(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
     x, weights = normal(tokens, 64), np.abs(normal(tokens, 2))
     w_in, w_out = normal(4, 64, 2, 128) / 8, normal(4, 128, 64) / 11
     experts = np.stack([random.permutation(4)[:2] for _ in range(tokens)]).astype(np.int32)
-    few = (quantize(jnp.asarray(w_in), kind, -3), quantize(jnp.asarray(w_out), kind, -2))
-    ours = jax.jit(moe_ffn)(x, experts, weights, *few)
-    gate_up = np.einsum("td,edgh->tegh", x, rounded(w_in, -3, kind))
+    quantized = (quantize(jnp.asarray(w_in), dtype, -3), quantize(jnp.asarray(w_out), dtype, -2))
+    actual = jax.jit(moe_ffn)(x, experts, weights, *quantized)
+    gate_up = np.einsum("td,edgh->tegh", x, quantize_and_dequantize(w_in, -3, dtype))
     hidden = gate_up[:, :, 0] / (1 + np.exp(-gate_up[:, :, 0])) * gate_up[:, :, 1]
-    out = np.einsum("teh,ehd->ted", hidden, rounded(w_out, -2, kind))
+    out = np.einsum("teh,ehd->ted", hidden, quantize_and_dequantize(w_out, -2, dtype))
     expected = np.sum(np.take_along_axis(out, experts[..., None], axis=1) * weights[..., None], axis=1)
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
