@@ -1,6 +1,6 @@
-"""Say what is on pictures.
+"""Caption images.
 
-python examples/caption.py CHECKPOINT PICTURE [PICTURE ...]
+python examples/caption.py CHECKPOINT IMAGE [IMAGE ...]
 """
 
 import sys
@@ -10,12 +10,12 @@ import sphinx_jax
 QUESTION = "Describe the image briefly."
 
 
-def main(checkpoint: str, *pictures: str) -> None:
+def main(checkpoint: str, *images: str) -> None:
     model = sphinx_jax.load(checkpoint)
-    # One batch: every picture with the same question, whatever their sizes.
-    captions = model.generate([QUESTION] * len(pictures), pictures, max_new_tokens=64)
-    for picture, caption in zip(pictures, captions, strict=True):
-        print(f"{picture}: {caption}")
+    # One batch: every image with the same question, whatever its size.
+    captions = model.generate([QUESTION] * len(images), images, max_new_tokens=64)
+    for image, caption in zip(images, captions, strict=True):
+        print(f"{image}: {caption}")
 
 
 if __name__ == "__main__":

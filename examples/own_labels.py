@@ -1,7 +1,7 @@
-"""Fine-tune the shipped model on a labelled image set: pictures in folders named by their label.
+"""Fine-tune the shipped model on a labelled image set: images in folders named by their label.
 
-python examples/own_labels.py [FOLDER]: turns FOLDER/LABEL/*.png into conversations, trains on nine of ten, and says how
-many of the others it gets right. A FOLDER that is not there is drawn: 1,600 synthetic pictures of four new patterns.
+python examples/own_labels.py [FOLDER]: turns FOLDER/LABEL/*.png into conversations, trains on nine of ten, and prints
+the accuracy on the others. A FOLDER that does not exist is drawn: 1,600 synthetic images of four new patterns.
 """
 
 import json
@@ -24,7 +24,7 @@ PATTERNS = {
 
 
 def draw(folder: Path, count: int = 400) -> None:
-    """Two random colours in each pattern, coarse or fine, moved at random."""
+    """Two random colours in each pattern, coarse or fine, shifted at random."""
     random = np.random.default_rng(0)
     for label, pattern in PATTERNS.items():
         (folder / label).mkdir(parents=True)
@@ -36,13 +36,14 @@ def draw(folder: Path, count: int = 400) -> None:
 
 
 def describe(folder: Path) -> Path:
-    """Writes a conversation about each picture, and the data.yaml that names them."""
-    say = lambda label: [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": label}]
-    pictures = [picture.relative_to(folder) for picture in sorted(folder.glob("*/*.png"))]
-    records = [{"image": str(picture), "conversations": say(picture.parent.name)} for picture in pictures]
+    """Writes a conversation about each image, and the data.yaml that names them."""
+    records = []
+    for image in sorted(folder.glob("*/*.png")):
+        turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": image.parent.name}]
+        records.append({"image": str(image), "conversations": turns})
     (folder / "conversations.json").write_text(json.dumps(records))
-    entry = {"path": str(folder / "conversations.json"), "type": "image_text", "root": str(folder)}
-    (folder / "data.yaml").write_text(json.dumps({"META": [entry]}))  # JSON is YAML too
+    meta = [{"path": str(folder / "conversations.json"), "type": "image_text"}]
+    (folder / "data.yaml").write_text(json.dumps({"META": meta}))  # JSON is YAML too
     return folder / "data.yaml"
 
 
@@ -50,7 +51,7 @@ def main(folder: str = "patterns") -> int:
     if not Path(folder).exists():
         draw(Path(folder))
     argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "240"]
-    # Without mixing, batches of neighbours in length would each hold one label.
+    # Grouped by length, each batch would hold one label.
     argv += ["--no-group-by-length", "--max-length", "96", "--batch-size", "32", "--lr", "1e-3"]
     return common.run(train.main, argv)
 

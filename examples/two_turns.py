@@ -1,6 +1,6 @@
-"""Two questions about one picture, the second understood from the first; answers appear as they come.
+"""Two questions about one image, the second in the context of the first; answers are streamed.
 
-python examples/two_turns.py CHECKPOINT PICTURE
+python examples/two_turns.py CHECKPOINT IMAGE
 """
 
 import sys
@@ -10,14 +10,14 @@ import sphinx_jax
 QUESTIONS = ("what shape is present?", "what color is it?")
 
 
-def main(checkpoint: str, picture: str) -> None:
+def main(checkpoint: str, image: str) -> None:
     model = sphinx_jax.load(checkpoint)
-    chat = model.chat(picture, max_new_tokens=64)
+    chat = model.chat(image, max_new_tokens=64)
     for question in QUESTIONS:
         print(f"> {question}")
-        # The picture was encoded once, and the second turn reads only what the first has not.
-        for piece in chat.stream(question):
-            print(piece, end="", flush=True)
+        # The image is encoded once, and the second turn prefills only its own tokens.
+        for text in chat.stream(question):
+            print(text, end="", flush=True)
         print()
 
 

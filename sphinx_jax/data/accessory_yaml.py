@@ -3,11 +3,11 @@
     META:
       - path: conversations.json     # a list of records, or .jsonl with one a line
         type: image_text             # batches are drawn from one type at a time
-        root: /data/pictures         # optional: put before every record's "image"
-        ratio: 0.5                   # optional: the share of the records to use, chosen at random
+        root: /data/images           # optional: put before every record's "image"
+        ratio: 0.5                   # optional: the fraction of the records to use, drawn at random
 
 A record is {"image": "cat.png", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}, without
-"image" for text alone. Relative paths start from the current directory, as in the original.
+"image" for text alone. Relative paths are relative to the current directory, as in the original.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sphinx_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One conversation, the path of its picture if it has one, and where it was read, for errors."""
+    """One conversation, the path of its image if it has one, and its location in the data, for messages."""
 
     where: str
     conversation: Conversation
@@ -44,23 +44,23 @@ class Annotations:
     items: tuple[Item, ...]
     groups: dict[str, range]
 
-    def select(self, keep: Callable[[Item], bool]) -> "Annotations":
-        """The items that `keep` says True of, in the same order."""
+    def select(self, predicate: Callable[[Item], bool]) -> "Annotations":
+        """The items that satisfy `predicate`, in the same order."""
         items: list[Item] = []
         groups = {}
         for kind, group in self.groups.items():
             start = len(items)
-            items += [self.items[i] for i in group if keep(self.items[i])]
+            items += [self.items[i] for i in group if predicate(self.items[i])]
             groups[kind] = range(start, len(items))
         return Annotations(tuple(items), groups)
 
 
 def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
-    """The items that a `data.yaml` names, in the original's order, less the malformed ones, which are `skipped`.
+    """The items that a `data.yaml` names, in the original's order. Malformed ones are added to `skipped` instead.
 
     Raises UserError, which names file and entry, if a file is missing or malformed, on unknown keys and roles, on a
-    conversation without an answer, on types that mix items with and without pictures, if too many items are
-    malformed, and if nothing is left.
+    conversation without an answer, on types that mix items with and without images, if too many items are malformed,
+    and if nothing is left.
     """
     bad: list[BadRecord] = []
     groups: dict[str, list[Item]] = {}
@@ -73,9 +73,9 @@ def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
             records = random.Random(0).sample(records, int(len(records) * meta["ratio"]))
         skipped.total += len(records)
         items = []
-        for place, record in records:
+        for location, record in records:
             try:
-                items.append(_item(record, place, meta.get("root")))
+                items.append(_item(record, location, meta.get("root")))
             except BadRecord as error:
                 bad.append(error)
         groups.setdefault(meta["type"], []).extend(items)
@@ -89,7 +89,7 @@ def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
         if len({item.image is None for item in items}) > 1:
             first = next(item for item in items if (item.image is None) != (items[0].image is None))
             raise UserError(
-                f"{first.where}: type {kind!r} mixes records with and without a picture; give them types of their own"
+                f"{first.where}: type {kind!r} mixes records with and without an image; give them types of their own"
             )
         ranges[kind] = range(len(ordered), len(ordered) + len(items))
         ordered += sorted(items, key=lambda item: item.characters)
@@ -126,14 +126,14 @@ def _check_entry(entry: Any, where: str) -> dict[str, Any]:
 
 
 class _Line(str):
-    """A line of a `.jsonl` file, not parsed yet: each is good or bad by itself."""
+    """A line of a `.jsonl` file, not parsed yet: one malformed line leaves the others valid."""
 
 
 def _records(path: Path, where: str) -> list[tuple[str, Any]]:
-    """(where it stands, record) of each record in a `.json` or `.jsonl` file; of the latter, still as text."""
+    """(location, record) of each record in a `.json` or `.jsonl` file; records of the latter are unparsed lines."""
     text = _read_text(path, f"the records of {where}")
     if path.suffix == ".jsonl":
-        # Only '\n' ends a line of JSON: other line ends of Unicode may stand inside its strings.
+        # Only '\n' ends a line of JSON: its strings may contain other line ends of Unicode.
         return [(f"{path}, line {n}", _Line(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix != ".json":
         raise UserError(f"{path}: records must be in a .json or .jsonl file ({where})")
@@ -144,7 +144,7 @@ def _records(path: Path, where: str) -> list[tuple[str, Any]]:
 
 
 def _item(record: Any, where: str, root: str | None) -> Item:
-    """Raises BadRecord on a malformed record; UserError on one that says that the whole file is meant otherwise."""
+    """Raises BadRecord on a malformed record; UserError on one that shows that the whole file has another format."""
     if isinstance(record, _Line):
         try:
             record = _parse(record, where)
@@ -154,10 +154,10 @@ def _item(record: Any, where: str, root: str | None) -> Item:
         raise BadRecord(where, f'{where}: must be an object with "conversations", got {reprlib.repr(record)}')
     conversation = Conversation.from_record(record["conversations"], where)
     if not any(turn.role == "assistant" for turn in conversation.turns):
-        raise UserError(f"{where}: nothing to learn: it has no answer; add a turn from the assistant")
+        raise UserError(f"{where}: no token has loss: there is no answer; add a turn from the assistant")
     image = record.get("image")
     if image is not None and (not isinstance(image, str) or not image or "\0" in image):
-        raise BadRecord(where, f'{where}: "image" must be the path of a picture, got {reprlib.repr(image)}')
+        raise BadRecord(where, f'{where}: "image" must be the path of an image, got {reprlib.repr(image)}')
     if image is not None and root is not None:
         image = os.path.join(root, image)
     characters = sum(len(str(turn["value"])) for turn in record["conversations"])

@@ -1,4 +1,4 @@
-"""A conversation as text, as token ids, and as what the model is to learn of it.
+"""A conversation as text, as token ids, and as labels for training.
 
     system prompt
 
@@ -6,7 +6,7 @@
     ### Assistant: answer
     ### Human: ...
 
-The assistant's words and the stop signal after them are learned; everything else is only read.
+The loss covers the assistant's answers and the stop signal after each; all other tokens are context.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 
 IGNORE_INDEX = 0
-"""The label of a token that is not learned: the id of <unk>, which byte fallback never produces."""
+"""The label of a token without loss: the id of <unk>, which byte fallback never produces."""
 
 PADDING = 0
 """The token id after the end of a conversation."""
@@ -30,9 +30,9 @@ PADDING = 0
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are joined. `beginning` stands before the first turn, an `end` behind each.
+    """How turns are joined: `beginning`, then each turn as " ROLE: text" and the end of its role.
 
-    A turn is " ROLE: text" and its end; every border between turns is followed by one space.
+    Every border between turns is followed by one space.
     """
 
     beginning: str
@@ -43,42 +43,19 @@ class Template:
 
     @property
     def response_end_signal(self) -> str:
-        """What the assistant says to end its turn; generation stops there."""
+        """The text that ends the assistant's turn; generation stops there."""
         return self.assistant_end
 
 
-_ASSISTANT = (
-    "A chat between a curious {} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+DEFAULT_TEMPLATE = Template(
+    beginning="A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions.\n\n###",
+    human="Human",
+    assistant="Assistant",
+    human_end="\n###",
+    assistant_end="\n###",
 )
-_LLAVA = (
-    "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-    "Follow the instructions carefully and explain your answers in detail."
-)
-
-
-def _hashes(system: str) -> Template:
-    return Template(system + "\n\n###", "Human", "Assistant", "\n###", "\n###")
-
-
-def _vicuna(system: str, assistant: str = "ASSISTANT") -> Template:
-    return Template(system + " ", "USER", assistant, " ", "</s>")
-
-
-DEFAULT_TEMPLATE = _hashes(_ASSISTANT.format("human", "human"))
-
-TEMPLATES: dict[str, Template] = {
-    "default": DEFAULT_TEMPLATE,
-    "simple": DEFAULT_TEMPLATE,
-    "v1": DEFAULT_TEMPLATE,
-    "multimodal": _hashes(_LLAVA),
-    "llava_v1": _vicuna(_LLAVA),
-    "bair_v1": _vicuna("BEGINNING OF CONVERSATION:", "GPT"),
-    "vicuna_v1_1": _vicuna(_ASSISTANT.format("user", "user")),
-}
-"""The templates of the original, by name. SPHINX-MoE uses "default"."""
+"""The template that SPHINX-MoE was trained with."""
 
 
 class Turn(NamedTuple):
@@ -87,14 +64,14 @@ class Turn(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of a conversation's text, and whether the model is to learn to say it."""
+    """A part of a conversation's text, and whether its tokens have loss."""
 
     text: str
     has_loss: bool
 
 
 class Example(NamedTuple):
-    """One conversation for training. `labels[i]` is `tokens[i]` where learned, else NOT_LEARNED: not shifted."""
+    """One conversation for training. `labels[i]` is `tokens[i]` where it has loss, else IGNORE_INDEX: not shifted."""
 
     tokens: Int[np.ndarray, "length"]
     labels: Int[np.ndarray, "length"]
@@ -105,27 +82,35 @@ _ROLES: dict[str, Literal["human", "assistant"]] = {"human": "human", "gpt": "as
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns in order. Whitespace around a turn's text is dropped: the template brings its own."""
+    """Turns in order. Dropped from each text: `<image>` marks, and then whitespace at both ends.
+
+    The template brings its own whitespace, and the image has its place after BOS.
+    """
 
     turns: tuple[Turn, ...]
     template: Template = DEFAULT_TEMPLATE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "turns", tuple(Turn(role, text.strip()) for role, text in self.turns))
+        turns = tuple(Turn(role, text.replace("<image>", "").strip()) for role, text in self.turns)
+        object.__setattr__(self, "turns", turns)
 
     @classmethod
     def from_pairs(
         cls, pairs: Iterable[tuple[str, str | None]], template: Template = DEFAULT_TEMPLATE
     ) -> "Conversation":
-        """From (question, answer) pairs; None is an answer still to be given."""
-        turns = [turn for question, answer in pairs for turn in (("human", question), ("assistant", answer))]
-        return cls(tuple(Turn(role, text) for role, text in turns if text is not None), template)
+        """From (question, answer) pairs; None is an answer to be generated."""
+        turns = []
+        for question, answer in pairs:
+            turns.append(Turn("human", question))
+            if answer is not None:
+                turns.append(Turn("assistant", answer))
+        return cls(tuple(turns), template)
 
     @classmethod
     def from_record(cls, source: Any, where: str, template: Template = DEFAULT_TEMPLATE) -> "Conversation":
-        """From a LLaVA-style list of {"from": "human" | "gpt", "value": ...}; `<image>` marks are dropped.
+        """From a LLaVA-style list of {"from": "human" | "gpt", "value": ...}.
 
-        Raises BadRecord, which begins with `where`, if it is no such list, or empty; UserError on an unknown role.
+        Raises BadRecord, which begins with `where`, if it is not such a list, or empty; UserError on an unknown role.
         """
         if not isinstance(source, list) or not source:
             problem = f'{where}: "conversations" must be a list of at least one turn, got {reprlib.repr(source)}'
@@ -133,23 +118,23 @@ class Conversation:
         return cls(tuple(_read_turn(turn, where, i) for i, turn in enumerate(source)), template)
 
     def segments(self) -> list[Segment]:
-        """The text cut where learning begins and ends; learned and unlearned segments alternate."""
+        """The text split where loss begins and ends: segments without and with loss alternate."""
         t = self.template
-        segments, read = [], t.beginning
+        segments, context = [], t.beginning
         for role, text in self.turns:
             if role == "human":
-                read += f" {t.human}: {text}{t.human_end}"
+                context += f" {t.human}: {text}{t.human_end}"
             else:
-                segments += [Segment(f"{read} {t.assistant}:", False), Segment(f" {text}{t.assistant_end}", True)]
-                read = ""
-        return [*segments, Segment(read, False)] if read else segments
+                segments += [Segment(f"{context} {t.assistant}:", False), Segment(f" {text}{t.assistant_end}", True)]
+                context = ""
+        return [*segments, Segment(context, False)] if context else segments
 
     def text(self) -> str:
-        """The whole conversation, as it is trained on."""
+        """The whole conversation, as in training."""
         return "".join(segment.text for segment in self.segments())
 
     def prompt(self) -> str:
-        """The conversation up to where the assistant is to speak."""
+        """The conversation up to the assistant's next answer."""
         return f"{self.text()} {self.template.assistant}:"
 
     def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
@@ -157,12 +142,11 @@ class Conversation:
         return tokenizer.encode(self.prompt(), bos=True, eos=False)
 
     def example(self, tokenizer: Tokenizer) -> Example:
-        """Tokens from BOS to EOS, and labels that say which of them are learned (EOS itself is not).
+        """Tokens from BOS to EOS, and their labels (EOS has no loss).
 
-        Segments are tokenised one by one, which gives the ids of the whole text because no piece runs over
-        the one space that every segment begins with. What is learned then follows from who speaks, even where
-        a human turn ends with the words of the answer (the original searches for the answer's words, and in
-        that case labels the human's).
+        Segments are tokenised one by one. This gives the ids of the whole text, because no piece crosses the one space
+        that every segment begins with. The loss mask then follows from the role, even where a human turn ends with the
+        tokens of the answer (the original searches for the answer's tokens, and in that case labels the human's).
         """
         tokens, labels = [], []
         for i, (text, has_loss) in enumerate(self.segments()):
@@ -175,35 +159,35 @@ class Conversation:
 
 
 def _read_turn(turn: Any, where: str, number: int) -> Turn:
-    place = f"{where}, turn {number}"
+    location = f"{where}, turn {number}"
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise BadRecord(where, f'{place}: needs "from" and "value", got {reprlib.repr(turn)}')
+        raise BadRecord(where, f'{location}: needs "from" and "value", got {reprlib.repr(turn)}')
     role = _ROLES.get(str(turn["from"]).lower())
     if role is None:
-        # Not one bad record: a file that is written otherwise throughout.
-        raise UserError(f'{place}: is from {reprlib.repr(turn["from"])}; use "human" or "gpt"')
+        # Not one bad record: the whole file uses another convention.
+        raise UserError(f'{location}: is from {reprlib.repr(turn["from"])}; use "human" or "gpt"')
     value = turn["value"]
     # Answers that are counts are often written as JSON numbers.
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise BadRecord(where, f'{place}: "value" must be text, got {reprlib.repr(value)}')
+        raise BadRecord(where, f'{location}: "value" must be text, got {reprlib.repr(value)}')
     text = str(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecord(where, f'{place}: "value" holds half a surrogate pair at character {error.start}') from error
-    return Turn(role, text.replace("<image>", ""))
+        raise BadRecord(where, f'{location}: "value" holds half a surrogate pair at character {error.start}') from error
+    return Turn(role, text)
 
 
 def fit(example: Example, max_length: int, num_image_tokens: int, where: str) -> Example:
-    """`example` cut or padded to the text positions that `num_image_tokens` leave of `max_length`.
+    """`example` truncated or padded to the text positions that `num_image_tokens` leave of `max_length`.
 
-    Raises BadRecord, which begins with `where`, if nothing to learn is left; UserError if no text has room.
+    Raises BadRecord, which begins with `where`, if no token with loss is left; UserError if no text has room.
     """
     length = max_length - num_image_tokens
     if length < 1:
         raise UserError(
-            f"{where}: the picture takes {num_image_tokens} positions and the limit is {max_length}, which leaves no room "
-            f"for text; raise the maximum length above {num_image_tokens}"
+            f"{where}: the image takes {num_image_tokens} positions and the limit is {max_length}, which leaves no "
+            f"room for text; raise the maximum length above {num_image_tokens}"
         )
     tokens, labels = (array[:length] for array in example)
     if not (labels != IGNORE_INDEX).any():
@@ -213,7 +197,7 @@ def fit(example: Example, max_length: int, num_image_tokens: int, where: str) ->
             if (example.labels != IGNORE_INDEX).any()
             else "it has no answer; add a turn from the assistant"
         )
-        raise BadRecord(where, f"{where}: nothing left to learn: {reason}")
+        raise BadRecord(where, f"{where}: no token with loss is left: {reason}")
     missing = length - len(tokens)
     return Example(
         np.pad(tokens, (0, missing), constant_values=PADDING),

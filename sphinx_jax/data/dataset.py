@@ -1,4 +1,4 @@
-"""Batches prepared off the training thread, endless, the same for the same seed, resumable."""
+"""Endless batches, prepared in background threads, deterministic for a seed and resumable."""
 
 from collections.abc import Callable
 
@@ -15,16 +15,16 @@ def batches(
     batch_size: int,
     seed: int,
 ) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over `make_batch(indices, random)`: every index below `count` once an epoch, shuffled anew.
+    """An endless iterator over `make_batch(indices, random)`: every index below `count` once an epoch, reshuffled.
 
     `random` depends on the seed (0 or more) and the position alone, so the same seed gives the same batches.
     """
     shuffled = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-    return read_ahead(shuffled.batch(batch_size).random_map(make_batch), threads=1)
+    return prefetch(shuffled.batch(batch_size).random_map(make_batch), threads=1)
 
 
-def read_ahead(dataset: grain.MapDataset[Batch], threads: int) -> grain.DatasetIterator[Batch]:
-    """Iterates with `threads` that keep a few batches ready; more than needed compete with training for the cores.
+def prefetch(dataset: grain.MapDataset[Batch], threads: int) -> grain.DatasetIterator[Batch]:
+    """Iterates with `threads` that prefetch two batches each; more threads than needed take cores from training.
 
     `get_state()` of the iterator is its position, for a checkpoint; `set_state()` continues there.
     """

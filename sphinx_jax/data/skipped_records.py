@@ -1,4 +1,4 @@
-"""Records and pictures that cannot be used: passed over, counted and named, up to a share of all."""
+"""Records and images that cannot be used: skipped, counted and logged, up to a fraction of all."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ from sphinx_jax.errors import UserError
 
 
 class BadRecord(UserError):
-    """One record that cannot be used, where the others may be: a run passes over it."""
+    """One record that cannot be used. A run skips it, because the others may be fine."""
 
     def __init__(self, where: str, message: str):
         super().__init__(message)
@@ -16,13 +16,13 @@ class BadRecord(UserError):
 
 
 class SkippedRecords:
-    """What was passed over, each record once, however often an epoch comes to it. Threads may share one."""
+    """The skipped records, each once, however many epochs meet it. Thread-safe."""
 
-    def __init__(self, max_share: float):
-        """`max_share` of all records (0 to 1) may be passed over."""
+    def __init__(self, max_fraction: float):
+        """At most `max_fraction` of all records (0 to 1) may be skipped."""
         self.total = 0
-        """How many records there are, good and bad; whoever reads them counts them here."""
-        self._max_share = max_share
+        """Number of records, good and bad; the reader of each file adds its own."""
+        self._max_fraction = max_fraction
         self._reasons: dict[str, str] = {}
         self._file: Path | None = None
         self._lock = threading.Lock()
@@ -31,7 +31,7 @@ class SkippedRecords:
         return len(self._reasons)
 
     def add(self, where: str, reason: str) -> None:
-        """Pass over the record that stands at `where`. Raises UserError where that makes too many."""
+        """Skip the record at location `where`. Raises UserError if too many are skipped."""
         with self._lock:
             if where in self._reasons:
                 return
@@ -40,22 +40,22 @@ class SkippedRecords:
                 with self._file.open("a") as file:
                     file.write(_line(where, reason))
             count, first = len(self._reasons), next(iter(self._reasons.values()))
-        if count > self._max_share * self.total:
+        if count > self._max_fraction * self.total:
             raise UserError(
-                f"at least {count} of {self.total} records cannot be used, more than the share of --max-skipped "
-                f"{self._max_share:g}; mend them or raise it; the first is {first}"
+                f"at least {count} of {self.total} records cannot be used, more than the fraction --max-skipped "
+                f"{self._max_fraction:g}; fix them or raise it; the first is {first}"
             )
 
-    def keep_in(self, file: Path) -> None:
-        """Write one JSON line a record to `file` from now on, and take up what an earlier process wrote there."""
+    def log_to(self, file: Path) -> None:
+        """Append one JSON line per skipped record to `file` from now on. Records already in it count as skipped."""
         with self._lock:
             for line in file.read_text().splitlines() if file.exists() else []:
                 earlier = json.loads(line)
                 self._reasons.setdefault(earlier["where"], earlier["reason"])
             if self._reasons:
-                whole = file.with_suffix(".partial")
-                whole.write_text("".join(_line(*item) for item in self._reasons.items()))
-                whole.replace(file)
+                partial = file.with_suffix(".partial")
+                partial.write_text("".join(_line(*item) for item in self._reasons.items()))
+                partial.replace(file)
             self._file = file
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on and is judged by: one small interface, and the two kinds of data behind it."""
+"""What a run trains and evaluates on: one small interface, and the two kinds of data that implement it."""
 
 import dataclasses
 import os
@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import grain
 import numpy as np
 
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.data import accessory_yaml, easy_vqa
+from sphinx_jax.data import accessory_yaml, easy_vqa, easy_vqa_sequences
 from sphinx_jax.data.accessory_yaml import Annotations
-from sphinx_jax.data.batching import ItemReader, held_out_batches, packed_rows, train_batches
+from sphinx_jax.data.batching import ItemReader, held_out_batches, packed_sequences, train_batches
 from sphinx_jax.data.dataset import Batch
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped_records import SkippedRecords
@@ -20,17 +21,17 @@ from sphinx_jax.errors import UserError
 
 
 class Task(Protocol):
-    """Training batches, held-out batches, and a score of what was right of those."""
+    """Training batches, held-out batches, and the accuracy on these."""
 
     tokenizer_bytes: bytes
     examples: int
     """Sequences in one epoch."""
 
     def name(self, example: int) -> str:
-        """What a person finds a training example by; batches number theirs in "examples"."""
+        """The name of a training example in messages; batches hold their indices in "examples"."""
         ...
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
         """Endless training batches; the iterator has `get_state` and `set_state`."""
         ...
 
@@ -38,70 +39,68 @@ class Task(Protocol):
         """The held-out examples once, in order; a batch may be smaller."""
         ...
 
-    def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Held-out accuracies for `summary.json`, from which answers (column: number) of each example are right."""
+    def evaluate(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Held-out accuracies for `summary.json`.
+
+        `right` and `exists` hold a bool[answers] for each held-out example: which of its answers are right, and which
+        there are at all.
+        """
         ...
 
 
-def first_score(scores: dict[str, Any]) -> float:
-    """The accuracy that checkpoints are compared by."""
-    return next(iter(scores["held_out"].values()))
+def primary_accuracy(results: dict[str, Any]) -> float | None:
+    """The accuracy that checkpoints are compared by; None where nothing is held out."""
+    return next(iter(results["held_out"].values()))
 
 
 class EasyVqa:
-    """easy-vqa (see `data.easy_vqa`): drawn shapes, several questions a picture, each judged as if asked alone."""
+    """easy-vqa (see `data.easy_vqa`): drawn shapes, several conversations per image, each trained as if alone."""
 
     def __init__(
         self,
         config: SphinxConfig,
         tokenizer_bytes: bytes | None,
-        turns_per_picture: int = 4,
+        conversations_per_image: int = 4,
         *,
         validation_split: bool = False,
     ):
-        """Without a tokenizer one is trained on the training questions.
+        """Without a tokenizer, one is trained on the training questions and phrasings; it ignores case.
 
-        With `validation_split`, a tenth of the training pictures is held out and judged by, and the test set left alone.
+        With `validation_split`, a tenth of the training images is held out for evaluation, instead of the test set.
         """
         if config.vision is None or config.vision.image_size != easy_vqa.IMAGE_SIZE:
-            raise UserError("--data easy-vqa has pictures of 64 x 64 pixels, for the nano preset; choose --preset nano")
+            raise UserError("--data easy-vqa has images of 64 x 64 pixels, for the nano preset; choose --preset nano")
         self._train = easy_vqa.load("tuning" if validation_split else "train")
         self._held_out = easy_vqa.load("validation" if validation_split else "test")
-        self._turns = turns_per_picture
-        texts = easy_vqa.texts(self._train)
-        self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(texts, config.language.vocab_size)
+        self._conversations_per_image = conversations_per_image
+        self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(
+            easy_vqa.texts(self._train), config.language.vocab_size, fold_case=True
+        )
         self._tokenizer = Tokenizer(self.tokenizer_bytes)
         self.examples = len(self._train)
 
     def name(self, example: int) -> str:
-        return f"picture {self._train.ids[example]}"
+        return f"image {self._train.ids[example]}"
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        table = easy_vqa.TurnTable.build(self._train, self._tokenizer)
-        # Room for turns of average length and a little more: a turn that does not fit waits for another epoch.
-        mean = sum(len(turn) for turn in table.tokens) / len(table.tokens)
-        length = len(table.beginning) + max(round(self._turns * mean) + 6, table.longest())
-        return easy_vqa.train_batches(self._train, self._tokenizer, batch_size, seed, length, self._turns)
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+        count = self._conversations_per_image
+        length = easy_vqa_sequences.sequence_length(self._train, self._tokenizer, count)
+        return easy_vqa_sequences.train_batches(self._train, self._tokenizer, batch_size, seed, length, count)
 
     def held_out(self, batch_size: int) -> Iterator[Batch]:
-        table = easy_vqa.TurnTable.build(self._held_out, self._tokenizer)
-        most = max(len(turns) for turns in table.of_record)
-        longest = max(sum(len(table.tokens[t]) for t in turns) for turns in table.of_record)
-        for start in range(0, len(self._held_out), batch_size):
-            indices = range(start, min(start + batch_size, len(self._held_out)))
-            length = len(table.beginning) + longest
-            rows = [easy_vqa.sequence(table, table.of_record[i], length, most + 1) for i in indices]
-            tokens, labels, turns = (np.stack(part) for part in zip(*rows, strict=True))
-            images = self._held_out.images[np.asarray(indices)]
-            yield {"images": images, "tokens": tokens, "labels": labels, "segment_ids": turns}
+        sequences = easy_vqa_sequences.held_out_sequences(self._held_out, self._tokenizer)
+        for start in range(0, len(sequences), batch_size):
+            chosen = sequences[start : start + batch_size]
+            arrays = {name: np.stack([sequence._asdict()[name] for sequence in chosen]) for name in chosen[0]._fields}
+            yield {"images": self._held_out.images[start : start + batch_size], **arrays}
 
-    def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
+    def evaluate(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
         questions = [question for _, question in self._held_out.pairs()]
-        flags = [flag for row, there in zip(right, exists, strict=True) for flag in row[there]]
+        flags = _existing(right, exists)
         predictions = [question.answer if flag else "" for question, flag in zip(questions, flags, strict=True)]
         return {
-            "held_out": easy_vqa.score(questions, predictions),
-            "blind": easy_vqa.blind_baseline(self._train, self._held_out),
+            "held_out": easy_vqa.accuracy(questions, predictions),
+            "blind": easy_vqa.accuracy_without_images(self._train, self._held_out),
         }
 
 
@@ -110,19 +109,19 @@ class YamlOptions:
     """How one's own conversations are made into sequences."""
 
     max_length: int = 256
-    """Longest sequence, image words included."""
+    """Longest sequence, image tokens included."""
     image_transform: ImageTransform = "pad"
-    """Of training pictures; held-out ones are padded, as those that a model is asked about."""
+    """Of training images; held-out images are padded, as in inference."""
     no_group_by_length: bool = False
     """Batches of all lengths, instead of neighbours in length."""
     pack: bool = False
-    """Several conversations without pictures in one sequence, each seeing itself only."""
+    """Several conversations without images in one sequence, each attending to itself only."""
     workers: int = 2
-    """Threads that read pictures and make batches."""
+    """Threads that decode images and make batches."""
 
 
 class YamlData:
-    """One's own conversations, named by a `data.yaml` (see `data.accessory_yaml`); every tenth is held out."""
+    """One's own conversations, named by a `data.yaml` (see `data.accessory_yaml`); about every tenth is held out."""
 
     def __init__(
         self,
@@ -132,12 +131,12 @@ class YamlData:
         skipped: SkippedRecords,
         options: YamlOptions = YamlOptions(),
     ):
-        """Without a tokenizer one is trained on the conversations' text. What cannot be used goes to `skipped`."""
+        """Without a tokenizer, one is trained on the conversations' text. Unusable records are added to `skipped`."""
         annotations = accessory_yaml.read(file, skipped)
         if config.vision is None and any(item.image for item in annotations.items):
-            raise UserError(f"{file} has pictures and the model sees none; choose a preset with encoders")
-        _check_pictures(annotations)
-        train, held_out = _split(annotations, file)
+            raise UserError(f"{file} has images and the model has no encoders; choose a preset with encoders")
+        _check_images(annotations)
+        train, held_out = split_held_out(annotations, file)
         self.tokenizer_bytes = tokenizer_bytes or _train_tokenizer(train, config.language.vocab_size, file)
         self._reader = ItemReader(
             Tokenizer(self.tokenizer_bytes),
@@ -147,19 +146,20 @@ class YamlData:
             skipped,
         )
         self._options = options
-        self._train, self._held_out = self._reader.learnable(train), self._reader.learnable(held_out)
-        self._rows = packed_rows(self._train, self._reader) if options.pack else None
-        self.examples = len(self._rows.items if self._rows else self._train.items)
+        self._train = self._reader.select_with_loss(train)
+        self._held_out = self._reader.select_with_loss(held_out)
+        self._sequences = packed_sequences(self._train, self._reader) if options.pack else None
+        self.examples = len(self._sequences.items if self._sequences else self._train.items)
 
     def name(self, example: int) -> str:
         item = self._train.items[example]
         return item.where if item.id is None else f"{item.where} (id {item.id})"
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
         return train_batches(
             self._train,
             self._reader,
-            self._rows,
+            self._sequences,
             batch_size=batch_size,
             seed=seed,
             image_transform=self._options.image_transform,
@@ -170,13 +170,16 @@ class YamlData:
     def held_out(self, batch_size: int) -> Iterator[Batch]:
         return held_out_batches(self._held_out, self._reader, batch_size)
 
-    def score(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
-        flags = [flag for row, there in zip(right, exists, strict=True) for flag in row[there]]
-        return {"held_out": {"accuracy": float(np.mean(flags))}}
+    def evaluate(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
+        return {"held_out": {"accuracy": float(np.mean(_existing(right, exists)))}}
 
 
-def _split(annotations: Annotations, file: Path) -> tuple[Annotations, Annotations]:
-    """Every tenth item of each type to the second part, so that it spans the lengths as the first does."""
+def _existing(right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> list[bool]:
+    return [bool(flag) for flags, mask in zip(right, exists, strict=True) for flag in flags[mask]]
+
+
+def split_held_out(annotations: Annotations, file: Path) -> tuple[Annotations, Annotations]:
+    """Every tenth item of each type to the second part, so that it spans the same lengths."""
     parts = []
     for held_out in (False, True):
         items, groups = [], {}
@@ -190,14 +193,15 @@ def _split(annotations: Annotations, file: Path) -> tuple[Annotations, Annotatio
     return parts[0], parts[1]
 
 
-def _check_pictures(annotations: Annotations) -> None:
-    """Raises UserError if none of a hundred pictures of a type is there: a wrong root is said before training."""
+def _check_images(annotations: Annotations) -> None:
+    """Raises UserError if none of a hundred images of a type exists: a wrong root is reported before training."""
     for kind, group in annotations.groups.items():
-        looked_at = [annotations.items[i].image for i in group[:: max(len(group) // 100, 1)]]
-        if looked_at[0] and not any(os.path.exists(image) for image in looked_at):
+        paths = [annotations.items[i].image for i in group[:: max(len(group) // 100, 1)]]
+        images = [path for path in paths if path is not None]
+        if images and not any(os.path.exists(image) for image in images):
             raise UserError(
-                f"none of the {len(looked_at)} pictures of type {kind!r} that were looked for is there, the first is "
-                f"{looked_at[0]}; check root in the data.yaml"
+                f"of type {kind!r}, none of {len(images)} images exists, the first is {images[0]}; check root in the "
+                "data.yaml"
             )
 
 

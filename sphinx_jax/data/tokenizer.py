@@ -15,7 +15,7 @@ class Tokenizer:
     def __init__(self, model: str | Path | bytes):
         """`model` is the path of a `tokenizer.model`, or its bytes.
 
-        Raises UserError if the file is missing, is no SentencePiece model, or lacks `<s>` or `</s>`.
+        Raises UserError if the file is missing, is not a SentencePiece model, or lacks `<s>` or `</s>`.
         """
         name = "the tokenizer's bytes" if isinstance(model, bytes) else str(model)
         if not isinstance(model, bytes):
@@ -46,24 +46,24 @@ class Tokenizer:
         return [self.bos_id] * bos + self._ids(text) + [self.eos_id] * eos
 
     def encode_segment(self, text: str) -> list[int]:
-        """Token ids of text that continues another one after a space (which `text` may begin with or leave out)."""
+        """Token ids of text that follows other text after a space (which `text` may include or omit)."""
         return self._ids(text.removeprefix(" "))
 
     def encode_wo_prefix_space(self, text: str) -> list[int]:
-        """Token ids of text that continues another one directly, with no space between."""
-        # A newline is a byte of its own, which nothing after it merges with.
-        before = self._ids("\n")
-        return self._ids("\n" + text)[len(before) :]
+        """Token ids of text that follows other text directly, without a space."""
+        # A newline is a byte token, which never merges with the text after it.
+        newline = self._ids("\n")
+        return self._ids("\n" + text)[len(newline) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; `<s>` and `</s>` give nothing, bytes that are no UTF-8 give U+FFFD.
+        """Text of token ids; `<s>` and `</s>` give nothing, bytes that are not UTF-8 give U+FFFD.
 
-        A model's vocabulary may be larger than its tokenizer's: ids past the last piece count as <unk>.
+        A model's vocabulary may be larger than its tokenizer's: ids past the last piece decode as <unk>.
         """
         return self._pieces.decode([int(i) if 0 <= i < self.vocab_size else self.unk_id for i in ids])
 
     def token_bytes(self, *, first: bool = False) -> list[bytes]:
-        """What each token adds to decoded text, in UTF-8; as the text's `first` token it loses a leading space."""
+        """The UTF-8 bytes that each token adds to decoded text; without a leading space if it is the `first` token."""
         pieces = self._pieces
 
         def added(token: int) -> bytes:
@@ -86,10 +86,11 @@ class Tokenizer:
             raise UserError(f"the text {text!r:.60} is not valid Unicode at character {error.start}") from error
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, fold_case: bool = False) -> bytes:
     """A `tokenizer.model` trained on `texts`, with the settings of Llama's: BPE, byte fallback, no normalisation.
 
-    The same texts give the same bytes. Has fewer than `vocab_size` pieces where the texts hold fewer words.
+    With `fold_case`, text is normalised to NFKC and lower case before it is tokenised, so decoding gives lower case.
+    The same texts give the same bytes. Has fewer than `vocab_size` pieces where the texts hold few distinct words.
     Raises ValueError if `vocab_size` has no room for the 256 bytes, the three special pieces and the characters.
     """
     model = io.BytesIO()
@@ -106,7 +107,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             split_digits=True,
             allow_whitespace_only_pieces=True,
             max_sentence_length=1 << 20,
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc_cf" if fold_case else "identity",
             remove_extra_whitespaces=False,
             unk_id=0,
             bos_id=1,

@@ -1,4 +1,4 @@
-"""Tokenizers and the data set, read once for all tests of this folder."""
+"""Tokenizers and the data set, loaded once for all tests of this folder."""
 
 from pathlib import Path
 
@@ -28,5 +28,11 @@ def held_out():
 
 @pytest.fixture(scope="session")
 def small(train):
-    """The tokenizer that the nano model trains with."""
+    """A small tokenizer with the settings of Llama's, trained on easy-vqa."""
     return Tokenizer(train_tokenizer(easy_vqa.texts(train), 512))
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer(train):
+    """The tokenizer that the nano model trains with: it ignores case."""
+    return Tokenizer(train_tokenizer(easy_vqa.texts(train), 512, fold_case=True))

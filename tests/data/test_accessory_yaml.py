@@ -1,4 +1,4 @@
-"""`data.yaml` against the original's order, pictures and sampler; and every way of getting it wrong."""
+"""`data.yaml` against the original's order, images and groups; and every malformed input."""
 
 import json
 
@@ -33,7 +33,7 @@ def read(config, max_skipped=0.0):
     return accessory_yaml.read(config, SkippedRecords(max_skipped))
 
 
-def test_order_pictures_and_groups_are_the_originals(reference, tmp_path):
+def test_order_images_and_groups_are_the_originals(reference, tmp_path):
     annotations = read(write(tmp_path, reference["meta"]))
     assert [item.id for item in annotations.items] == reference["order"]
     assert [item.image for item in annotations.items] == reference["image_paths"]
@@ -41,7 +41,7 @@ def test_order_pictures_and_groups_are_the_originals(reference, tmp_path):
     assert list(annotations.groups) == ["image_text", "text"]
 
 
-def test_json_lines_are_read_alike(reference, tmp_path):
+def test_json_lines_equal_json(reference, tmp_path):
     entry = dict(reference["meta"][1])
     lines = [json.dumps(record) for record in entry.pop("data")]
     (tmp_path / "lines.jsonl").write_text("\n\n".join(lines) + "\n")
@@ -103,7 +103,7 @@ def test_a_malformed_yaml_is_named(tmp_path, text, complaint):
         (
             "a.json",
             b'[{"conversations": [{"from": "human", "value": "x"}]}]',
-            "record 0: nothing to learn: it has no answer",
+            "record 0: no token has loss: there is no answer",
         ),
         ("a.json", b'[{"image": 3, "conversations": [{"from": "gpt", "value": "x"}]}]', 'record 0: "image" must be'),
         ("a.jsonl", b'{"conversations": [{"from": "gpt", "value": "x"}]}\n{"conv', "a.jsonl, line 2: not valid JSON"),
@@ -123,19 +123,19 @@ def test_a_missing_yaml_is_named(tmp_path):
         read(tmp_path / "none.yaml")
 
 
-def test_a_ratio_that_leaves_nothing_is_said(tmp_path):
+def test_a_ratio_that_leaves_nothing_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no records of type 'text' are left"):
         read(write(tmp_path, [{**GOOD, "ratio": 0.5}]))
 
 
-def test_a_type_with_and_without_pictures_is_refused(tmp_path):
+def test_a_type_with_and_without_images_is_refused(tmp_path):
     records = [{"conversations": conversation()}, {"image": "a.png", "conversations": conversation()}]
     with pytest.raises(UserError, match=r"records0.json, record 1: type 'text' mixes"):
         read(write(tmp_path, [{**GOOD, "data": records}]))
 
 
-def test_malformed_records_are_passed_over(tmp_path):
-    """Of a hundred records two are bad: both are named, the others read, unless fewer may be."""
+def test_malformed_records_are_skipped(tmp_path):
+    """Of a hundred records two are bad: both are named and the others kept, unless fewer may be skipped."""
     records = [{"id": i, "conversations": conversation()} for i in range(98)]
     lines = [json.dumps(record) for record in records]
     lines[10:10] = ['{"conv', json.dumps({"conversations": [{"from": "human"}]})]
@@ -148,7 +148,7 @@ def test_malformed_records_are_passed_over(tmp_path):
         read(config, 0.01)
 
 
-def test_an_unknown_role_is_never_passed_over(tmp_path):
+def test_an_unknown_role_is_never_skipped(tmp_path):
     records = [{"conversations": [{"from": "who", "value": "x"}]}, {"conversations": conversation()}]
     with pytest.raises(UserError, match="record 0, turn 0: is from 'who'"):
         read(write(tmp_path, [{**GOOD, "data": records}]), max_skipped=1.0)

@@ -1,4 +1,4 @@
-"""Batches of a `data.yaml`: the original's order, what is in them, and what is passed over."""
+"""Batches of a `data.yaml`: the original's order, their contents, and skipped records."""
 
 import json
 
@@ -47,14 +47,14 @@ def conversation(question="What?", answer="That."):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Six records with pictures of one colour each, and four without: the path of their data.yaml."""
-    pictures = []
+    """Six records with images of one colour each, and four without: the path of their data.yaml."""
+    with_images = []
     for i in range(6):
         Image.new("RGB", (40, 20 + i), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        pictures.append({"id": i, "image": f"{i}.png", "conversations": conversation("What?" * (i + 1), str(i))})
+        with_images.append({"id": i, "image": f"{i}.png", "conversations": conversation("What?" * (i + 1), str(i))})
     texts = [{"conversations": conversation("Well?", "word " * (i + 1))} for i in range(4)]
     meta = []
-    for kind, records in (("picture", pictures), ("text", texts)):
+    for kind, records in (("image", with_images), ("text", texts)):
         (tmp_path / f"{kind}.json").write_text(json.dumps(records))
         meta.append({"type": kind, "root": str(tmp_path), "path": str(tmp_path / f"{kind}.json")})
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"META": meta}))
@@ -73,7 +73,10 @@ def same(one, other):
 
 def test_batches(mixed, mixtral):
     annotations, reader = read(mixed, mixtral)
-    make = lambda seed, **more: train_batches(annotations, reader, batch_size=2, seed=seed, **more)
+
+    def make(seed, **more):
+        return train_batches(annotations, reader, batch_size=2, seed=seed, **more)
+
     batches = make(0)
     epoch = [next(batches) for _ in range(5)]
     assert sum("images" in batch for batch in epoch) == 3
@@ -87,7 +90,7 @@ def test_batches(mixed, mixtral):
             assert item.conversation.turns[1].text == answer
             if "images" in batch:
                 assert batch["images"].shape == (2, 16, 16, 3) and batch["images"].dtype == np.uint8
-                # The picture that this row's answer names: its red, in the middle.
+                # The image that this answer names: its red, in the middle.
                 assert batch["images"][row, 8, 8].tolist() == [40 * int(answer), 0, 0]
                 expected = conversation("What?" * (int(answer) + 1), answer)
             else:
@@ -97,7 +100,7 @@ def test_batches(mixed, mixtral):
             np.testing.assert_array_equal(labels, example.labels)
             seen.append(answer)
     assert len(set(seen)) == 10
-    # Two processes share out what one would see.
+    # Two processes take different batches.
     parts = [next(make(3, replicas=2, rank=rank)) for rank in range(2)]
     assert parts[0]["tokens"].shape == parts[1]["tokens"].shape
     assert not np.array_equal(parts[0]["tokens"], parts[1]["tokens"])
@@ -106,9 +109,10 @@ def test_batches(mixed, mixtral):
 @pytest.mark.parametrize("transform", ["pad", "crop"])
 def test_workers_and_resuming_change_nothing(mixed, mixtral, transform):
     annotations, reader = read(mixed, mixtral)
-    make = lambda workers, seed=5: train_batches(
-        annotations, reader, batch_size=2, seed=seed, image_transform=transform, workers=workers
-    )
+
+    def make(workers, seed=5):
+        return train_batches(annotations, reader, batch_size=2, seed=seed, image_transform=transform, workers=workers)
+
     one, three = make(1), make(3)
     assert all(same(next(one), next(three)) for _ in range(7))
     position = one.get_state()
@@ -119,19 +123,19 @@ def test_workers_and_resuming_change_nothing(mixed, mixtral, transform):
     assert not all(same(next(three), batch) for batch in make(1, seed=6))
 
 
-def test_mixed_lengths_are_drawn_anew_each_epoch(mixed, mixtral):
+def test_mixed_lengths_are_redrawn_each_epoch(mixed, mixtral):
     annotations, reader = read(mixed, mixtral)
     batches = train_batches(annotations, reader, batch_size=2, seed=0, no_group_by_length=True)
     epochs = [[next(batches)["examples"].tolist() for _ in range(5)] for _ in range(4)]
     for epoch in epochs:
         assert sorted(i for batch in epoch for i in batch) == list(range(10))
-        # Still of one type each: the first six have pictures.
+        # Still of one type each: the first six have images.
         assert all((one < 6) == (other < 6) for one, other in epoch)
     assert len({tuple(sorted(map(tuple, map(sorted, epoch)))) for epoch in epochs}) == 4
 
 
-def test_crops_are_drawn_anew_each_epoch(tmp_path, mixtral):
-    """Each pixel of the picture tells its own column."""
+def test_crops_are_redrawn_each_epoch(tmp_path, mixtral):
+    """Each pixel of the image holds its own column."""
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
     Image.fromarray(np.ascontiguousarray(columns)).save(tmp_path / "columns.png")
     (tmp_path / "records.json").write_text(json.dumps([{"image": "columns.png", "conversations": conversation()}]))
@@ -142,40 +146,40 @@ def test_crops_are_drawn_anew_each_epoch(tmp_path, mixtral):
     assert len({next(batches)["images"][0, 8, 8, 0] for _ in range(20)}) > 3
 
 
-def test_a_batch_larger_than_every_type_is_said(mixed, mixtral):
+def test_a_batch_larger_than_every_type_is_an_error(mixed, mixtral):
     with pytest.raises(UserError, match="largest type has 6 records, too few for one step of 8"):
         train_batches(*read(mixed, mixtral), batch_size=4, grad_accum_steps=2, seed=0)
 
 
-def test_a_picture_that_does_not_open_is_passed_over(mixed, mixtral, tmp_path):
-    """Of ten records one is bad: named, and its place taken by the next; on one more than allowed the run stops."""
-    (tmp_path / "2.png").write_bytes(b"no picture")
+def test_an_image_that_cannot_be_loaded_is_skipped(mixed, mixtral, tmp_path):
+    """Of ten records one is bad: named, and replaced by the next; with one more than allowed the run stops."""
+    (tmp_path / "2.png").write_bytes(b"no image")
     annotations, reader = read(mixed, mixtral, max_skipped=0.1)
-    reader.skipped.keep_in(tmp_path / "skipped.jsonl")
+    reader.skipped.log_to(tmp_path / "skipped.jsonl")
     batches = train_batches(annotations, reader, batch_size=3, seed=0)
     epoch = [next(batches) for _ in range(6)]
     reds = sorted(red for batch in epoch[:3] if "images" in batch for red in batch["images"][:, 8, 8, 0].tolist())
     assert reds == [0, 40, 120, 120, 160, 200]
     assert len(reader.skipped) == 1
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert json.loads(line)["where"].endswith("picture.json, record 2") and "not a picture" in line
-    judged = list(held_out_batches(annotations, reader, batch_size=4))
-    assert [len(batch["tokens"]) for batch in judged] == [3, 2, 4]
+    assert json.loads(line)["where"].endswith("image.json, record 2") and "not an image" in line
+    held_out = list(held_out_batches(annotations, reader, batch_size=4))
+    assert [len(batch["tokens"]) for batch in held_out] == [3, 2, 4]
 
     (tmp_path / "3.png").unlink()
-    with pytest.raises(UserError, match=r"2 of 10 .*--max-skipped 0.1; .*the first is .*record 2: .*2.png: not a pict"):
+    with pytest.raises(UserError, match=r"2 of 10 .*--max-skipped 0.1; .*the first is .*record 2: .*2.png: not an im"):
         [next(batches) for _ in range(6)]
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
-    # Taken up by a resumed run, each once.
+    # A resumed run counts them, each once.
     again = SkippedRecords(0.1)
-    again.keep_in(tmp_path / "skipped.jsonl")
+    again.log_to(tmp_path / "skipped.jsonl")
     assert len(again) == 2
 
 
-def test_what_the_limit_leaves_nothing_of_is_passed_over(mixed, mixtral):
-    """The longer the question, the later its answer begins: the six with pictures have 1 to 6 times "What?"."""
+def test_records_without_loss_after_truncation_are_skipped(mixed, mixtral):
+    """The longer the question, the later its answer begins: the six with images have 1 to 6 times "What?"."""
     annotations, reader = read(mixed, mixtral, max_skipped=0.5, max_length=57)
-    kept = reader.learnable(annotations)
+    kept = reader.select_with_loss(annotations)
     expected = []
     for item in annotations.items:
         labels = item.conversation.example(mixtral).labels

@@ -7,12 +7,31 @@ import string
 import numpy as np
 import pytest
 
-from sphinx_jax.data.conversation import TEMPLATES, Conversation, Turn, fit
+from sphinx_jax.data.conversation import DEFAULT_TEMPLATE, Conversation, Template, Turn, fit
 from sphinx_jax.errors import UserError
 
 with_echo = {"echo_bug", "echo_suffix_bug"}
 ASSISTANT_SAYS = [21631, 28747]
 HASHES = 27332
+
+_CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAVA = (
+    "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "Follow the instructions carefully and explain your answers in detail."
+)
+TEMPLATES = {
+    **dict.fromkeys(("default", "simple", "v1"), DEFAULT_TEMPLATE),
+    "multimodal": Template(f"{_LLAVA}\n\n###", "Human", "Assistant", "\n###", "\n###"),
+    "llava_v1": Template(f"{_LLAVA} ", "USER", "ASSISTANT", " ", "</s>"),
+    "bair_v1": Template("BEGINNING OF CONVERSATION: ", "USER", "GPT", " ", "</s>"),
+    "vicuna_v1_1": Template(f"{_CHAT} ", "USER", "ASSISTANT", " ", "</s>"),
+}
+"""The templates of the original, by name. SPHINX-MoE uses "default"."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +78,7 @@ def test_text_tokens_and_labels(name, items, mixtral):
     example = conversation.example(mixtral)
     assert example.tokens.tolist() == item["tokens"] == item["untruncated"]["input"]
     if name in with_echo:
-        # The original looks for the answer's words and finds them in the human's turn; we label the answer.
+        # The original searches for the answer's tokens and finds them in the human's turn; we label the answer.
         assert example.labels.tolist() == by_borders(item["tokens"]) != item["untruncated"]["labels"]
     else:
         assert example.labels.tolist() == by_borders(item["tokens"]) == item["untruncated"]["labels"]
@@ -75,11 +94,11 @@ def test_truncation_and_padding(name, items, mixtral):
         length = case["max_words"] - case["image_words"]
         labels = by_borders(item["tokens"])[:length]
         if name in with_echo and any(case.get("labels", ())) and not any(labels):
-            # Only the wrongly labelled human turn was left: rightly, nothing is.
+            # Only the wrongly labelled human turn is left in the original: here no token has loss.
             case = {"error": "LabelAllZeroError"}
         if "error" in case:
             with pytest.raises(
-                UserError, match=f"^here: nothing left to learn: the first answer begins at .* {length}"
+                UserError, match=f"^here: no token with loss is left: the first answer begins at .* {length}"
             ):
                 fit(example, length + 7, 7, "here")
             continue
@@ -99,17 +118,17 @@ def test_truncation_and_padding(name, items, mixtral):
             assert got.labels.tolist()[-8:] == case["labels_tail8"]
 
 
-def test_more_image_words_than_room_is_said(items, reference, mixtral):
+def test_more_image_tokens_than_the_limit_is_an_error(items, reference, mixtral):
     case = reference["max_words_512_with_image_words_1455"]
     assert case["error"] == "LabelAllZeroError"
     example = Conversation.from_record(items["single"]["source"], "single").example(mixtral)
-    with pytest.raises(UserError, match=r"cat.png: the picture takes 1455 positions and the limit is 512"):
+    with pytest.raises(UserError, match=r"cat.png: the image takes 1455 positions and the limit is 512"):
         fit(example, case["max_words"], case["image_words"], "cat.png")
 
 
 def test_prompts(reference, mixtral):
     for case in reference["prompts"]:
-        conversation = Conversation.from_pairs(case["qas"])
+        conversation = Conversation.from_pairs(map(tuple, case["qas"]))
         assert conversation.prompt() == case["prompt"]
         assert conversation.prompt_tokens(mixtral) == case["tokens"]
 
@@ -150,7 +169,7 @@ def test_segments_give_the_ids_of_the_whole_text(tokenizer, request):
         assert conversation.example(tokenizer).tokens.tolist() == whole, conversation
 
 
-def test_conversation_without_an_answer_has_nothing_to_learn(mixtral):
+def test_a_conversation_without_an_answer_has_no_loss(mixtral):
     example = Conversation.from_pairs([("Anyone?", None)]).example(mixtral)
     with pytest.raises(UserError, match="no answer"):
         fit(example, 100, 0, "here")

@@ -14,7 +14,9 @@ def test_every_index_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_randomness_depends_on_seed_and_position_alone():
-    make = lambda seed: batches(10, lambda indices, random: {"x": random.random(len(indices))}, 5, seed)
+    def make(seed):
+        return batches(10, lambda indices, random: {"x": random.random(len(indices))}, 5, seed)
+
     one, two, other = make(1), make(1), make(2)
     drawn = [next(one)["x"] for _ in range(6)]
     assert len({tuple(x.tolist()) for x in drawn}) == 6

@@ -30,7 +30,7 @@ def test_decode_as_in_the_original(mixtral, golden):
         assert mixtral.decode(case["ids"]) == case["text"], case
 
 
-def test_bos_and_eos_stand_at_the_ends(mixtral):
+def test_bos_and_eos_are_at_the_ends(mixtral):
     plain = mixtral.encode("Hello", bos=False, eos=False)
     assert mixtral.encode("Hello", bos=True, eos=True) == [1, *plain, 2]
 
@@ -73,7 +73,7 @@ def test_training_is_deterministic_and_of_llamas_kind(small, mixtral):
     for tokenizer in (Tokenizer(model), small):
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
         pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
-        # A space only ever begins a piece, and a newline is a byte: what cutting text into segments rests on.
+        # A space only ever begins a piece, and a newline is a byte: segments rely on both.
         names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
         assert all("▁" not in name.lstrip("▁") for name in names)
         assert not any("\n" in name for name in names)
@@ -87,10 +87,18 @@ def test_any_text_survives_a_small_tokenizer(small):
         text = "".join(random_.choices(alphabet, k=random_.randrange(30)))
         ids = small.encode(text, bos=True, eos=True)
         assert 0 not in ids
-        # The one character that SentencePiece cannot keep is its own sign for a space.
+        # The one character that SentencePiece cannot represent is its own sign for a space.
         assert small.decode(ids) == text.replace("▁", " ")
 
 
 def test_a_vocabulary_too_small_for_its_bytes_is_refused():
     with pytest.raises(ValueError, match="100 pieces"):
         train_tokenizer(["some text"], 100)
+
+
+def test_a_tokenizer_that_folds_case_ignores_capitals_alone(nano_tokenizer):
+    for text in ("what color is the shape?", "a  b\nc", "\n###"):
+        ids = nano_tokenizer.encode(text, bos=True, eos=False)
+        assert nano_tokenizer.encode(text.upper(), bos=True, eos=False) == ids
+        assert nano_tokenizer.encode(text.title(), bos=True, eos=False) == ids
+        assert nano_tokenizer.decode(ids) == text

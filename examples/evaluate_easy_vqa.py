@@ -1,8 +1,8 @@
-"""Answer held-out questions of easy-vqa through a file, and count the right ones.
+"""Answer held-out questions of easy-vqa through a batch file, and print the accuracy.
 
-    python examples/score_vqa.py CHECKPOINT [HOW_MANY]
+    python examples/evaluate_easy_vqa.py CHECKPOINT [COUNT]
 
-Writes questions.jsonl and answers.jsonl in the current directory; started again, it goes on where it was.
+Writes questions.jsonl and answers.jsonl in the current directory; run again, it resumes.
 """
 
 import itertools
@@ -16,24 +16,24 @@ from sphinx_jax.data import easy_vqa
 QUESTIONS, ANSWERS = Path("questions.jsonl"), Path("answers.jsonl")
 
 
-def main(checkpoint: str, how_many: str = "500") -> None:
+def main(checkpoint: str, count: str = "500") -> None:
     records = easy_vqa.load("test")
-    asked = list(itertools.islice(records.pairs(), int(how_many)))
+    pairs = list(itertools.islice(records.pairs(), int(count)))
     with QUESTIONS.open("w") as file:
-        for number, (record, question) in enumerate(asked):
+        for number, (record, question) in enumerate(pairs):
             image = str(easy_vqa.image_file("test", records.ids[record]))
             file.write(json.dumps({"id": number, "image": image, "prompt": question.text}) + "\n")
 
     model = sphinx_jax.load(checkpoint)
     for progress in model.answer_file(QUESTIONS, ANSWERS, max_new_tokens=64):
-        done = progress.skipped + progress.answered
-    print(f"{done} of {progress.total} answered")
+        print(f"{progress.skipped + progress.answered} of {progress.total} answered", end="\r")
+    print()
 
     lines = map(json.loads, ANSWERS.read_text().splitlines())
     answers = {line["id"]: line["answer"] for line in lines}
-    scores = easy_vqa.score([question for _, question in asked], [answers[i] for i in range(len(asked))])
-    for kind, share in scores.items():
-        print(f"{kind}: {share:.1%}")
+    accuracies = easy_vqa.accuracy([question for _, question in pairs], [answers[i] for i in range(len(pairs))])
+    for kind, accuracy in accuracies.items():
+        print(f"{kind}: {accuracy:.1%}")
 
 
 if __name__ == "__main__":
