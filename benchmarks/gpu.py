@@ -1,13 +1,13 @@
-"""Near the limit of one GPU? Mixtral-shaped models with random weights: prompts, words, training steps, experts.
+"""One GPU against its roofline: prefill, decode, training steps and experts of Mixtral-shaped models.
 
 python benchmarks/gpu.py [--json FILE] [--markdown FILE] [--minutes 8] [--tiny]
 
-As many of Mixtral-8x7B's full-width layers as the card holds in bfloat16, all 32 on an H200; for training, as many as
-it holds with float32 weights and moments. A share is the time that the work takes at least, at the rates of this very
-card measured first (a large bfloat16 product, reading a large array), over the time that it took. A ratio is
-transformers' time over ours, on the same card, where torch sees it too. Each part runs in a process of its own, so that
-its memory is its own; one that fails or runs out of time leaves the rest in place. --tiny runs all of it on any device
-with a model of a few thousand parameters: whether it works, not how fast.
+The models have full-width layers of Mixtral-8x7B with synthetic weights: for inference as many as fit into the GPU in
+bfloat16, all 32 on an H200; for training as many as fit with float32 weights and moments. The roofline fraction is the
+roofline lower bound of a job's time, from rates that are measured first on the same GPU (a large bfloat16 matmul, a
+large read), over the measured time. The ratio is the time of transformers over ours on the same GPU, if torch has CUDA.
+Each part runs in its own process with its own memory; a part that fails or times out leaves the others intact. --tiny
+is a smoke test on any device, with a model of a few thousand parameters.
 """
 
 import argparse
@@ -21,41 +21,49 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jobs import Job, Ours, clock, made_up, training
+from jobs import Job, OurModel, synthetic_arrays, time_once, training
 
 import sharding
 from sphinx_jax.config import DecoderConfig, SphinxConfig
-from sphinx_jax.kernels.moe import choose_implementation, has_kernels, moe_ffn
+from sphinx_jax.kernels.moe import can_use_grouped_matmul, choose_implementation, moe_ffn
+from sphinx_jax.training.train_config import ComputeDtype
 
 PARTS = ("inference", "transformers", "training", "transformers training", "experts")
 
 REPETITIONS = 5
 
-KEPT_FREE = 8e9
-"""Bytes that weights leave for the cache and for temporaries."""
+MEMORY_FRACTION = 0.93
+"""Of the device memory, for either side."""
 
-TRAINED_BYTES = 20
-"""Of a parameter that learns: weight and moments in float32, weight and gradient in bfloat16, and what adds up."""
+RESERVED_BYTES = 8e9
+"""Device memory that weights leave for the KV cache and temporaries."""
+
+TRAIN_BYTES_PER_PARAM = 20
+"""Weight and two moments in float32, weight and gradient in bfloat16, and temporaries of the update."""
 
 
 class Sizes(NamedTuple):
-    """What is measured. `experts` are numbers of tokens, `training` is (sequences, length); `piece` is how many tokens
-    of a prompt are read at a time, None as the engine does."""
+    """What is measured."""
 
     full: DecoderConfig
-    dtype: str
-    prompts: tuple[int, ...]
-    piece: int | None
-    answers: tuple[int, ...]
+    dtype: ComputeDtype
+    prompt_lens: tuple[int, ...]
+    chunk_len: int | None
+    """Tokens of a prefill chunk; the engine's by default."""
+    decode_batch_sizes: tuple[int, ...]
     training: tuple[int, int]
+    """(batch size, length)"""
     experts: tuple[int, ...]
-    product: int
+    """Numbers of tokens."""
+    matmul: int
+    """Rows and columns of the matmul that measures FLOP/s."""
     read: int
+    """Bytes of the array that measures bandwidth."""
 
 
 FULL = Sizes(
@@ -69,141 +77,149 @@ TINY = Sizes(
 
 
 def layers_that_fit(config: DecoderConfig, memory: float, parameter_bytes: int) -> DecoderConfig:
-    """`config` with at most as many of its layers as leave KEPT_FREE of `memory` bytes."""
-    ends = 2 * config.vocab_size * config.dim
+    """`config` with as many of its layers as leave RESERVED_BYTES of `memory` bytes free, at least one."""
+    embedding_and_head = 2 * config.vocab_size * config.dim
     attention = 2 * config.dim * config.head_dim * (config.num_heads + config.num_kv_heads)
     layer = attention + 3 * config.num_experts * config.dim * config.hidden_dim
-    fit = int((memory - KEPT_FREE) / parameter_bytes - ends) // layer
+    fit = int((memory - RESERVED_BYTES) / parameter_bytes - embedding_and_head) // layer
     return DecoderConfig(**vars(config) | {"num_layers": max(1, min(config.num_layers, fit))})
 
 
-def memory() -> float:
-    """Bytes that jax may take of the device; of one that does not say, such as a CPU, any number."""
+def memory_limit() -> float:
+    """Bytes that jax may allocate on the device; a large number on a device that does not report it, such as a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", 1e15)
 
 
 def peak_memory() -> int | None:
-    """Of this process so far; None where the device does not say."""
+    """Of this process so far; None on a device that does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def median(run: Callable[[], None], repetitions: int = REPETITIONS) -> float:
-    """Seconds, after two runs to warm up."""
-    run(), run()
-    return statistics.median(clock(run) for _ in range(repetitions))
+def median_seconds(run: Callable[[], object], repetitions: int = REPETITIONS) -> float:
+    """After two warm-up runs."""
+    run()
+    run()
+    return statistics.median(time_once(run) for _ in range(repetitions))
 
 
-def each(run: Callable[[], jax.Array], number: int = 10) -> float:
-    """Seconds of one of `number` runs waited for together: the device is never idle between them."""
-
-    def all_of_them() -> None:
-        results = [run() for _ in range(number)]
-        jax.block_until_ready(results)
-
-    return median(all_of_them) / number
+def pipelined_seconds(run: Callable[[], Any], count: int = 10) -> float:
+    """Seconds of one of `count` runs that are dispatched at once: the device is never idle between them."""
+    return median_seconds(lambda: jax.block_until_ready([run() for _ in range(count)])) / count
 
 
-# Parts: each yields rows, dicts that the parent puts together.
+# Parts: each yields rows, dicts that the parent process joins.
 
 
-def rates(sizes: Sizes) -> dict:
-    """Operations a second of a large product, and bytes a second of reading a large array."""
-    n = sizes.product
-    a = made_up(jax.ShapeDtypeStruct((n, n), sizes.dtype))
-    product = jax.jit(lambda a: a @ a)
-    seconds = each(lambda: product(a))
-    array = made_up(jax.ShapeDtypeStruct((sizes.read // 1024, 1024), jnp.bfloat16))
+def device_rates(sizes: Sizes) -> dict:
+    """The device, its FLOP/s in a large matmul, and its bytes/s in a large read."""
+    n = sizes.matmul
+    a = synthetic_arrays(jax.ShapeDtypeStruct((n, n), jnp.dtype(sizes.dtype)))
+    matmul = jax.jit(lambda a: a @ a)
+    flops = 2 * n**3 / pipelined_seconds(lambda: matmul(a))
+    array = synthetic_arrays(jax.ShapeDtypeStruct((sizes.read // 1024, 1024), jnp.dtype(jnp.bfloat16)))
     total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
-    return {"flops": 2 * n**3 / seconds, "bandwidth": array.nbytes / each(lambda: total(array))}
+    bandwidth = array.nbytes / pipelined_seconds(lambda: total(array))
+    return {"device": jax.local_devices()[0].device_kind, "flops": flops, "bandwidth": bandwidth}
 
 
-def device(sizes: Sizes) -> dict:
-    return {"device": jax.local_devices()[0].device_kind, **rates(sizes)}
+def measure_job(label: str, job: Job, rates: dict) -> dict:
+    seconds = median_seconds(job.run)
+    lower_bound = max(job.flops / rates["flops"], job.bytes / rates["bandwidth"])
+    return {"job": label, "seconds": seconds, "tokens": job.tokens, "roofline_fraction": lower_bound / seconds}
 
 
-def timed(label: str, job: Job, measured: dict) -> dict:
-    seconds = median(job.run)
-    least = max(job.flops / measured["flops"], job.bytes / measured["bandwidth"])
-    return {"job": label, "seconds": seconds, "tokens": job.tokens, "share": least / seconds}
-
-
-def jobs_of(sizes: Sizes) -> list[tuple[str, str, object]]:
-    """(label, kind, argument) of what both sides do in answering."""
+def inference_jobs(sizes: Sizes) -> list[tuple[str, str, Any]]:
+    """(label, kind, argument) of the inference jobs of both sides."""
     random = np.random.default_rng(0)
-    draw = lambda length: random.integers(3, sizes.full.vocab_size, (1, length)).astype(np.int32)
-    jobs = [(f"prefill {length:,}", "prefill", draw(length)) for length in sizes.prompts]
-    return jobs + [(f"decode, batch {rows}", "decode", rows) for rows in sizes.answers]
+    prompts = {n: random.integers(3, sizes.full.vocab_size, (1, n)).astype(np.int32) for n in sizes.prompt_lens}
+    return [
+        *((f"prefill {length:,}", "prefill", tokens) for length, tokens in prompts.items()),
+        *((f"decode, batch {size}", "decode", size) for size in sizes.decode_batch_sizes),
+    ]
 
 
 def inference(sizes: Sizes) -> Iterator[dict]:
-    measured = device(sizes)
-    yield measured
-    config = layers_that_fit(sizes.full, memory(), jnp.dtype(sizes.dtype).itemsize)
-    ours = Ours(SphinxConfig(config, vision=None), sizes.dtype)
+    rates = device_rates(sizes)
+    yield rates
+    config = layers_that_fit(sizes.full, memory_limit(), jnp.dtype(sizes.dtype).itemsize)
+    ours = OurModel(SphinxConfig(config, vision=None), sizes.dtype)
     yield {"layers": config.num_layers}
-    make = {"prefill": lambda tokens: ours.prefill(tokens, sizes.piece), "decode": ours.decode}
+    make_job = {"prefill": lambda tokens: ours.prefill(tokens, sizes.chunk_len), "decode": ours.decode}
     with ThreadPoolExecutor(4) as pool:
-        waiting = [(label, pool.submit(make[kind], argument)) for label, kind, argument in jobs_of(sizes)]
-        # All compiled before any is timed: compiling tries kernels out on the device.
-        jobs = [(label, made.result()) for label, made in waiting]
-    del waiting
+        futures = [(label, pool.submit(make_job[kind], argument)) for label, kind, argument in inference_jobs(sizes)]
+        # All are compiled before any is timed: autotuning runs kernels on the device.
+        jobs = [(label, future.result()) for label, future in futures]
+    del futures
     planned = max(job.planned_bytes for _, job in jobs)
     while jobs:
-        # Let go of each when it is done, and of its cache with it.
-        yield timed(*jobs.pop(0), measured)
+        # Each job is dropped after its measurement, and its KV cache freed.
+        yield measure_job(*jobs.pop(0), rates)
     yield {"memory": {"inference": {"planned": planned, "peak": peak_memory()}}}
 
 
 def train(sizes: Sizes) -> Iterator[dict]:
-    measured = device(sizes)
-    config = layers_that_fit(sizes.full, memory(), TRAINED_BYTES)
+    rates = device_rates(sizes)
+    config = layers_that_fit(sizes.full, memory_limit(), TRAIN_BYTES_PER_PARAM)
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, sizes.training).astype(np.int32)
     yield {"training_layers": config.num_layers}
     job = training(SphinxConfig(config, vision=None), tokens, sizes.dtype)
-    yield timed("training step", job, measured)
+    yield measure_job("training step", job, rates)
     yield {"memory": {"training": {"planned": job.planned_bytes, "peak": peak_memory()}}}
 
 
 def experts(sizes: Sizes) -> Iterator[dict]:
-    """Each form of one layer's experts, forwards and with its gradient."""
+    """Each implementation of the experts of one layer, forward and backward."""
     config, dtype = sizes.full, jnp.dtype(sizes.dtype)
-    dims = config.num_experts, config.dim, config.hidden_dim
-    like = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
-    w_in, w_out = made_up((like(dims[0], dims[1], 2, dims[2]), like(dims[0], dims[2], dims[1])))
+    num_experts, dim, hidden_dim = config.num_experts, config.dim, config.hidden_dim
+    shapes = (num_experts, dim, 2, hidden_dim), (num_experts, hidden_dim, dim)
+    w_in, w_out = synthetic_arrays([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes])
     random = np.random.default_rng(0)
     k = config.experts_per_token
     for tokens in sizes.experts:
-        x = jnp.asarray(random.normal(size=(tokens, config.dim)), dtype)
-        chosen = jnp.asarray(random.random((tokens, config.num_experts)).argsort(-1)[:, :k], jnp.int32)
+        x = jnp.asarray(random.normal(size=(tokens, dim)), dtype)
+        chosen = jnp.asarray(random.random((tokens, num_experts)).argsort(-1)[:, :k], jnp.int32)
         weights = jnp.full((tokens, k), 1 / k, dtype)
-        kernels = has_kernels(x, w_in)
-        usual = choose_implementation(jax.default_backend(), tokens, k, config.num_experts, kernels)
-        # The others are far from any use: reading one matrix a word, or eight experts' work on thousands.
-        forms = {usual} | ({"groups"} if kernels else set()) | ({"chosen"} if tokens <= 8 else set())
-        forms |= ({"every"} if tokens <= 256 else set()) | ({"blocks", "ragged_dot"} if tokens == 2048 else set())
-        for form in sorted(forms):
-            seconds = form_seconds(form, x, chosen, weights, w_in, w_out)
-            flops = 6 * tokens * k * config.dim * config.hidden_dim
-            yield {"tokens": tokens, "form": form, "usual": form == usual, "flops": flops} | seconds
+        can_group = can_use_grouped_matmul(x, w_in)
+        default = choose_implementation(jax.default_backend(), tokens, k, num_experts, can_group)
+        # Not at all sizes: gather reads one matrix per token, dense computes all experts for every token.
+        names = {default} | ({"grouped_matmul"} if can_group else set()) | ({"gather"} if tokens <= 8 else set())
+        names |= {"dense"} if tokens <= 256 else set()
+        names |= {"sorted_blocks", "ragged_dot"} if tokens == 2048 else set()
+        for name in sorted(names):
+            seconds = experts_seconds(name, x, chosen, weights, w_in, w_out)
+            flops = 6 * tokens * k * dim * hidden_dim
+            yield {"tokens": tokens, "implementation": name, "default": name == default, "flops": flops} | seconds
 
 
-def form_seconds(form: str, x: jax.Array, chosen: jax.Array, weights: jax.Array, *matrices: jax.Array) -> dict:
-    """`form` is one of ours, or jax's own product of rows by groups."""
-    ours = lambda x, *matrices: moe_ffn(x, chosen, weights, *matrices, form)
-    stock = lambda x, *matrices: by_ragged_dot(x, chosen, weights, *matrices)
-    forward, mesh = stock if form == "ragged_dot" else ours, sharding.make_mesh()
-    gradient = jax.grad(lambda *args: jnp.sum(forward(*args).astype(jnp.float32)), argnums=(0, 1, 2))
+def experts_seconds(
+    implementation: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array, *matrices: jax.Array
+) -> dict:
+    """Of an implementation of `moe_ffn`, or of "ragged_dot"."""
+
+    def forward(x: jax.Array, *matrices: jax.Array) -> jax.Array:
+        if implementation == "ragged_dot":
+            return ragged_dot_experts(x, chosen, weights, *matrices)
+        return moe_ffn(x, chosen, weights, *matrices, implementation=implementation)
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return jnp.sum(forward(*args).astype(jnp.float32))
 
     def seconds(function: Callable) -> float:
-        compiled = sharding.Program(function, slices_in_place=True).compile((x, *matrices), mesh)
-        return each(lambda: compiled(x, *matrices), 3)
+        program = sharding.Program(function, slices_in_place=True)
+        compiled = program.compile((x, *matrices), sharding.make_mesh())
+        return pipelined_seconds(lambda: compiled(x, *matrices), 3)
 
-    return {"forward_s": seconds(forward), "gradient_s": seconds(gradient)}
+    return {
+        "forward_seconds": seconds(forward),
+        "forward_backward_seconds": seconds(jax.grad(loss, argnums=(0, 1, 2))),
+    }
 
 
-def by_ragged_dot(x: jax.Array, chosen: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    """The experts by `jax.lax.ragged_dot`."""
+def ragged_dot_experts(
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
+) -> jax.Array:
+    """The experts by `jax.lax.ragged_dot`, with tokens sorted by expert."""
     order = jnp.argsort(chosen.reshape(-1))
     rows = x[order // chosen.shape[1]]
     sizes = jnp.bincount(chosen.reshape(-1), length=len(w_in)).astype(jnp.int32)
@@ -213,22 +229,23 @@ def by_ragged_dot(x: jax.Array, chosen: jax.Array, weights: jax.Array, w_in: jax
 
 
 def transformers(sizes: Sizes, kind: str) -> Iterator[dict]:
-    """The other side, in bfloat16 throughout, moments of AdamW too, which spares it half of what ours moves."""
-    from peer import Theirs, torch
+    """The other side, entirely in bfloat16, AdamW moments included: half of the memory traffic of our optimizer."""
+    from peer import TransformersModel, torch
 
-    on = "cuda" if torch.cuda.is_available() else "cpu"
-    size = torch.cuda.get_device_properties(0).total_memory * 0.93 if on == "cuda" else memory()
-    yield {"torch": torch.cuda.get_device_name(0) if on == "cuda" else "cpu"}
-    width = jnp.dtype(sizes.dtype).itemsize if kind == "inference" else TRAINED_BYTES
-    theirs = Theirs.made_up(layers_that_fit(sizes.full, size, width), on, sizes.dtype)
+    cuda = torch.cuda.is_available()
+    limit = torch.cuda.get_device_properties(0).total_memory * MEMORY_FRACTION if cuda else memory_limit()
+    yield {"torch": torch.cuda.get_device_name(0) if cuda else "cpu"}
+    parameter_bytes = jnp.dtype(sizes.dtype).itemsize if kind == "inference" else TRAIN_BYTES_PER_PARAM
+    config = layers_that_fit(sizes.full, limit, parameter_bytes)
+    theirs = TransformersModel.from_config(config, "cuda" if cuda else "cpu", sizes.dtype)
     if kind == "inference":
-        jobs = jobs_of(sizes)
+        jobs = inference_jobs(sizes)
     else:
         tokens = np.random.default_rng(0).integers(3, sizes.full.vocab_size, sizes.training).astype(np.int32)
         jobs = [("training step", "train", tokens)]
     for label, kind, argument in jobs:
         best, run = theirs.fastest(kind, argument)
-        yield {"job": label, "theirs_s": median(run, 3), "their_experts": best}
+        yield {"job": label, "their_seconds": median_seconds(run, 3), "their_experts": best}
 
 
 RUN = {
@@ -240,27 +257,27 @@ RUN = {
 }
 
 
-# The parent: one process for each part, and the report.
+# The parent process: one child for each part, and the report.
 
 
-def measure(part: str, tiny: bool, until: float) -> tuple[list[dict], str | None]:
-    """The rows of a part run in a process of its own, and what went wrong with it, if anything."""
+def measure(part: str, tiny: bool, deadline: float) -> tuple[list[dict], str | None]:
+    """The rows of a part, run in its own process, and its error, if any."""
     command = [sys.executable, __file__, "--part", part, *(["--tiny"] if tiny else [])]
-    # jax takes its memory at the start, and one process after the other may have nearly all of it.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
+    # jax preallocates its memory; only one process runs at a time.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        out, errors = process.communicate(timeout=max(1, until - time.monotonic()))
+        out, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         out, errors = process.communicate()
-        errors += "\nran out of time"
+        errors += "\ntimed out"
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return rows, errors.strip().splitlines()[-1] if process.returncode else None
 
 
 def report(found: dict[str, list[dict]], problems: dict[str, str]) -> dict:
-    """One object of all parts: facts, `jobs` with both sides' times joined, `experts`, `problems`."""
+    """One object of all parts: facts, `jobs` with the times of both sides, `experts`, `problems`."""
     facts, jobs, memory = {}, {}, {}
     for part in (p for p in PARTS if p != "experts"):
         for row in found[part]:
@@ -269,40 +286,49 @@ def report(found: dict[str, list[dict]], problems: dict[str, str]) -> dict:
             memory |= row.get("memory", {})
             facts |= {key: value for key, value in row.items() if "job" not in row}
     for job in jobs.values():
-        if "seconds" in job and "theirs_s" in job:
-            job["ratio"] = job["theirs_s"] / job["seconds"]
+        if "seconds" in job and "their_seconds" in job:
+            job["ratio"] = job["their_seconds"] / job["seconds"]
     return facts | {"memory": memory, "jobs": list(jobs.values()), "experts": found["experts"], "problems": problems}
 
 
 def markdown(result: dict) -> str:
-    """The report as tables. A cell is empty where nothing was measured."""
-    number = lambda value, form, factor=1.0: "" if value is None else format(value * factor, form)
-    of = lambda row, key, form, factor=1.0: number(row.get(key), form, factor)
+    """The report as tables. A cell is empty if nothing was measured."""
+
+    def cell(value: float | None, form: str, factor: float = 1.0) -> str:
+        return "" if value is None else format(value * factor, form)
+
     lines = [
         f"{result['date']}, {result.get('device', 'no device')}, {result['versions']}, commit {result['commit']}: "
-        f"{of(result, 'flops', '.0f', 1e-12)} Tflop/s of a large product, {of(result, 'bandwidth', '.0f', 1e-9)} GB/s "
-        f"read; {result.get('layers', 'no')} layers to answer, {result.get('training_layers', 'no')} to train",
+        f"{cell(result.get('flops'), '.0f', 1e-12)} TFLOP/s in a large matmul, "
+        f"{cell(result.get('bandwidth'), '.0f', 1e-9)} GB/s in a large read; "
+        f"{result.get('layers', 'no')} layers for inference, {result.get('training_layers', 'no')} for training",
         "",
-        "| job | ms | tokens/s | share of the limit | transformers, ms | ratio |",
+        "| job | ms | tokens/s | roofline fraction | transformers, ms | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for job in result["jobs"]:
         rate = job["tokens"] / job["seconds"] if "seconds" in job else None
         cells = (
-            job["job"], of(job, "seconds", ".2f", 1e3), number(rate, ",.0f"), of(job, "share", ".2f"),
-            of(job, "theirs_s", ".2f", 1e3), of(job, "ratio", ".2f"),
+            job["job"], cell(job.get("seconds"), ".2f", 1e3), cell(rate, ",.0f"),
+            cell(job.get("roofline_fraction"), ".2f"), cell(job.get("their_seconds"), ".2f", 1e3),
+            cell(job.get("ratio"), ".2f"),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| memory of | planned, GiB | at its peak, GiB |", "| --- | --- | --- |"]
-    for part, held in result["memory"].items():
-        lines.append(f"| {part} | {of(held, 'planned', '.2f', 2**-30)} | {of(held, 'peak', '.2f', 2**-30)} |")
-    lines += ["", "| experts of tokens | form | forward, ms | Tflop/s | gradient too, ms | Tflop/s |"]
+    lines += ["", "| memory of | planned, GiB | peak, GiB |", "| --- | --- | --- |"]
+    for part, size in result["memory"].items():
+        lines.append(f"| {part} | {cell(size['planned'], '.2f', 2**-30)} | {cell(size['peak'], '.2f', 2**-30)} |")
+    lines += ["", "| experts, tokens | implementation | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for row in result["experts"]:
-        rates = (row["flops"] / row["forward_s"], 3 * row["flops"] / row["gradient_s"])
-        form = row["form"] + (" (usual)" if row["usual"] else "")
-        forward, gradient = (f"{row[key] * 1e3:.3f}" for key in ("forward_s", "gradient_s"))
-        cells = (f"{row['tokens']:,}", form, forward, f"{rates[0] / 1e12:.1f}", gradient, f"{rates[1] / 1e12:.1f}")
+        forward, both = row["forward_seconds"], row["forward_backward_seconds"]
+        cells = (
+            f"{row['tokens']:,}",
+            row["implementation"] + (" (default)" if row["default"] else ""),
+            f"{forward * 1e3:.3f}",
+            f"{row['flops'] / forward / 1e12:.1f}",
+            f"{both * 1e3:.3f}",
+            f"{3 * row['flops'] / both / 1e12:.1f}",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"{part}: {problem}" for part, problem in result["problems"].items())]
     return "\n".join(lines).rstrip() + "\n"
@@ -310,20 +336,20 @@ def markdown(result: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file too")
-    parser.add_argument("--minutes", type=float, default=8, help="what has not been measured by then is left out")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on any device: whether it works")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit; parts that have not ended are left out")
+    parser.add_argument("--tiny", action="store_true", help="a smoke test with a tiny model on any device")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         for row in RUN[options.part](TINY if options.tiny else FULL):
             print(json.dumps(row), flush=True)
         return 0
-    until = time.monotonic() + 60 * options.minutes
+    deadline = time.monotonic() + 60 * options.minutes
     found, problems = {}, {}
     for part in PARTS:
-        found[part], problem = measure(part, options.tiny, until)
+        found[part], problem = measure(part, options.tiny, deadline)
         problems |= {part: problem} if problem else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = report(found, problems) | {

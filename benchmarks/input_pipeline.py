@@ -1,11 +1,11 @@
-"""The input pipeline alone, beside what the model consumes: examples a second, taken in turns in one run.
+"""Throughput of the input pipeline against that of the training step, in examples/s, alternating in one process.
 
     python benchmarks/input_pipeline.py
 
-Writes photographs (synthetic ones, 640 x 480 JPEG) and conversations, reads them by `train.py`'s own pipeline at
-the preset's picture size and at the published one, and runs the preset's training step on one of its batches.
-Then it computes what eight GPUs would consume: their peak times the share that is used, over the arithmetic of
-one example of SPHINX-MoE (6 x parameters at work on a word x words, and the encoders' forward pass).
+Writes synthetic images (640 x 480 JPEG) and conversations, reads them with the pipeline of `train.py` at the image
+size of the preset and at the published one, and runs the training step of the preset on one of the batches. Then it
+computes the consumption of eight GPUs: their FLOP/s at an assumed MFU over the FLOPs of one example of SPHINX-MoE
+(6 x active parameters x tokens, and the forward pass of the encoders).
 """
 
 import argparse
@@ -25,14 +25,13 @@ from sphinx_jax.config import SphinxConfig, preset, sphinx_moe
 from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tasks import YamlData, YamlOptions
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.training.optimizer import adamw
-from sphinx_jax.training.program import normalise_images
-from sphinx_jax.training.step import make_loss, make_train_step
+from sphinx_jax.training.program import train_program
+from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.train_state import init_state
-from sphinx_jax.training.trainer import shard_batch
+from sphinx_jax.training.trainer import initial_params, shard_batch
 
-PEAK_FLOPS, USED, TEXT_WORDS = 989e12, 0.4, 221
-"""An H100's dense bfloat16 peak, a good share of it, and text beside 291 image words: 512 positions."""
+PEAK_FLOPS, MFU, TEXT_LEN = 989e12, 0.4, 221
+"""Dense bfloat16 peak of an H100, a good MFU, and text tokens, with 291 image tokens 512."""
 
 
 def write_data(folder: Path, count: int) -> Path:
@@ -40,8 +39,8 @@ def write_data(folder: Path, count: int) -> Path:
     for number in range(count):
         coarse = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
         Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
-        said = [{"from": "human", "value": "What is in this picture?"}, {"from": "gpt", "value": "Noise. " * 30}]
-        records.append({"image": f"{number}.jpg", "conversations": said})
+        turns = [{"from": "human", "value": "What is in this image?"}, {"from": "gpt", "value": "Noise. " * 30}]
+        records.append({"image": f"{number}.jpg", "conversations": turns})
     (folder / "records.json").write_text(json.dumps(records))
     entry = {"path": str(folder / "records.json"), "type": "image_text", "root": str(folder)}
     (folder / "data.yaml").write_text(json.dumps({"META": [entry]}))
@@ -49,35 +48,31 @@ def write_data(folder: Path, count: int) -> Path:
 
 
 def pipeline(file: Path, config: SphinxConfig, workers: int, batch_size: int) -> Callable[[], dict[str, np.ndarray]]:
-    options = YamlOptions(max_length=config.num_image_tokens + TEXT_WORDS, workers=workers)
+    options = YamlOptions(max_length=config.num_image_tokens + TEXT_LEN, workers=workers)
     task = YamlData(file, config, None, SkippedRecords(0.0), options)
     batches = task.batches(batch_size, seed=0)
     return lambda: next(batches)
 
 
 def consumer(config: SphinxConfig, batch: dict[str, np.ndarray]) -> Callable[[], object]:
-    """A call of it is one training step on `batch`."""
+    """One call is one training step on `batch`."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    graph, params = sharding.init_params(lambda rngs: SphinxMoE(config, rngs=rngs), 0, mesh)
-    params = {"model": params, "aux_probe": {}}
-    optimizer = adamw(lambda step: 1e-3)
-    loss = make_loss(graph, config)
-    shardings = sharding.shardings_of(params)
-    step = jax.jit(make_train_step(lambda p, b: loss(p, normalise_images(b)), optimizer, shardings), donate_argnums=0)
-    held = [init_state(params, optimizer, mesh)]
-    placed = shard_batch({name: x for name, x in batch.items() if name != "examples"}, mesh)
+    program = train_program(config, TrainConfig(batch_size=len(batch["tokens"])), mesh)
+    params = {name: initial_params(program, name) for name in program.params}
+    states = [init_state(params, program.optimizer, mesh)]
+    sharded = shard_batch({name: x for name, x in batch.items() if name != "examples"}, mesh)
+    step = program.step.compile((states[0], sharded, {}), mesh)
 
     def run() -> None:
-        with sharding.mesh_context(mesh):
-            held[0], metrics = step(held[0], placed)
-            metrics["loss"].block_until_ready()
+        states[0], metrics = step(states[0], sharded, {})
+        metrics["loss"].block_until_ready()
 
     return run
 
 
-def rate(call: Callable[[], object], times: int, batch_size: int, ahead: int = 0) -> float:
-    # What was made ahead while something else ran is not the pipeline's rate.
-    for _ in range(ahead):
+def rate(call: Callable[[], object], times: int, batch_size: int, prefetched: int = 0) -> float:
+    # First drain the batches that were prefetched while something else ran.
+    for _ in range(prefetched):
         call()
     started = time.perf_counter()
     for _ in range(times):
@@ -85,18 +80,18 @@ def rate(call: Callable[[], object], times: int, batch_size: int, ahead: int = 0
     return times * batch_size / (time.perf_counter() - started)
 
 
-def needed_by_eight_gpus() -> float:
-    """Examples a second that 8 GPUs would consume of SPHINX-MoE with frozen encoders."""
+def eight_gpus_rate() -> float:
+    """Examples/s of SPHINX-MoE with frozen encoders on 8 GPUs, computed."""
     config = sphinx_moe()
     _, params = sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), sharding.make_mesh())
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    language_size, vision_size = (sum(p.size for p in jax.tree.leaves(params[n])) for n in ("language", "vision"))
     experts = sum(leaf.size for leaf in jax.tree.leaves(params["language"]["layers"]["ffn"]) if leaf.ndim > 3)
     language = config.language
-    at_work = size(params["language"]) - experts * (1 - language.experts_per_token / language.num_experts)
-    decoder = 6 * at_work * (config.num_image_tokens + TEXT_WORDS)
-    # Each encoder's transformer or trunk works on 257 places, the Q-Former's own included.
-    encoders = 2 * size(params["vision"]) * 257
-    return 8 * PEAK_FLOPS * USED / (decoder + encoders)
+    active = language_size - experts * (1 - language.experts_per_token / language.num_experts)
+    decoder = 6 * active * (config.num_image_tokens + TEXT_LEN)
+    # Each encoder processes 257 tokens per crop, the vision transformer of the Q-Former included.
+    encoders = 2 * vision_size * 257
+    return 8 * PEAK_FLOPS * MFU / (decoder + encoders)
 
 
 def main() -> None:
@@ -107,25 +102,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     config, published = preset(arguments.preset), sphinx_moe()
+    assert config.vision and published.vision, "the preset must have vision encoders"
     with tempfile.TemporaryDirectory() as folder:
         file = write_data(Path(folder), 200)
-        alone = pipeline(file, config, arguments.workers, arguments.batch_size)
-        large = pipeline(file, published, arguments.workers, 8)
-        step = consumer(config, alone())
-        step(), large()
-        rates = {"pipeline": [], "model": [], "large": []}
+        own_size = pipeline(file, config, arguments.workers, arguments.batch_size)
+        published_size = pipeline(file, published, arguments.workers, 8)
+        step = consumer(config, own_size())
+        step()
+        published_size()
+        rates = {"pipeline": [], "model": [], "published": []}
         for _ in range(arguments.rounds):
-            rates["pipeline"].append(rate(alone, 12, arguments.batch_size, 2 * arguments.workers + 1))
+            rates["pipeline"].append(rate(own_size, 12, arguments.batch_size, 2 * arguments.workers + 1))
             rates["model"].append(rate(step, 3, arguments.batch_size))
-            rates["large"].append(rate(large, 12, 8, 2 * arguments.workers + 1))
-    middle = {name: statistics.median(values) for name, values in rates.items()}
+            rates["published"].append(rate(published_size, 12, 8, 2 * arguments.workers + 1))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = statistics.median(p / m for p, m in zip(rates["pipeline"], rates["model"], strict=True))
-    needed = needed_by_eight_gpus()
+    needed = eight_gpus_rate()
     size = f"{config.vision.image_size} px, {arguments.workers} workers"
-    print(f"pipeline alone, {size}: {middle['pipeline']:.0f} examples/s")
-    print(f"training step of {arguments.preset} on this CPU: {middle['model']:.0f} examples/s; ratio {ratio:.1f}")
-    print(f"pipeline alone, {published.vision.image_size} px: {middle['large']:.0f} examples/s")
-    print(f"8 H100 at {USED:.0%} of their peak would consume {needed:.0f} examples/s of 512 positions (computed)")
+    print(f"pipeline, {size}: {medians['pipeline']:.0f} examples/s")
+    print(f"training step of {arguments.preset} on this CPU: {medians['model']:.0f} examples/s; ratio {ratio:.1f}")
+    print(f"pipeline, {published.vision.image_size} px: {medians['published']:.0f} examples/s")
+    print(f"8 H100 at {MFU:.0%} MFU consume {needed:.0f} examples/s of 512 tokens (computed)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Our side of the benchmarks: prompts read, words decoded and training steps taken by the programs that users run.
+"""Our side of the benchmarks: prefill, decode steps and training steps, by the programs that users run.
 
-Weights are made up on the device: no time depends on their values, except through the router, which these keep busy
-about evenly.
+Parameters are synthetic and created on the device: no time depends on their values, except through the router, which
+these load about evenly.
 """
 
 import math
@@ -16,179 +16,209 @@ from jax.sharding import Mesh
 
 import sharding
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.costs import Cost, Work, decode_bytes, forward_flops
+from sphinx_jax.costs import Workload, decode_bytes, forward_flops
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import bucket, prefill_tokens
-from sphinx_jax.inference.programs import Programs
-from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.memory_plan.aot import memory_of
+from sphinx_jax.inference.programs import Programs, StateShape
+from sphinx_jax.inference.sampling import GREEDY, SamplingArrays
+from sphinx_jax.inference.stop_strings import FIRST, NUM_STATES
+from sphinx_jax.memory_plan.aot import memory_analysis
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.training.program import TrainProgram, train_program
-from sphinx_jax.training.train_config import TrainConfig
+from sphinx_jax.training.train_config import ComputeDtype, TrainConfig
 from sphinx_jax.training.train_state import init_state
 
-DECODED, MAX_MODEL_LEN = 32, 223
-"""Tokens that a decoding repetition adds, and that stand in the cache before: 256 slots, with the one after."""
+DECODE_STEPS, PROMPT_LEN = 32, 223
+"""Decode steps of one repetition, and filled cache positions before them: cache_len is 256, with the one after."""
+
+NO_LIMIT = 10**6
+"""Of sampled tokens: no sequence ends."""
 
 
 class Job(NamedTuple):
-    """Something to time, with what it cannot do without."""
+    """A run to time, and its roofline inputs."""
 
     run: Callable[[], None]
     tokens: int
     flops: float
     bytes: float
-    """Read from memory at least."""
+    """Bytes that must be read from device memory."""
     planned_bytes: int
-    """Of device memory, as the compiler says."""
+    """Device memory, from the compiler's memory analysis."""
 
 
-class Ours:
-    """A model with its layers apart on one device, in `dtype`."""
+class OurModel:
+    """A model with unstacked layers on one device, in `dtype`, with synthetic parameters."""
 
     def __init__(self, config: SphinxConfig, dtype: str):
-        self.config, self.mesh, self.vocab = config, sharding.make_mesh(), config.language.vocab_size
-        make = lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs)
-        self.graph, self.abstract = sharding.abstract_params(make, self.mesh, dtype=jnp.dtype(dtype))
-        self.params = made_up(self.abstract)
-        self._programs = Programs(config, self.graph, self.vocab, self.mesh, jnp.dtype(dtype))
-        self._sampling, self._stops = SamplingParams().values(), jnp.ones((32, self.vocab), jnp.int16)
+        self.config, self.mesh, self.vocab_size = config, sharding.make_mesh(), config.language.vocab_size
+        self.graph, self.abstract_params = sharding.abstract_params(
+            lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), self.mesh, dtype=jnp.dtype(dtype)
+        )
+        self.params = synthetic_arrays(self.abstract_params)
+        self._programs = Programs(config, self.graph, self.vocab_size, self.mesh, jnp.dtype(dtype))
+        # No token leads to the state STOPPED.
+        self._stops = jnp.full((NUM_STATES, self.vocab_size), FIRST, jnp.int16)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         args = (self.params, tokens, None)
         return np.asarray(self._programs.logits().compile(args, self.mesh)(*args))
 
-    def prefill(self, tokens: np.ndarray, piece: int | None = None) -> Job:
-        """Prompts of one length, a multiple of `piece` or less than it, read as the engine reads them.
+    def prefill(self, tokens: np.ndarray, chunk_len: int | None = None) -> Job:
+        """Prefill of prompts of one length, a multiple of `chunk_len` or less than it, by the engine's programs.
 
-        `piece` is the engine's own unless given.
+        `tokens` are [batch, length]; `chunk_len` is the engine's by default.
         """
-        piece = piece or prefill_tokens(self.mesh)
-        rows, length = tokens.shape
-        empty = self._programs.abstract_state(rows, bucket(length))
-        make = self._programs.new_state(rows, bucket(length)).compile((), self.mesh)
-        each = lambda value, dtype=np.int32: np.full(rows, value, dtype)
+        chunk_len = chunk_len or prefill_tokens(self.mesh)
+        batch_size, length = tokens.shape
+        shape = StateShape(batch_size, bucket(length))
+        abstract = self._programs.abstract_state(shape)
+        new_state = self._programs.new_state(shape).compile((), self.mesh)
+        chunks = [self._chunk(tokens[:, start : start + chunk_len], start) for start in range(0, length, chunk_len)]
 
-        def chunk(first: int) -> steps.Chunk:
-            part = tokens[:, first : first + piece]
-            return steps.Chunk(
-                row=np.arange(rows, dtype=np.int32),
-                tokens=part,
-                length=each(part.shape[1]),
-                start=each(first),
-                limit=each(10**6),
-                seeds=np.zeros((rows, 2), np.uint32),
-                seen=np.zeros((rows, self.vocab), bool),
-            )
+        def args(chunk: steps.Chunk, state: steps.State) -> tuple:
+            return self.params, state, chunk, None, self._stops
 
-        chunks = [chunk(first) for first in range(0, length, piece)]
-        args = lambda chunk, state: (self.params, state, chunk, None, self._sampling, self._stops)
-        begin = self._programs.prefill(empty, True).compile(args(chunks[0], empty), self.mesh)
-        programs = [begin]
+        programs = [self._programs.prefill(abstract, True, False).compile(args(chunks[0], abstract), self.mesh)]
         if len(chunks) > 1:
-            programs.append(self._programs.prefill(empty, False).compile(args(chunks[1], empty), self.mesh))
-        kept: list[steps.State] = []
+            chunked = self._programs.prefill(abstract, False, False)
+            programs.append(chunked.compile(args(chunks[1], abstract), self.mesh))
+        states: list[steps.State] = []
 
         def run() -> None:
-            state = kept.pop() if kept else make()
-            for chunk in chunks:
-                state = programs[min(chunk.start[0], 1)](*args(chunk, state))
-            kept.append(jax.block_until_ready(state))
+            state = states.pop() if states else new_state()
+            for i, chunk in enumerate(chunks):
+                state, _ = programs[min(i, 1)](*args(chunk, state))
+            states.append(jax.block_until_ready(state))
 
-        # Looked at are, on average over a prompt's positions, half of its keys.
-        work = Work(rows, length, (length + 1) // 2, 1)
-        flops = forward_flops(self.config, self.abstract, self.mesh, work)["language"].total
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["language"]["layers"]))
-        return Job(run, rows * length, flops, weights, max(memory_of(program).total for program in programs))
+        # Causal attention: on average over a prompt's positions, half of its keys.
+        work = Workload(batch_size, length, (length + 1) // 2, 1)
+        flops = forward_flops(self.config, self.abstract_params, self.mesh, work)["language"].total
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["language"]["layers"]))
+        planned = max(memory_analysis(program).total for program in programs)
+        return Job(run, batch_size * length, flops, weight_bytes, planned)
 
-    def decode(self, rows: int) -> Job:
-        """DECODED tokens for each of `rows` answers."""
-        slots = MAX_MODEL_LEN + DECODED + 1
-        empty = self._programs.abstract_state(rows, slots)
-        make = self._programs.new_state(rows, slots).compile((), self.mesh)
-        each = lambda value, dtype=np.int32: np.full(rows, value, dtype)
-        begun = {
-            "length": each(MAX_MODEL_LEN),
-            "token": each(5),
-            "count": each(0),
-            "limit": each(10**6),
-            "stop": each(1),
+    def _chunk(self, tokens: np.ndarray, start: int) -> steps.Chunk:
+        """A chunk of `tokens` [batch, length] that begins at cache position `start` of each batch slot."""
+        batch_size, length = tokens.shape
+
+        def integers(value: int) -> np.ndarray:
+            return np.full(batch_size, value, np.int32)
+
+        return steps.Chunk(
+            slot=np.arange(batch_size, dtype=np.int32),
+            tokens=tokens,
+            length=integers(length),
+            start=integers(start),
+            source=integers(0),
+            target=integers(0),
+            last=np.ones(batch_size, bool),
+            limit=integers(NO_LIMIT),
+            stop=integers(FIRST),
+            seeds=np.zeros((batch_size, 2), np.uint32),
+            seen=np.zeros((batch_size, self.vocab_size), bool),
+            sampling=SamplingArrays.of([GREEDY] * batch_size),
+        )
+
+    def decode(self, batch_size: int) -> Job:
+        """DECODE_STEPS tokens for each of `batch_size` sequences."""
+        cache_len = PROMPT_LEN + DECODE_STEPS + 1
+        shape = StateShape(batch_size, cache_len)
+        abstract = self._programs.abstract_state(shape)
+        new_state = self._programs.new_state(shape).compile((), self.mesh)
+        cancelled = np.zeros(batch_size, bool)
+        first = {
+            "length": np.full(batch_size, PROMPT_LEN, np.int32),
+            "token": np.full(batch_size, 5, np.int32),
+            "count": np.zeros(batch_size, np.int32),
+            "limit": np.full(batch_size, NO_LIMIT, np.int32),
+            "stop": np.full(batch_size, FIRST, np.int32),
+            "done": np.zeros(batch_size, bool),
+            "sampling": SamplingArrays.of([GREEDY] * batch_size),
         }
-        begin = lambda state: state._replace(done=each(False, bool), **begun)
-        args = lambda state: (self.params, state, self._sampling, self._stops, np.int32(DECODED), np.int32(0))
-        program = self._programs.decode(empty).compile(args(begin(empty)), self.mesh)
-        kept: list[steps.State] = []
+
+        def args(state: steps.State) -> tuple:
+            """The state is reset: every repetition decodes at the same positions."""
+            return self.params, state._replace(**first), cancelled, self._stops, np.int32(DECODE_STEPS), np.int32(0)
+
+        program = self._programs.decode(abstract, cache_len, False).compile(args(abstract), self.mesh)
+        states: list[steps.State] = []
 
         def run() -> None:
-            state = kept.pop() if kept else make()
-            kept.append(jax.block_until_ready(program(*args(begin(state)))))
-            assert int(kept[0].count[0]) == DECODED
+            state, _ = program(*args(states.pop() if states else new_state()))
+            states.append(jax.block_until_ready(state))
+            assert int(state.count[0]) == DECODE_STEPS
 
-        one = Work(rows, 1, MAX_MODEL_LEN + DECODED // 2, 1)
-        flops = forward_flops(self.config, self.abstract, self.mesh, one)["language"].total
-        read = decode_bytes(self.config, self.abstract, self.mesh, rows, MAX_MODEL_LEN + DECODED // 2).total
-        return Job(run, rows * DECODED, DECODED * flops, DECODED * read, memory_of(program).total)
+        keys = PROMPT_LEN + DECODE_STEPS // 2
+        work = Workload(batch_size, 1, keys, 1)
+        flops = forward_flops(self.config, self.abstract_params, self.mesh, work)["language"].total
+        read_bytes = decode_bytes(self.config, self.abstract_params, self.mesh, batch_size, keys).total
+        planned = memory_analysis(program).total
+        return Job(run, batch_size * DECODE_STEPS, DECODE_STEPS * flops, DECODE_STEPS * read_bytes, planned)
 
 
 class Step(NamedTuple):
-    """A training step on a batch that stays the same."""
+    """A training step on a fixed batch."""
 
     run: Callable[[], None]
     program: TrainProgram
     compiled: jax.stages.Compiled
 
 
-def training_step(config: SphinxConfig, tokens: np.ndarray, dtype: str, mesh: Mesh | None = None) -> Step:
-    """Optimizer steps on one batch, computing in `dtype`, on `mesh` or one device; weights and moments are float32."""
+def training_step(config: SphinxConfig, tokens: np.ndarray, dtype: ComputeDtype, mesh: Mesh | None = None) -> Step:
+    """Optimizer steps on the batch `tokens` [batch, length], on `mesh` or one device.
+
+    `dtype` is the compute dtype; weights and moments are float32.
+    """
     mesh = mesh or sharding.make_mesh()
-    program = train_program(config, TrainConfig(steps=1000, batch_size=len(tokens), dtype=dtype), mesh)
-    step = sharding.Program(program.step, (0,), rules=program.rules, slices_in_place=True)
-    placed = jax.device_put(tokens, sharding.named_sharding(("batch", None), tokens.shape, mesh))
-    batch = {"tokens": placed, "labels": placed}
-    compiled = step.compile((program.state, batch), mesh)
-    kept = [init_state(made_up(program.params), program.optimizer, mesh)]
+    program = train_program(config, TrainConfig(batch_size=len(tokens), dtype=dtype), mesh)
+    sharded = jax.device_put(tokens, sharding.named_sharding(("batch", None), tokens.shape, mesh))
+    batch = {"tokens": sharded, "labels": sharded}
+    compiled = program.step.compile((program.state, batch, {}), mesh)
+    states = [init_state(synthetic_arrays(program.params), program.optimizer, mesh)]
 
     def run() -> None:
-        kept.append(jax.block_until_ready(compiled(kept.pop(), batch)[0]))
+        states.append(jax.block_until_ready(compiled(states.pop(), batch, {})[0]))
 
     return Step(run, program, compiled)
 
 
-def training(config: SphinxConfig, tokens: np.ndarray, dtype: str) -> Job:
-    """The same as something to time beside others."""
-    (rows, length), step = tokens.shape, training_step(config, tokens, dtype)
-    work = Work(rows, length, (length + 1) // 2, length)
-    forward: Cost = forward_flops(config, step.program.params["model"], sharding.make_mesh(), work)["language"]
-    # A backward pass is twice a forward one.
-    return Job(step.run, rows * length, 3 * forward.total, 0, memory_of(step.compiled).total)
+def training(config: SphinxConfig, tokens: np.ndarray, dtype: ComputeDtype) -> Job:
+    """The same as a Job."""
+    (batch_size, length), step = tokens.shape, training_step(config, tokens, dtype)
+    work = Workload(batch_size, length, (length + 1) // 2, length)
+    forward = forward_flops(config, step.program.params["model"], sharding.make_mesh(), work)["language"]
+    # The backward pass costs two forward passes.
+    return Job(step.run, batch_size * length, 3 * forward.total, 0, memory_analysis(step.compiled).total)
 
 
-def made_up(abstract: Any) -> Any:
-    """Arrays of the shapes, dtypes and places given: vectors of ones, all else evenly spread and of deviation 0.02."""
+def synthetic_arrays(abstract: Any) -> Any:
+    """Arrays of the given shapes, dtypes and shardings: ones for vectors, else uniform of deviation 0.02."""
 
     def fill(salt: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if len(leaf.shape) < 2:
             return jnp.ones(leaf.shape, leaf.dtype)
-        # Multiplicative hashing of the index: one kernel with no memory of its own, unlike jax.random.
+        # Multiplicative hashing of the index: one kernel without temporaries, unlike jax.random.
         n = jax.lax.iota(jnp.uint32, math.prod(leaf.shape)) + salt
         n = (n ^ (n >> 15)) * jnp.uint32(2246822519)
         n = (n ^ (n >> 13)) * jnp.uint32(3266489917)
-        even = (n >> 8).astype(jnp.float32) / 2**24 - 0.5
-        return (0.02 * math.sqrt(12) * even).astype(leaf.dtype).reshape(leaf.shape)
+        uniform = (n >> 8).astype(jnp.float32) / 2**24 - 0.5
+        return (0.02 * math.sqrt(12) * uniform).astype(leaf.dtype).reshape(leaf.shape)
 
-    drawn = jax.jit(fill, static_argnums=1)
+    jit_fill = jax.jit(fill, static_argnums=1)
     leaves, structure = jax.tree.flatten(abstract)
-    made = [jax.device_put(drawn(i * 40503, leaf), leaf.sharding) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, made)
+    arrays = [jax.device_put(jit_fill(i * 40503, leaf), leaf.sharding) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
 
 
-def clock(run: Callable[[], object]) -> float:
+def time_once(run: Callable[[], object]) -> float:
+    """Seconds of one run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def rested(run: Callable[[], object]) -> float:
-    """Seconds that it takes once threads of the other side, which wait for more by spinning, have gone to sleep."""
+def time_after_idle(run: Callable[[], object]) -> float:
+    """Seconds of one run, after the spinning worker threads of the other library have gone to sleep."""
     time.sleep(0.5)
-    return clock(run)
+    return time_once(run)

@@ -1,12 +1,11 @@
-"""Load a synthetic checkpoint in the published layout: host memory taken, and speed beside the disk's own.
+"""Load a synthetic checkpoint in the published layout: host memory, and throughput against sequential reads.
 
     python benchmarks/loading.py --gigabytes 4
 
-The weights have the published sizes except for the experts' hidden dimension, which is chosen to reach the
-size asked for. Each rate is the best of --repeats, since the first load in a virtual machine also waits for the
-memory that it is given; the page cache is emptied of the files before each.
-Host memory is what the process has above its resting size and above the arrays on its (CPU) devices, at its
-highest, sampled every few milliseconds.
+The parameters have the published shapes except for the experts' hidden dimension, which --gigabytes determines.
+Each rate is the best of --repeats, since the first load in a virtual machine also waits for memory of the host; the
+files are dropped from the page cache before each. Host memory is the peak of the resident size, without the idle size
+and without the arrays on the (CPU) devices, sampled every few milliseconds.
 """
 
 import argparse
@@ -33,13 +32,13 @@ BLOCK_BYTES = 16 << 20
 
 
 def sized_config(total_bytes: float, layers: int, dim: int, vocab: int) -> DecoderConfig:
-    """Published sizes, but for a hidden dimension that makes the whole about `total_bytes` in bfloat16."""
+    """Published shapes with a hidden dimension that makes the checkpoint about `total_bytes` in bfloat16."""
     heads = dim // 128
     published = DecoderConfig(dim=dim, num_layers=layers, num_heads=heads, num_kv_heads=min(8, heads), vocab_size=vocab)
     rest = 2 * vocab * dim + layers * (2 * dim * dim + 2 * dim * published.num_kv_heads * published.head_dim)
     hidden = (total_bytes / 2 - rest) / (layers * published.num_experts * 3 * dim)
     if hidden < 128:
-        raise SystemExit(f"error: {total_bytes:.3g} bytes are too few for {layers} layers of width {dim}")
+        raise SystemExit(f"error: {total_bytes:.3g} bytes are not enough for {layers} layers of width {dim}")
     return DecoderConfig(**{**vars(published), "hidden_dim": round(hidden / 128) * 128})
 
 
@@ -54,13 +53,13 @@ def write_synthetic(path: Path, config: DecoderConfig, shards: int) -> None:
     for i in range(shards):
         with torch_files.Writer(path / f"consolidated.{i:02d}-of-{shards:02d}.model.pth", shapes) as file:
             for name, (shape, _) in shapes.items():
-                # What every shard holds whole must be the same in all.
+                # Replicated tensors must be equal in all shards.
                 shift = 0 if len(shape) == 1 or "gate" in name else i
                 file.write(name, np.resize(np.roll(noise, shift), shape))
 
 
 def drop_from_cache(path: Path) -> None:
-    """Make the next read of the directory's files come from the disk."""
+    """Drop the files of a directory from the page cache."""
     for file in path.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -68,7 +67,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 def sequential_read(path: Path) -> float:
-    """Seconds that reading the directory's files from start to end takes."""
+    """Seconds of reading all files of a directory sequentially."""
     block = bytearray(BLOCK_BYTES)
     start = time.perf_counter()
     for file in sorted(path.glob("*.pth")):
@@ -79,10 +78,10 @@ def sequential_read(path: Path) -> float:
 
 
 class HostMemory:
-    """The most memory that the process took, above that at entry and above device arrays, while in the block."""
+    """Peak host memory of the process within the block, above that at entry and above device arrays."""
 
     def __enter__(self) -> "HostMemory":
-        self.rest = _resident_bytes()
+        self.idle = _resident_bytes()
         self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -95,9 +94,9 @@ class HostMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(0.005):
-            # Devices first: an array that arrives in between can only make the figure larger.
+            # Devices first: an array that arrives in between can only make the result larger.
             on_devices = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
-            self.peak = max(self.peak, _resident_bytes() - self.rest - on_devices)
+            self.peak = max(self.peak, _resident_bytes() - self.idle - on_devices)
 
 
 def _resident_bytes() -> int:
@@ -106,7 +105,7 @@ def _resident_bytes() -> int:
 
 
 def measure(path: Path, unstacked: bool, dtype: str | None) -> tuple[float, int, int]:
-    """Seconds of one load onto all devices, host memory at its peak, and bytes of the largest leaf."""
+    """Seconds of one load onto all devices, peak host memory, and bytes of the largest parameter."""
     with HostMemory() as memory:
         start = time.perf_counter()
         loaded = accessory.load(path, dtype=dtype, unstacked=unstacked)
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--stacked", action="store_true", help="load the layers stacked, as for training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="as stored by default")
-    parser.add_argument("--directory", type=Path, help="where to put the files; a temporary directory by default")
+    parser.add_argument("--directory", type=Path, help="directory for the files; temporary by default")
     options = parser.parse_args()
 
     config = sized_config(options.gigabytes * 1e9, options.layers, options.width, options.vocab)
@@ -148,7 +147,9 @@ def main() -> None:
     peak, leaf = max(run[1] for run in load), load[0][2]
     print(f"disk, sequential: {size / min(disk) / 1e9:.2f} GB/s")
     print(f"load: {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, {min(disk) / seconds:.0%} of the disk's rate")
-    print(f"host memory: {peak / 1e9:.2f} GB at its peak, {peak / leaf:.2f} of the largest leaf, {leaf / 1e9:.2f} GB")
+    print(
+        f"host memory: {peak / 1e9:.2f} GB at its peak, {peak / leaf:.2f} of the largest parameter, {leaf / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

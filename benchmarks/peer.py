@@ -1,4 +1,4 @@
-"""The other side of the benchmarks: transformers' Mixtral on torch, doing the same work.
+"""The other side of the benchmarks: Mixtral of transformers on torch, with the same jobs.
 
 Importing it raises ImportError where torch or transformers is missing.
 """
@@ -8,34 +8,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jobs import DECODED, MAX_MODEL_LEN, clock
+from jobs import DECODE_STEPS, PROMPT_LEN, time_once
 
 from sphinx_jax.config import DecoderConfig
 
-# timm's torchvision does not import beside a CPU torch, and transformers would try to; Mixtral needs none.
-sys.modules["torchvision"] = None
+# transformers imports torchvision if it finds one, and that of timm does not load with a CPU build of torch.
+sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType]  # None blocks the import
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-EXPERTS = ("eager", "grouped_mm")
-"""Its forms of the experts; which is the faster depends on the work."""
+EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
+"""The faster one depends on the job."""
 
 Run = Callable[[], None]
 
 
-class Theirs:
+class TransformersModel:
     def __init__(self, model: "transformers.MixtralForCausalLM"):
         self.model = model
 
     @classmethod
-    def of_files(cls, directory: Path) -> "Theirs":
+    def from_checkpoint(cls, directory: Path) -> "TransformersModel":
         """The checkpoint in `directory`, in float32 on the CPU."""
         return cls(transformers.MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32))
 
     @classmethod
-    def made_up(cls, config: DecoderConfig, device: str, dtype: str) -> "Theirs":
-        """Random weights, drawn on the device."""
-        sizes = transformers.MixtralConfig(
+    def from_config(cls, config: DecoderConfig, device: str, dtype: str) -> "TransformersModel":
+        """Random weights, initialised on the device."""
+        hf_config = transformers.MixtralConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.dim,
             intermediate_size=config.hidden_dim,
@@ -48,17 +48,17 @@ class Theirs:
         )
         torch.set_default_dtype(getattr(torch, dtype))
         with torch.device(device):
-            model = transformers.MixtralForCausalLM(sizes)
+            model = transformers.MixtralForCausalLM(hf_config)
         return cls(model.eval())
 
     def fastest(self, kind: str, *args) -> tuple[str, Run]:
-        """Of the forms of the experts the one that is faster at a job ("prefill", "decode" or "train"), and that job.
+        """The faster experts implementation for a job ("prefill", "decode" or "train"), and the job.
 
-        A form that cannot do it at all, which torch says in a RuntimeError, is passed over.
+        An implementation that raises RuntimeError is skipped.
         """
         self.model.train(kind == "train")
-        jobs = {}
-        for name in EXPERTS:
+        seconds = {}
+        for name in EXPERTS_IMPLEMENTATIONS:
             self.model.set_experts_implementation(name)
             run = getattr(self, kind)(*args)
             try:
@@ -66,8 +66,8 @@ class Theirs:
             except RuntimeError as error:
                 print(f"transformers' {name} experts cannot {kind}: {error}", file=sys.stderr)
                 continue
-            jobs[name] = clock(run)
-        best = min(jobs, key=jobs.get)
+            seconds[name] = time_once(run)
+        best = min(seconds, key=lambda name: seconds[name])
         self.model.set_experts_implementation(best)
         return best, getattr(self, kind)(*args)
 
@@ -81,21 +81,21 @@ class Theirs:
         @torch.no_grad()
         def run() -> None:
             self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            self._wait()
+            self._synchronize()
 
         return run
 
-    def decode(self, rows: int) -> Run:
-        ids = torch.full((rows, MAX_MODEL_LEN), 5, device=self.model.device)
+    def decode(self, batch_size: int) -> Run:
+        ids = torch.full((batch_size, PROMPT_LEN), 5, device=self.model.device)
         with torch.no_grad():
             past = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
         @torch.no_grad()
         def run() -> None:
-            for _ in range(DECODED):
+            for _ in range(DECODE_STEPS):
                 self.model(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
-            past.crop(-DECODED)
-            self._wait()
+            past.crop(-DECODE_STEPS)
+            self._synchronize()
 
         return run
 
@@ -108,13 +108,13 @@ class Theirs:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            self._wait()
+            self._synchronize()
 
         return run
 
     def _ids(self, tokens: np.ndarray) -> "torch.Tensor":
         return torch.from_numpy(tokens).long().to(self.model.device)
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Write docs/fits.md: what fits where, compiled for cards that are not there. Takes about half an hour on two cores.
+"""Write docs/fits.md: plans of all presets, compiled for absent GPUs. Takes about half an hour on two cores.
 
 python docs/make_fits.py
 """
@@ -8,21 +8,27 @@ import importlib.metadata
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from sharding import MeshShape
 from sphinx_jax.config import preset
 from sphinx_jax.hardware import GPUS, find_gpu
+from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.memory_plan.aot import has_gpu_compiler
 from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.report import Plan
 from sphinx_jax.memory_plan.training import training_batch, training_plan
+from sphinx_jax.training.moments import Moments
 from sphinx_jax.training.train_config import TrainConfig
 
-CARD = "a100-80gb"
-"""Compiled for once; what it takes is then held against every card's memory. Hopper's programs read longer pieces of a
-prompt and take more to answer, for which such cards have room."""
+GPU = "a100-80gb"
+"""Programs are compiled once, for this GPU; their memory is then compared with the capacity of every GPU. Programs for
+Hopper have longer prefill chunks and need more memory, for which these GPUs have room."""
 
-ANSWERING = {
+MAX_MODEL_LEN, MAX_LENGTH = 4096, 2048
+"""Tokens of a sequence in inference and in training."""
+
+INFERENCE = {
     "sphinx-moe-1k": (2, 4, 8, 16),
     "sphinx-moe": (2, 4, 8, 16),
     "mixtral-8x7b": (2, 4, 8, 16),
@@ -31,102 +37,118 @@ ANSWERING = {
     "mixtral-140m": (1,),
     "nano": (1,),
 }
-"""Numbers of cards for each preset."""
-
-SMALLER = ({"quantize": "int8"}, {"quantize": "int4"}, {"offload": True}, {"offload": True, "quantize": "int4"})
-"""Ways of answering with sphinx-moe-1k on one card."""
-
-TRAINING = [
-    ("sphinx-moe", MeshShape(tensor=8), 4, "bfloat16", "mm_stage2"),
-    ("sphinx-moe", MeshShape(tensor=8, fsdp=2), 8, "float32", "mm_stage2"),
-    ("sphinx-moe", MeshShape(tensor=8, fsdp=4), 16, "float32", "mm_stage2"),
-    ("sphinx-tiny", MeshShape(), 2, "bfloat16", "mm_stage2"),
-    ("sphinx-tiny", MeshShape(), 2, "float32", "mm_stage2"),
-]
-"""(preset, mesh, batch, moments, stage) of steps on 2,048 positions, in bfloat16, with every layer recomputed."""
+"""Preset -> numbers of GPUs."""
 
 
-def answering() -> list[Plan]:
-    plans = []
-    for name, counts in ANSWERING.items():
-        for count in counts:
-            shape = MeshShape(tensor=min(count, 8), expert=max(count // 8, 1))
-            size = {"dtype": "bfloat16", "max_num_seqs": 1, "max_model_len": 4096}
-            plans.append(inference_plan(name, preset(name), find_gpu(CARD), shape, **size))
-            print(plans[-1].job, count, file=sys.stderr)
-    return plans
+class Option(NamedTuple):
+    """A way to fit sphinx-moe-1k into one GPU."""
+
+    flags: str
+    quantize: QuantizedDtype | None = None
+    offload: bool = False
 
 
-def smaller() -> list[Plan]:
-    plans = []
-    for way in SMALLER:
-        size = {"dtype": "bfloat16", "max_num_seqs": 1, "max_model_len": 4096}
-        config, card = preset("sphinx-moe-1k"), find_gpu(CARD)
-        plans.append(inference_plan("sphinx-moe-1k", config, card, MeshShape(), **size, **way))
-        print(plans[-1].job, way, file=sys.stderr)
-    return plans
+ONE_GPU = (
+    Option("--quantize int8", quantize="int8"),
+    Option("--quantize int4", quantize="int4"),
+    Option("--offload", offload=True),
+    Option("--offload --quantize int4", quantize="int4", offload=True),
+)
 
 
-def training() -> list[Plan]:
-    plans = []
-    for name, shape, batch, moments, stage in TRAINING:
-        train_config = TrainConfig(
-            steps=1000, batch_size=batch, stage=stage, dtype="bfloat16", remat="block", moments=moments
-        )
-        config = preset(name)
-        shapes = training_batch(config, train_config, 2048)
-        plans.append(training_plan(name, config, find_gpu(CARD), shape, train_config, shapes))
-        print(plans[-1].job, shape.size, file=sys.stderr)
-    return plans
+class Step(NamedTuple):
+    """A training step of --stage mm_stage2 with every layer rematerialised."""
+
+    preset: str
+    mesh: MeshShape
+    batch_size: int
+    moments: Moments
 
 
-def rows(plans: list[Plan], what: dict[int, str]) -> list[str]:
-    """One line a plan: what it takes on each device, and the cards that have as much."""
-    cards = sorted(GPUS.values(), key=lambda gpu: gpu.memory_mib)
-    lines = []
-    for i, plan in enumerate(plans):
-        fits = [gpu.name for gpu in cards if dataclasses.replace(plan, gpu=gpu).fits]
-        size = plan.sharded_map
-        held = size["parameters_bytes"] + size["optimizer_bytes"] + size["kv_cache_bytes"] + size["inputs_bytes"]
-        made = size["gradients_bytes"] + size["temporaries_bytes"]
-        numbers = " | ".join(f"{value / 2**30:.2f}" for value in (held, made, size["total_bytes"]))
-        lines.append(f"| {what[i]} | {plan.num_gpus} | {numbers} | {', '.join(fits) or 'none'} |")
+TRAINING = (
+    Step("sphinx-moe", MeshShape(tensor=8), 4, "bfloat16"),
+    Step("sphinx-moe", MeshShape(tensor=8, fsdp=2), 8, "float32"),
+    Step("sphinx-moe", MeshShape(tensor=8, fsdp=4), 16, "float32"),
+    Step("sphinx-tiny", MeshShape(), 2, "bfloat16"),
+    Step("sphinx-tiny", MeshShape(), 2, "float32"),
+)
+
+
+def plan_inference(name: str, mesh: MeshShape, option: Option | None = None) -> Plan:
+    """One sequence of MAX_MODEL_LEN tokens in bfloat16."""
+    plan = inference_plan(
+        name,
+        preset(name),
+        find_gpu(GPU),
+        mesh,
+        dtype="bfloat16",
+        quantize=option.quantize if option else None,
+        offload=option.offload if option else False,
+        max_num_seqs=1,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    print(plan.job, mesh.size, file=sys.stderr)
+    return plan
+
+
+def plan_training(step: Step) -> Plan:
+    """One optimizer step on sequences of MAX_LENGTH tokens."""
+    config = preset(step.preset)
+    train_config = TrainConfig(
+        batch_size=step.batch_size, stage="mm_stage2", dtype="bfloat16", remat="block", moments=step.moments
+    )
+    shapes = training_batch(config, train_config, MAX_LENGTH)
+    plan = training_plan(step.preset, config, find_gpu(GPU), step.mesh, train_config, shapes)
+    print(plan.job, step.mesh.size, file=sys.stderr)
+    return plan
+
+
+def table(first_column: str, plans: dict[str, list[Plan]]) -> list[str]:
+    """One row per plan, named by its key: memory per device, and the GPUs that have as much."""
+    gpus = sorted(GPUS.values(), key=lambda gpu: gpu.memory_mib)
+    columns = (first_column, "GPUs", "persistent, GiB", "temporary, GiB", "total with reserve, GiB", "fits on")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for name, plan in ((name, plan) for name, group in plans.items() for plan in group):
+        fits = [gpu.name for gpu in gpus if dataclasses.replace(plan, gpu=gpu).fits]
+        size = plan.per_device
+        persistent = size["parameters_bytes"] + size["optimizer_bytes"] + size["kv_cache_bytes"] + size["inputs_bytes"]
+        temporary = size["gradients_bytes"] + size["temporaries_bytes"]
+        sizes = " | ".join(f"{value / 2**30:.2f}" for value in (persistent, temporary, size["total_bytes"]))
+        lines.append(f"| {name} | {plan.num_gpus} | {sizes} | {', '.join(fits) or 'none'} |")
     return lines
 
 
 def main() -> None:
     if not has_gpu_compiler():
-        sys.exit("error: needs jax's CUDA plugin to compile for cards that are not there: pip install -e '.[plan]'")
-    asked, shrunk, trained = answering(), smaller(), training()
-    head = f"| cards | held, GiB | made, GiB | total with reserve, GiB | fits on |\n|{' --- |' * 6}"
-    names = {i: plan.job.partition(",")[0] for i, plan in enumerate(asked)}
-    ways = {
-        i: ", ".join(f"--{flag} {value}".removesuffix(" True") for flag, value in way.items())
-        for i, way in enumerate(SMALLER)
+        sys.exit("error: needs jax's CUDA plugin to compile for absent GPUs: pip install -e '.[plan]'")
+    inference = {
+        name: [plan_inference(name, MeshShape(tensor=min(n, 8), expert=max(n // 8, 1))) for n in num_gpus]
+        for name, num_gpus in INFERENCE.items()
     }
-    steps = {i: plan.job for i, plan in enumerate(trained)}
+    one_gpu = {option.flags: [plan_inference("sphinx-moe-1k", MeshShape(), option)] for option in ONE_GPU}
+    training: dict[str, list[Plan]] = {}
+    for step in TRAINING:
+        plan = plan_training(step)
+        training.setdefault(plan.job, []).append(plan)
     lines = [
         "# What fits where",
         "",
         f"Written by `python docs/make_fits.py`, {time.strftime('%Y-%m-%d')}, jax {importlib.metadata.version('jax')}. "
-        "All figures are of one card. Held: weights, optimizer state, key/value cache, inputs. Made: gradients and "
-        "what the program needs on the way. [planning.md](planning.md) says what is counted. Nothing here was run on "
-        "a GPU.",
+        "All sizes are per GPU. Persistent: parameters, optimizer state, KV cache, inputs. Temporary: gradients and "
+        "temporaries of the programs. [Memory planning](memory-planning.md) describes what is counted. Nothing here "
+        "was run on a GPU.",
         "",
-        "## Answering: bfloat16, not quantised, one answer of 4,096 positions, pictures included",
+        f"## Inference: bfloat16, not quantized, one sequence of {MAX_MODEL_LEN:,} tokens, image included",
         "",
-        f"| model {head}",
-        *rows(asked, names),
+        *table("model", inference),
         "",
-        "## Answering with sphinx-moe-1k on one card ([memory.md](memory.md))",
+        "## Inference with sphinx-moe-1k on one GPU ([quantization and offload](quantization-and-offload.md))",
         "",
-        f"| how {head}",
-        *rows(shrunk, ways),
+        *table("options", one_gpu),
         "",
-        "## Training: one optimizer step, computing in bfloat16, float32 master weights, every layer recomputed",
+        "## Training: one optimizer step, compute in bfloat16, float32 master weights, every layer rematerialised",
         "",
-        f"| step {head}",
-        *rows(trained, steps),
+        *table("step", training),
         "",
     ]
     Path(__file__).with_name("fits.md").write_text("\n".join(lines))

@@ -41,7 +41,7 @@ class AbstractInputs:
         self.needs_chunked_prefill = self.max_text_len > self.chunk_len
         self.shape = self._state_shape(max_num_seqs, max_model_len)
         self.state = self.programs.abstract_state(self.shape)
-        self.stops = self.replicated((NUM_STATES, config.language.vocab_size), jnp.int16)
+        self.stops = self.replicated((NUM_STATES, config.language.padded_vocab_size), jnp.int16)
 
     def _state_shape(self, max_num_seqs: int, max_model_len: int) -> StateShape:
         """The state of `generate.run`; of `generate.stream_alone`, without prefixes, for one sequence."""
@@ -102,7 +102,7 @@ class AbstractInputs:
             limit=integers,
             stop=integers,
             seeds=self.replicated((batch_size, 2), jnp.uint32),
-            seen=self.replicated((batch_size, self._config.language.vocab_size), jnp.bool_),
+            seen=self.replicated((batch_size, self._config.language.padded_vocab_size), jnp.bool_),
             sampling=SamplingArrays(floats, floats, integers, floats),
         )
 

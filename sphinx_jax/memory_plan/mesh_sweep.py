@@ -34,7 +34,7 @@ def _model_parallel_meshes(config: SphinxConfig, num_gpus: int) -> list[MeshShap
             and language.hidden_dim % tensor == 0
             and language.num_experts % expert == 0
             and language.dim % (tensor * expert) == 0
-            and language.vocab_size % (tensor * expert) == 0
+            and language.padded_vocab_size % (tensor * expert) == 0
         )
 
     pairs = [(t, num_gpus // t) for t in range(num_gpus, 0, -1) if num_gpus % t == 0]

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import sharding
-from sharding import MeshShape, Program, bytes_per_device
+from sharding import MeshShape, bytes_per_device
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import fraction_of_parameters
 from sphinx_jax.errors import UserError
@@ -21,7 +21,8 @@ from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
 from sphinx_jax.memory_plan.report import Plan
 from sphinx_jax.training.moments import MOMENTS
 from sphinx_jax.training.program import TrainProgram, train_program
-from sphinx_jax.training.train_config import Remat, TrainConfig, check_batch
+from sphinx_jax.training.step import AuxiliaryLoss
+from sphinx_jax.training.train_config import Remat, TrainConfig
 from sphinx_jax.training.utilisation import step_flops
 
 BatchShapes = dict[str, tuple[tuple[int, ...], Any]]
@@ -58,24 +59,25 @@ def training_plan(
     shape: MeshShape,
     train_config: TrainConfig,
     batch_shapes: BatchShapes,
+    auxiliary_loss: AuxiliaryLoss | None = None,
 ) -> Plan:
     """The plan of one optimizer step of `train.py`. Raises UserError or LayoutError if that is impossible."""
     mesh, compiler = planning_mesh(gpu, shape)
-    check_batch(train_config, mesh)
-    program = train_program(config, train_config, mesh)
+    program = train_program(config, train_config, mesh, auxiliary_loss)
     batch = {
         key: jax.ShapeDtypeStruct(dims, dtype, sharding=_batch_sharding(dims, mesh))
         for key, (dims, dtype) in batch_shapes.items()
     }
-    step = Program(program.step, (0,), rules=program.rules, slices_in_place=True)
-    (compiled,) = compile_jobs([Job("training step", step, (program.state, batch, program.frozen_params))], mesh)
+    (compiled,) = compile_jobs(
+        [Job("training step", program.step, (program.state, batch, program.frozen_params))], mesh
+    )
 
     # Gradients are temporaries of the step; they are reported on their own as far as temporaries go.
-    gradients = _gradient_bytes(program, train_config)
+    gradients = _gradient_bytes(program)
     temporaries = compiled.memory.temporaries + compiled.memory.results
     text_len, has_images = batch_shapes["tokens"][0][1], "images" in batch_shapes
     length = text_len + config.num_image_tokens * has_images
-    flops = step_flops(config, program, mesh, train_config, text_len, has_images, include_remat=True)
+    flops = step_flops(program, text_len, has_images, include_remat=True)
     model = program.params["model"]
     parts = model | ({"adapters": program.params["adapters"]} if train_config.lora else {})
     seconds = flops.per_device_max / gpu.bf16_flops
@@ -96,7 +98,7 @@ def training_plan(
         programs=(compiled,),
         main_program="training step",
         tokens_per_second=tokens / seconds,
-        command=_training_command(name, train_config, shape, length),
+        command=_training_command(name, train_config, shape, None if auxiliary_loss else length),
         notes=(f"Trainable parameters are float32. AdamW stores {MOMENTS[train_config.moments]}.",),
     )
 
@@ -106,9 +108,10 @@ def _batch_sharding(dims: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return sharding.named_sharding(("batch", *[None] * (len(dims) - 1)), dims, mesh)
 
 
-def _gradient_bytes(program: TrainProgram, train_config: TrainConfig) -> int:
+def _gradient_bytes(program: TrainProgram) -> int:
     """Bytes of the gradients on each device: of one batch in the compute dtype, accumulated in float32."""
     pairs = zip(*map(jax.tree.leaves, (program.params, program.trainable)), strict=True)
+    train_config = program.train_config
     dtype = jnp.dtype(train_config.dtype if train_config.grad_accum_steps == 1 else "float32")
     return bytes_per_device(
         [jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding) for p, is_trainable in pairs if is_trainable]
@@ -156,15 +159,15 @@ def sort_key(plan: Plan) -> tuple:
     return (not plan.fits, -float(f"{plan.tokens_per_second:.2g}"), communication, -plan.headroom)
 
 
-def _training_command(name: str, train_config: TrainConfig, shape: MeshShape, length: int) -> str:
-    """The command line of the planned run."""
+def _training_command(name: str, train_config: TrainConfig, shape: MeshShape, max_length: int | None) -> str:
+    """The command line of the planned run; `max_length` None: on easy-vqa."""
     lora = train_config.lora
     options: dict[str, object] = {"preset": name}
     if lora:
         # Adapters belong to a checkpoint.
         options = {"init": name.upper(), "lora-rank": lora.rank, "lora-target-modules": lora.target_modules}
-    if not train_config.aux_loss_weight:
-        options |= {"data": "DATA.yaml", "max-length": length}
+    if max_length is not None:
+        options |= {"data": "DATA.yaml", "max-length": max_length}
     options |= {
         "batch-size": train_config.batch_size,
         "grad-accum-steps": train_config.grad_accum_steps,

@@ -66,19 +66,18 @@ def measure(train_config: TrainConfig, host_batch: dict[str, np.ndarray]) -> int
     """Bytes that one step takes with its arguments: the least of several measurements, which others only add to."""
     mesh = sharding.make_mesh()
     program = train_program(CONFIG, train_config, mesh)
-    step = jax.jit(program.step, donate_argnums=0)
-    params = {name: initial_params(name, CONFIG, program, train_config, mesh, None) for name in program.state.params}
+    params = {name: initial_params(program, name) for name in program.state.params}
     originals = init_state(params, program.optimizer, mesh), shard_batch(host_batch, mesh)
+    step = program.step.compile((*originals, {}), mesh)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     measured = []
-    with sharding.mesh_context(mesh):
-        # The first run loads the programs and starts threads, whose memory stays allocated.
-        jax.block_until_ready(step(*copy(originals), {}))
-        for _ in range(REPETITIONS):
-            idle = idle_bytes()
-            args = jax.block_until_ready(copy(originals))
-            measured.append(peak_bytes(lambda args=args: jax.block_until_ready(step(*args, {}))) - idle)
-            del args
+    # The first run loads the programs and starts threads, whose memory stays allocated.
+    jax.block_until_ready(step(*copy(originals), {}))
+    for _ in range(REPETITIONS):
+        idle = idle_bytes()
+        args = jax.block_until_ready(copy(originals))
+        measured.append(peak_bytes(lambda args=args: jax.block_until_ready(step(*args, {}))) - idle)
+        del args
     return min(measured)
 
 

@@ -3,7 +3,7 @@
 import jax
 
 import sharding
-from sharding import MeshShape, Program
+from sharding import MeshShape
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
@@ -25,8 +25,7 @@ def compiled(shape, **options):
         name: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.named_sharding(("batch", None), dims, mesh))
         for name, (dims, dtype) in training_batch(CONFIG, train_config, LENGTH).items()
     }
-    step = Program(program.step, (0,), rules=program.rules, slices_in_place=True)
-    found = collectives(hlo_text(compile_aot(step, (program.state, batch), mesh)), mesh)
+    found = collectives(hlo_text(compile_aot(program.step, (program.state, batch, {}), mesh)), mesh)
     return {(c.kind, c.axes): c for c in found}, program
 
 

@@ -1,4 +1,4 @@
-"""What is planned is what runs: the engine and the loop compile the same functions for the same shapes."""
+"""What is planned is what runs: the engine compiles the programs of the plan, for the same shapes."""
 
 import jax
 import numpy as np
@@ -7,13 +7,13 @@ import pytest
 import sharding
 import sphinx_jax
 from sharding import Program
+from sphinx_jax.inference import generate
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.inference.serving import answer_all
 from sphinx_jax.memory_plan.inference import inference_jobs
 
 MAX_MODEL_LEN = 1044
-"""A picture of 19 words, two whole chunks of text, and one word to say."""
+"""19 image tokens, two chunks of text, and two sampled tokens: one by prefill, one by a decode step."""
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +26,25 @@ def shapes(tree):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_the_engines_programs(model, monkeypatch, replicas):
-    """Prompts as long as the context, one a replica: all that is compiled is in the plan, argument by argument."""
+def test_programs_of_the_engine(model, monkeypatch, replicas):
+    """The longest prompts of --max-model-len, one per replica: all compiled programs are in the plan, argument by argument."""
     if replicas > 1:
         model = sphinx_jax.load(
             sphinx_jax.SHIPPED, sharding.make_mesh(data=replicas), "float32", max_model_len=MAX_MODEL_LEN
         )
-    ran = []
+    compiled = []
     original = Program.compile
-    monkeypatch.setattr(Program, "compile", lambda self, args, mesh: ran.append(args) or original(self, args, mesh))
+    monkeypatch.setattr(
+        Program, "compile", lambda self, args, mesh: compiled.append(args) or original(self, args, mesh)
+    )
     tokens = model.tokenizer.encode("circle " * 1000, bos=True, eos=False)[
-        : MAX_MODEL_LEN - model.config.num_image_tokens - 1
+        : MAX_MODEL_LEN - model.config.num_image_tokens - 2
     ]
-    picture = lambda i: model.picture(np.full((64, 64, 3), i, np.uint8))
-    answer_all(model.engine, [Request(tokens, picture(i), 1) for i in range(replicas)], SamplingParams())
+    images = [model.prepare_image(np.full((64, 64, 3), i, np.uint8)) for i in range(replicas)]
+    requests = [Request(tokens, image, SamplingParams(max_new_tokens=2)) for image in images]
+    generate.run_all(model.engine, requests)
     jobs, _ = inference_jobs(model.config, None, model.engine.params, model.mesh, replicas, MAX_MODEL_LEN)
     planned = [shapes(job.args) for job in jobs]
-    for args in filter(None, ran):
+    for args in filter(None, compiled):
         assert shapes(args) in planned
-    assert len([args for args in ran if args]) == len(planned)
+    assert len([args for args in compiled if args]) == len(planned)
