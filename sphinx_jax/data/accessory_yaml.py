@@ -7,9 +7,11 @@
         ratio: 0.5                   # optional: the fraction of the records to use, drawn at random
 
 A record is {"image": "cat.png", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}, without
-"image" for text alone. Relative paths are relative to the current directory, as in the original.
+"image" for text alone. Relative paths are relative to the current directory, as in the original; a leading `~` is the
+home directory.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -119,10 +121,34 @@ def _check_entry(entry: Any, where: str) -> dict[str, Any]:
     for key in ("path", "type", "root"):
         if not isinstance(entry.get(key, "" if key == "root" else None), str):
             raise UserError(f"{where}: {key!r} must be given as text, got {reprlib.repr(entry.get(key))}")
-    ratio = entry.get("ratio", 1)
+    checked = dict(entry)
+    for key in ("path", "root"):
+        if key in entry and not _can_be_a_path(entry[key]):
+            raise UserError(f"{where}: {key!r} cannot be the name of a file, got {reprlib.repr(entry[key])}")
+        if key in entry:
+            checked[key] = os.path.expanduser(entry[key])
+    if "ratio" in entry:
+        checked["ratio"] = _ratio(entry["ratio"], where)
+    return checked
+
+
+def _ratio(value: Any, where: str) -> float:
+    ratio = value
+    if isinstance(value, str):
+        # YAML takes numbers without a point, such as 1e-3, for text.
+        with contextlib.suppress(ValueError):
+            ratio = float(value)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise UserError(f"{where}: 'ratio' must be above 0 and at most 1, got {reprlib.repr(ratio)}")
-    return entry
+        raise UserError(f"{where}: 'ratio' must be above 0 and at most 1, got {reprlib.repr(value)}")
+    return ratio
+
+
+def _can_be_a_path(text: str) -> bool:
+    """False for empty text, and for text with a NUL or half a surrogate pair."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 class _Line(str):
@@ -134,7 +160,9 @@ def _records(path: Path, where: str) -> list[tuple[str, Any]]:
     text = _read_text(path, f"the records of {where}")
     if path.suffix == ".jsonl":
         # Only '\n' ends a line of JSON: its strings may contain other line ends of Unicode.
-        return [(f"{path}, line {n}", _Line(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        # A line may begin with a byte order mark where files were joined.
+        lines = [_Line(line.removeprefix("\ufeff")) for line in text.split("\n")]
+        return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
     if path.suffix != ".json":
         raise UserError(f"{path}: records must be in a .json or .jsonl file ({where})")
     parsed = _parse(text, str(path))
@@ -156,19 +184,21 @@ def _item(record: Any, where: str, root: str | None) -> Item:
     if not any(turn.role == "assistant" for turn in conversation.turns):
         raise UserError(f"{where}: no token has loss: there is no answer; add a turn from the assistant")
     image = record.get("image")
-    if image is not None and (not isinstance(image, str) or not image or "\0" in image):
+    if image is not None and (not isinstance(image, str) or not _can_be_a_path(image)):
         raise BadRecord(where, f'{where}: "image" must be the path of an image, got {reprlib.repr(image)}')
-    if image is not None and root is not None:
-        image = os.path.join(root, image)
+    if image is not None:
+        image = os.path.expanduser(image) if root is None else os.path.join(root, image)
     characters = sum(len(str(turn["value"])) for turn in record["conversations"])
-    return Item(where, conversation, image, str(record["id"]) if "id" in record else None, characters)
+    # Printed later, so half a surrogate pair is escaped.
+    name = str(record["id"]).encode("utf-8", "backslashreplace").decode() if "id" in record else None
+    return Item(where, conversation, image, name, characters)
 
 
 def _read_text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text; save it as UTF-8"
         raise UserError(f"{path}: cannot read {what}: {reason}") from error
 
 

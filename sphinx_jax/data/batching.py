@@ -85,6 +85,10 @@ class ItemReader:
             return None
         return random_resized_crop(image, self.image_size, random) if random else padded_resize(image, self.image_size)
 
+    def can_load(self, item: Item) -> bool:
+        """Whether the item has no image, or one that loads; the item is skipped if not."""
+        return item.image is None or self.image(item) is not None
+
     def select_with_loss(self, annotations: Annotations) -> Annotations:
         """The items with loss left after truncation; the others are skipped.
 

@@ -1,6 +1,7 @@
 """What a run trains and evaluates on: one small interface, and the two kinds of data that implement it."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tokenizer import Tokenizer, train_tokenizer
 from sphinx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -148,6 +151,8 @@ class YamlData:
         self._options = options
         self._train = self._reader.select_with_loss(train)
         self._held_out = self._reader.select_with_loss(held_out)
+        if not any(self._reader.can_load(item) for item in self._held_out.items):
+            log.warning("%s: no held-out record can be used, so the run ends without an accuracy", file)
         self._sequences = packed_sequences(self._train, self._reader) if options.pack else None
         self.examples = len(self._sequences.items if self._sequences else self._train.items)
 
@@ -171,7 +176,8 @@ class YamlData:
         return held_out_batches(self._held_out, self._reader, batch_size)
 
     def evaluate(self, right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> dict[str, Any]:
-        return {"held_out": {"accuracy": float(np.mean(_existing(right, exists)))}}
+        flags = _existing(right, exists)
+        return {"held_out": {"accuracy": float(np.mean(flags)) if flags else None}}
 
 
 def _existing(right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> list[bool]:
@@ -179,18 +185,41 @@ def _existing(right: Sequence[np.ndarray], exists: Sequence[np.ndarray]) -> list
 
 
 def split_held_out(annotations: Annotations, file: Path) -> tuple[Annotations, Annotations]:
-    """Every tenth item of each type to the second part, so that it spans the same lengths."""
-    parts = []
-    for held_out in (False, True):
-        items, groups = [], {}
-        for kind, group in annotations.groups.items():
-            chosen = [annotations.items[i] for n, i in enumerate(group) if (n % 10 == 9) == held_out]
-            groups[kind] = range(len(items), len(items) + len(chosen))
-            items += chosen
-        parts.append(Annotations(tuple(items), groups))
-    if not parts[1].items:
-        raise UserError(f"{file}: needs at least ten records of one type, since every tenth is held out; add records")
-    return parts[0], parts[1]
+    """The items in two parts, to train on and to hold out: every tenth image or text of each type is held out.
+
+    All items about one image are in one part, also across types and where a file is listed twice. Items without an
+    image are identified by their questions; if fewer than ten differ in a type, by their whole text. Images are counted
+    from the shortest conversation to the longest, so that both parts span all lengths.
+    Raises UserError if nothing would be held out.
+    """
+    held_out: dict[str, bool] = {}
+    for group in annotations.groups.values():
+        new = list(dict.fromkeys(key for key in _identities(annotations, group) if key not in held_out))
+        held_out |= {key: n % 10 == 9 for n, key in enumerate(new)}
+    chosen: set[int] = set()
+    for group in annotations.groups.values():
+        chosen |= {i for i, key in zip(group, _identities(annotations, group), strict=True) if held_out[key]}
+    if not chosen:
+        raise UserError(
+            f"{file}: needs at least ten different images or texts of one type, since every tenth is held out; "
+            "add records"
+        )
+    indices = {id(item): i for i, item in enumerate(annotations.items)}
+    return (
+        annotations.select(lambda item: indices[id(item)] not in chosen),
+        annotations.select(lambda item: indices[id(item)] in chosen),
+    )
+
+
+def _identities(annotations: Annotations, group: range) -> list[str]:
+    """What identifies the image or text of each item of a type."""
+    items = [annotations.items[i] for i in group]
+    if items and items[0].image is not None:
+        return [f"image {os.path.abspath(item.image)}" for item in items if item.image is not None]
+    questions = ["\n".join(turn.text for turn in item.conversation.turns if turn.role == "human") for item in items]
+    if len(set(questions)) < 10:
+        questions = [item.conversation.text() for item in items]
+    return [f"text {question}" for question in questions]
 
 
 def _check_images(annotations: Annotations) -> None:

@@ -50,6 +50,76 @@ def test_json_lines_equal_json(reference, tmp_path):
     assert annotations.items[0].where == f"{tmp_path / 'lines.jsonl'}, line 29"
 
 
+def raw(folder, text):
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
+    return folder / "data.yaml"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    records = [{"id": i, "conversations": conversation(f"What {i}?")} for i in range(3)]
+    lines = [json.dumps(record) for record in records]
+    text = json.dumps(records) if name == "a.json" else "\n".join(lines[:2]) + "\n\ufeff" + lines[2]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (tmp_path / "data.yaml").write_text(f"META: [{{path: {tmp_path / name}, type: t}}]", encoding="utf-8-sig")
+    skipped = SkippedRecords(0.0)
+    assert [item.id for item in accessory_yaml.read(tmp_path / "data.yaml", skipped).items] == ["0", "1", "2"]
+    assert len(skipped) == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "count"), [("1e-1", 2), ("1E-1", 2), ("'0.25'", 5), ("5.e-1", 10), ("1", 20), ("1e0", 20)]
+)
+def test_a_ratio_in_any_notation_is_a_number(tmp_path, ratio, count):
+    records = [{"id": i, "conversations": conversation()} for i in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    config = raw(tmp_path, f"META: [{{path: {tmp_path / 'a.json'}, type: t, ratio: {ratio}}}]")
+    assert len(read(config).items) == count
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "x.png", "conversations": conversation()}]))
+    config = raw(tmp_path, "META: [{path: ~/a.json, type: t, root: ~/images}]")
+    assert read(config).items[0].image == str(tmp_path / "images" / "x.png")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "~/x.png", "conversations": conversation()}]))
+    config = raw(tmp_path, "META: [{path: ~/a.json, type: t}]")
+    assert read(config).items[0].image == str(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("image", ["a\\ud83d.png", "\\ud83d", "a\\u0000.png"])
+def test_an_image_path_that_no_file_can_have_is_skipped(tmp_path, image):
+    bad = f'{{"image": "{image}", "conversations": [{{"from": "gpt", "value": "x"}}]}}'
+    good = '{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}'
+    (tmp_path / "a.jsonl").write_text(f"{bad}\n{good}")
+    skipped = SkippedRecords(0.5)
+    config = raw(tmp_path, f"META: [{{path: {tmp_path / 'a.jsonl'}, type: t, root: {tmp_path}}}]")
+    (item,) = accessory_yaml.read(config, skipped).items
+    assert item.image == str(tmp_path / "a.png") and len(skipped) == 1
+    with pytest.raises(UserError, match='line 1: "image" must be the path of an image') as error:
+        accessory_yaml.read(config, SkippedRecords(0.0))
+    str(error.value).encode()
+
+
+def test_half_a_surrogate_pair_in_an_id_can_be_printed(tmp_path):
+    record = '[{"id": "x\\ud83d", "conversations": [{"from": "gpt", "value": "x"}]}]'
+    (tmp_path / "a.json").write_text(record)
+    (item,) = read(raw(tmp_path, f"META: [{{path: {tmp_path / 'a.json'}, type: t}}]")).items
+    assert item.id is not None and item.id.encode() == b"x\\ud83d"
+
+
+@pytest.mark.parametrize("key", ["path", "root"])
+@pytest.mark.parametrize("value", ["a\\uD83D", "a\\0b"])
+def test_paths_of_an_entry_that_no_file_can_have_are_named(tmp_path, key, value):
+    (tmp_path / "a.json").write_text("[]")
+    entry = {"path": json.dumps(str(tmp_path / "a.json")), key: f'"{value}"'}
+    keys = ", ".join(f"{name}: {text}" for name, text in entry.items())
+    config = raw(tmp_path, f"META: [{{type: t, {keys}}}]")
+    with pytest.raises(UserError, match=r"data\.yaml") as error:
+        read(config)
+    str(error.value).encode()
+
+
 def conversation(question="What?", answer="That."):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
