@@ -5,11 +5,16 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import jax
-import numpy as np
-import pytest
+from sphinx_jax.cli.startup import prepare_process
 
-import sharding
+# Before jax: its CUDA plugin logs to every worker's standard error that there is no driver.
+prepare_process()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import sharding  # noqa: E402
 
 
 def pytest_configure(config):

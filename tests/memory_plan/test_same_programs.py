@@ -27,7 +27,7 @@ def shapes(tree):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_programs_of_the_engine(model, monkeypatch, replicas):
-    """The longest prompts of --max-model-len, one per replica: all compiled programs are in the plan, argument by argument."""
+    """With the longest prompts, one per replica, all compiled programs are in the plan, argument by argument."""
     if replicas > 1:
         model = sphinx_jax.load(
             sphinx_jax.SHIPPED, sharding.make_mesh(data=replicas), "float32", max_model_len=MAX_MODEL_LEN
