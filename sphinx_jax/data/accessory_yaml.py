@@ -140,7 +140,7 @@ def _ratio(value: Any, where: str) -> float:
             ratio = float(value)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise UserError(f"{where}: 'ratio' must be above 0 and at most 1, got {reprlib.repr(value)}")
-    return ratio
+    return float(ratio)
 
 
 def _can_be_a_path(text: str) -> bool:
