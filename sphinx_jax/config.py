@@ -25,10 +25,24 @@ class DecoderConfig:
     vocab_size: int = 32000
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    head_dim_override: int | None = None
+    """Channels per head where they are not dim / num_heads."""
+    sliding_window: int | None = None
+    """The longest sequence that full attention computes exactly, for a model with sliding-window attention."""
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.head_dim_override or self.dim // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table and columns of the head: `vocab_size` rounded up to what meshes divide.
+
+        The same for every mesh, so that a training state fits any. Padding has no token: its logits are masked, and
+        files do not hold it.
+        """
+        multiple = 256 if self.vocab_size > 4096 else 8
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def queries_per_kv(self) -> int:
@@ -182,8 +196,11 @@ class SphinxConfig:
         return self.vision.image_size if self.vision else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as written to `config.json` of a native checkpoint."""
-        return dataclasses.asdict(self)
+        """Plain containers, as in `config.json` of a native checkpoint; optional sizes that are None are left out."""
+        values = dataclasses.asdict(self)
+        optional = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is None}
+        values["language"] = {k: v for k, v in values["language"].items() if v is not None or k not in optional}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SphinxConfig":
@@ -203,10 +220,12 @@ _NESTED: dict[str, type] = {
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or set(values) != known:
+    optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
+    if not isinstance(values, dict) or set(values) | optional != known:
         got = set(values) if isinstance(values, dict) else {repr(values)}
         raise UserError(
-            f"{where}: expected the keys {sorted(known)}; missing {sorted(known - got)}, unknown {sorted(got - known)}"
+            f"{where}: expected the keys {sorted(known)}; missing {sorted(known - got - optional)}, "
+            f"unknown {sorted(got - known)}"
         )
     built = {}
     for name, value in values.items():

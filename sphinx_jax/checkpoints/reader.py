@@ -4,7 +4,6 @@ Host memory holds one slice at a time and the file pages that it is copied from.
 prefetched into the page cache while one is copied.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.io.copying import aligned_empty, copy, has_nan
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model, layers_are_unstacked, model_mesh
+from sphinx_jax.checkpoints.mapping.language import vocab_padding
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, FileSlice, MatchedMappings, Tensor, match
 from sphinx_jax.errors import UserError
@@ -85,19 +85,23 @@ class CheckpointReader:
         self.unstacked = layers_are_unstacked(abstract)
         self._source = source
         self._matched: dict[ParamPath, MatchedMappings] = {}
+        self._padded_paths: set[ParamPath] = set()
         for mapping, slices in matched:
             self._matched.setdefault(mapping.path, []).append((mapping, slices))
         leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         for path in leaves.keys() | self._matched.keys():
             filled = sum(math.prod(mapping.shape) for mapping, _ in self._matched.get(path, []))
-            if path not in leaves or filled != leaves[path].size:
+            padding = vocab_padding(source.config.language, path)
+            if path not in leaves or filled != leaves[path].size - padding:
                 raise ValueError(f"the {source.format} layout does not fill {path}: {filled} numbers")
+            if padding:
+                self._padded_paths.add(path)
         self.targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._matched.items()}
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self._prefetcher = ThreadPoolExecutor(1)
         console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -155,12 +159,15 @@ class CheckpointReader:
             del host
             parts += [first, *(jax.device_put(first, device) for device in devices[1:])]
         array = jax.make_array_from_single_device_arrays(target.shape, target.sharding, parts)
-        merge = lambda weight, adapters: lora.merge_adapter(weight, path, adapters)
-        return functools.reduce(merge, self._source.adapters, array)
+        for adapters in self._source.adapters:
+            array = lora.merge_adapter(array, path, adapters)
+        return array
 
     def _read_slice(self, path: ParamPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """The `box` of a parameter in host memory."""
         out = aligned_empty(tuple(s.stop - s.start for s in box), np.dtype(dtype))
+        if path in self._padded_paths:
+            out[...] = 0
         filled = [(mapping.name, self._fill(out, box, mapping, slices)) for mapping, slices in self._matched[path]]
         if has_nan(out):
             names = [name for name, target in filled if target is not None and np.isnan(target).any()]

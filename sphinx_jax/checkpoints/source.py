@@ -96,7 +96,7 @@ def match(source: CheckpointSource, unstacked: bool) -> MatchedMappings:
     """Every mapping with its file slices.
 
     Raises one UserError that lists every tensor that is missing, unexpected, mis-shaped or of another checkpoint.
-    Reads no weights except the replicated norms and routers, which tell shards of different checkpoints apart.
+    Reads no weights except the replicated norms and routers, which distinguish shards of different checkpoints.
     """
     mappings = source.mappings(unstacked)
     problems: list[str] = []

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
+from sphinx_jax.errors import UserError
 from sphinx_jax.kernels.attention_mask import Mask
 from sphinx_jax.language.attention import Attention, LayerCache
 from sphinx_jax.language.kv_cache import Cache
@@ -48,10 +49,11 @@ class Decoder(nnx.Module):
     def __init__(
         self, config: DecoderConfig, *, unstacked: bool = False, lora: LoraConfig | None = None, rngs: nnx.Rngs
     ):
-        self.embedding = Embedding(config.vocab_size, config.dim, rngs=rngs)
+        self.vocab_size, self.sliding_window = config.vocab_size, config.sliding_window
+        self.embedding = Embedding(config.padded_vocab_size, config.dim, rngs=rngs)
         self.layers = make_layers(lambda r: DecoderLayer(config, lora, rngs=r), config.num_layers, rngs, unstacked)
         self.norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
-        self.head = Linear(config.dim, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs)
+        self.head = Linear(config.dim, config.padded_vocab_size, ("embed", "vocab"), bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -73,6 +75,12 @@ class Decoder(nnx.Module):
             out, layer_cache, intermediates = layer(carry, positions, mask, layer_cache)
             return out, (layer_cache, intermediates)
 
+        length = x.shape[1]
+        if cache is None and self.sliding_window is not None and length > self.sliding_window:
+            raise UserError(
+                f"sequences of {length} tokens exceed this model's sliding window of {self.sliding_window} tokens, "
+                "beyond which attention is not supported: use shorter ones"
+            )
         x = constrain(x, "batch", "residual", None)
         x, outputs = run_layers(self.layers, body, x, cache, remat=remat)
         if isinstance(self.layers, nnx.List):
@@ -86,5 +94,10 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("lm_head")
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
-        """Next-token logits, float32."""
-        return constrain(self.head(hidden), "batch", "sequence", "vocab").astype(jnp.float32)
+        """Next-token logits, float32, `padded_vocab_size` wide: padding has the lowest finite number."""
+        logits = constrain(self.head(hidden), "batch", "sequence", "vocab").astype(jnp.float32)
+        padded = logits.shape[-1]
+        if padded == self.vocab_size:
+            return logits
+        # Finite, so that 0 x logit stays 0; after the softmax it is 0 exactly.
+        return jnp.where(jnp.arange(padded) < self.vocab_size, logits, jnp.finfo(jnp.float32).min)

@@ -41,7 +41,10 @@ def weights():
 
     def make(seed: int = 0, dtype: np.dtype = BFLOAT16) -> dict[str, np.ndarray]:
         c, rng = LANGUAGE, np.random.default_rng(seed)
-        draw = lambda *shape: rng.standard_normal(shape, np.float32).astype(dtype)
+
+        def draw(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32).astype(dtype)
+
         tensors = {"tok_embeddings.weight": draw(c.vocab_size, c.dim)}
         for i in range(c.num_layers):
             layer = f"layers.{i}."
@@ -67,7 +70,10 @@ def ours():
 
     def layer(w: dict[str, np.ndarray], i: int) -> dict:
         c = LANGUAGE
-        get = lambda name: w[f"layers.{i}.{name}.weight"]
+
+        def get(name: str) -> np.ndarray:
+            return w[f"layers.{i}.{name}.weight"]
+
         q, k, v = (get(f"attention.{which}").T for which in ("wq", "wk", "wv"))
         wqkv = np.zeros((c.dim, c.num_kv_heads, c.queries_per_kv + 2, c.head_dim), q.dtype)
         for head in range(c.num_heads):

@@ -75,12 +75,12 @@ def test_views_of_a_mapped_file_stay_inside(tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--stacked", "--dtype", "float32"]], ids=["unstacked", "stacked float32"])
-def test_host_memory_stays_within_the_largest_leaf(options):
-    """The benchmark, small: what the process takes beside its arrays is bounded by one of them."""
+def test_host_memory_stays_within_the_largest_parameter(options):
+    """The benchmark, small: host memory besides the arrays is bounded by the largest parameter."""
     size = ["--gigabytes", "0.3", "--layers", "1", "--width", "1024", "--vocab", "2000", "--shards", "2"]
     program = [sys.executable, str(ROOT / "benchmarks" / "loading.py"), *size, "--repeats", "1", *options]
     environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    times = float(re.search(r"peak, ([\d.]+) of the largest leaf", done.stdout)[1])
+    times = float(re.search(r"peak, ([\d.]+) of the largest parameter", done.stdout)[1])
     assert 0 < times < 1.3, done.stdout

@@ -36,7 +36,10 @@ class Call:
 
 def tensor_pickle(shape=(2, 3), strides=(3, 1), offset=0, length=6, storage=b"FloatStorage", key="0") -> bytes:
     """The opcodes that torch writes for {"x": tensor} on a storage of `length` elements."""
-    plain = lambda value: pickle.dumps(value, 2)[2:-1]
+
+    def plain(value) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
+
     pid = b"(" + plain("storage") + b"ctorch\n" + storage + b"\n" + plain(key) + plain("cpu") + plain(length) + b"tQ"
     hooks = b"ccollections\nOrderedDict\n)R"
     arguments = b"(" + pid + plain(offset) + plain(shape) + plain(strides) + b"\x89" + hooks + b"t"

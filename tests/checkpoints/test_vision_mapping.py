@@ -37,7 +37,10 @@ def test_exactly_the_published_tensors(published):
     ignored = {name: shape for name, shape in published.items() if is_ignored_vision_name(name)}
     assert used | ignored == published
     assert not used.keys() & ignored.keys()
-    count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())
+
+    def count(shapes) -> int:
+        return sum(math.prod(shape) for shape in shapes.values())
+
     assert (len(published), count(published)) == (1986, 3_439_802_497)
     assert (len(ignored), count(ignored)) == (8, 39_383_809)
 

@@ -128,6 +128,9 @@ def _read_config(path: Path, llama_type: str, first: MappedFile) -> SphinxConfig
     # The original takes the vocabulary from the tokenizer and may leave -1, or nothing, in the file.
     if file.values.get("vocab_size") in (None, -1) and embedding is not None:
         file.values["vocab_size"] = embedding.shape[0]
+    # The original program ignores these: heads have dim / n_heads channels and attend to the whole sequence.
+    for ignored in ("head_dim", "sliding_window"):
+        file.values.pop(ignored, None)
     language = file.mistral_decoder()
     views = _CROPS[llama_type]
     vision = None if views is None else _read_vision(path / "vision.json", *views)
@@ -208,6 +211,10 @@ def write(
 def _llama_type(config: SphinxConfig) -> str:
     """The original's name of this model. Raises UserError if it has none."""
     vision = config.vision
+    if config.language.head_dim_override is not None or config.language.sliding_window is not None:
+        raise UserError(
+            "the Accessory layout cannot describe this model's head_dim or sliding window; choose --format native"
+        )
     views = vision and (vision.image_size, vision.num_crops)
     expressible = vision is None or _vision_config(_vision_values(vision), vision) == vision
     for llama_type, published_views in _CROPS.items():

@@ -28,6 +28,10 @@ class ConfigFile:
             raise UserError(f"{self.file}: {key!r} must be an integer, 1 or more, not {value!r}")
         return value
 
+    def optional_count(self, key: str) -> int | None:
+        """An integer, 1 or more; None if it is missing or null."""
+        return None if self.values.get(key) is None else self.count(key)
+
     def number(self, key: str, default: float) -> float:
         """A number, 0 or more."""
         value = self.values.get(key)
@@ -51,11 +55,12 @@ class ConfigFile:
 
     def mistral_decoder(self) -> DecoderConfig:
         """The config under the names of Mistral and LLaMA2-Accessory. Raises UserError."""
-        moe, heads = self.section("moe"), self.count("n_heads")
+        moe, heads, dim = self.section("moe"), self.count("n_heads"), self.count("dim")
+        window = self.optional_count("sliding_window")
         return check_decoder(
             self.file,
             DecoderConfig(
-                dim=self.count("dim"),
+                dim=dim,
                 hidden_dim=self.count("hidden_dim"),
                 num_layers=self.count("n_layers"),
                 num_heads=heads,
@@ -64,9 +69,17 @@ class ConfigFile:
                 experts_per_token=moe.count("num_experts_per_tok"),
                 vocab_size=self.count("vocab_size"),
                 norm_eps=self.number("norm_eps", 1e-5),
-                rope_theta=self.number("rope_theta", 1e6),
+                # Mistral's program takes 1e4 for models with a sliding window.
+                rope_theta=self.number("rope_theta", 1e6 if window is None else 1e4),
+                head_dim_override=head_dim_override(self.optional_count("head_dim"), dim, heads),
+                sliding_window=window,
             ),
         )
+
+
+def head_dim_override(head_dim: int | None, dim: int, heads: int) -> int | None:
+    """`head_dim`, None if it is dim / heads."""
+    return None if head_dim is None or head_dim * heads == dim else head_dim
 
 
 def mistral_values(config: DecoderConfig) -> dict[str, Any]:
@@ -81,16 +94,19 @@ def mistral_values(config: DecoderConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
+        **({} if config.sliding_window is None else {"sliding_window": config.sliding_window}),
         "moe": {"num_experts_per_tok": config.experts_per_token, "num_experts": config.num_experts},
     }
 
 
 def check_decoder(file: Path, config: DecoderConfig) -> DecoderConfig:
     """`config` itself. Raises UserError that names `file` if its sizes are inconsistent."""
-    if config.dim % config.num_heads or config.num_heads % config.num_kv_heads or config.head_dim % 2:
+    divides = config.head_dim_override is not None or config.dim % config.num_heads == 0
+    if not divides or config.num_heads % config.num_kv_heads or config.head_dim % 2:
         raise UserError(
-            f"{file}: width {config.dim}, {config.num_heads} heads and {config.num_kv_heads} key/value heads are "
-            "inconsistent: the width must be an even multiple of the heads, these of the key/value heads"
+            f"{file}: width {config.dim}, {config.num_heads} heads of {config.head_dim} and {config.num_kv_heads} "
+            "key/value heads are inconsistent: the width must be an even multiple of the heads, these of the key/value "
+            "heads"
         )
     if max(config.num_layers, config.num_experts) > _MAX_COUNT:
         raise UserError(
@@ -137,6 +153,8 @@ def check_types(file: Path, section: str, config: Any) -> None:
             continue
         if isinstance(default, tuple):
             is_valid = isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+        elif default is None:
+            is_valid = value is None or (type(value) is int and value > 0)
         elif isinstance(default, int):
             is_valid = type(value) is int and value > 0
         elif isinstance(default, float):

@@ -4,7 +4,9 @@ Both hold the language model alone. Tensors are not sharded: a set of several fi
 """
 
 import contextlib
+import dataclasses
 import itertools
+import logging
 import math
 import os
 import re
@@ -17,15 +19,18 @@ from jax.sharding import Mesh
 
 from sharding import is_primary_process
 from sphinx_jax.checkpoints import reader
-from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decoder
+from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decoder, head_dim_override
 from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params
-from sphinx_jax.checkpoints.mapping.language import language_mappings
+from sphinx_jax.checkpoints.mapping.language import Style, language_mappings
+from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, read_json
 from sphinx_jax.checkpoints.writer import InMemoryParams, ParamReader, new_directory, write_json, write_tensors
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -35,6 +40,25 @@ _CONSOLIDATED = re.compile(r"consolidated(\.\d+)?\.(pth|pt|safetensors)")
 _BALANCE_WEIGHT = 0.02
 
 _FILE_BYTES = 5e9
+
+# The values of transformers' MixtralConfig for keys that a config.json leaves out.
+_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "router_aux_loss_coef": 0.001,
+}
+_DEFAULT_ROPE_THETA = 1e6
+
+# Never parameters of transformers' Mixtral, which ignores them: biases of attention, and buffers of older versions.
+_BIAS = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias")
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def is_mixtral(path: Path) -> bool:
@@ -58,32 +82,83 @@ def load(
 
 def open_directory(path: Path) -> CheckpointSource:
     """The directory's config and files. Raises UserError; no weight is read."""
-    if _is_hugging_face(path):
-        language, balance_weight = _hugging_face_config(path / "config.json")
-        files = [safetensors_files.read(file) for file in _hugging_face_files(path)]
-        tensors, style = _merge(files), "hugging_face"
-        name = "mixtral (Hugging Face)"
-    else:
-        language, balance_weight = _mistral_config(path / "params.json"), _BALANCE_WEIGHT
-        paths = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
-        files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in paths]
-        tensors = _merge(files)
-        style = "mistral_sparse" if any(".block_sparse_moe." in name for name in tensors) else "base"
-        name = "mixtral (Mistral consolidated)"
+    return _open_hugging_face(path) if _is_hugging_face(path) else _open_mistral(path)
+
+
+def _open_hugging_face(path: Path) -> CheckpointSource:
+    language, balance_weight = _hugging_face_config(path / "config.json")
+    files = [safetensors_files.read(file) for file in _hugging_face_files(path)]
+    tensors = _canonical_names(_merge(files))
+    is_fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+    style: Style = "hugging_face_fused" if is_fused else "hugging_face"
+    renamed = _tied_names(tensors, read_json(path / "config.json"))
+    _warn_of_biases(path, tensors)
+
+    def mappings(unstacked: bool) -> list[ParamMapping]:
+        untied = language_mappings(language, style, unstacked=unstacked)
+        return [dataclasses.replace(m, name=renamed.get(m.name, m.name)) for m in untied]
+
     return CheckpointSource(
-        format=name,
+        format="mixtral (Hugging Face)",
         path=path,
         config=SphinxConfig(language, vision=None, balance_weight=balance_weight),
         shards=[tensors],
-        mappings=lambda unstacked: language_mappings(language, style, unstacked=unstacked),
-        is_ignored=lambda name: name.endswith("rotary_emb.inv_freq"),
+        mappings=mappings,
+        is_ignored=lambda name: bool(_BIAS.fullmatch(name) or _BUFFER.fullmatch(name)),
         files=tuple(files),
     )
 
 
+def _open_mistral(path: Path) -> CheckpointSource:
+    language = _mistral_config(path / "params.json")
+    paths = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
+    files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in paths]
+    tensors = _merge(files)
+    style: Style = "mistral_sparse" if any(".block_sparse_moe." in name for name in tensors) else "base"
+    return CheckpointSource(
+        format="mixtral (Mistral consolidated)",
+        path=path,
+        config=SphinxConfig(language, vision=None, balance_weight=_BALANCE_WEIGHT),
+        shards=[tensors],
+        mappings=lambda unstacked: language_mappings(language, style, unstacked=unstacked),
+        files=tuple(files),
+    )
+
+
+def _canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Tensors under the names of one style: transformers 5 also reads experts that are not fused from `mlp`."""
+    if any(".mlp.experts.0." in name for name in tensors):
+        return {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _tied_names(tensors: Mapping[str, np.ndarray], config: dict[str, Any]) -> dict[str, str]:
+    """The name to read instead of each missing one of embedding and output head, where the config ties them.
+
+    As in transformers, tied tensors that are both in the files, and may differ, are read separately.
+    """
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if config.get("tie_word_embeddings") is not True:
+        return {}
+    return {name: other for name, other in (names, names[::-1]) if name not in tensors and other in tensors}
+
+
+def _warn_of_biases(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Log that attention biases are left out, as transformers does: Mixtral has none."""
+    biases = [name for name, tensor in tensors.items() if _BIAS.fullmatch(name) and np.any(tensor)]
+    if biases:
+        log.warning(
+            "%s holds %d biases of attention, %s and others, which Mixtral does not have: they are ignored, as "
+            "transformers ignores them",
+            path,
+            len(biases),
+            biases[0],
+        )
+
+
 def _hugging_face_files(path: Path) -> list[Path]:
     """The safetensors files that the index names, or the single one. Raises UserError if any is missing."""
-    if not (path / _INDEX).exists():
+    if (path / _SINGLE).exists():
         return [path / _SINGLE]
     weight_map = read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -109,19 +184,18 @@ def _merge(files: list[MappedFile]) -> Mapping[str, np.ndarray]:
 
 
 def _hugging_face_config(path: Path) -> tuple[DecoderConfig, float]:
-    file = ConfigFile(path, read_json(path))
-    if file.values.get("model_type") != "mixtral":
-        raise UserError(f"{path}: model_type is {file.values.get('model_type')!r}; only 'mixtral' can be loaded")
-    for key in ("rope_scaling", "sliding_window", "quantization_config"):
-        file.check_unsupported(key)
-    file.check_unsupported("tie_word_embeddings", False)
-    file.check_unsupported("hidden_act", "silu")
-    # transformers 5 moved rope_theta into a table of its own.
-    rope = file.section("rope_parameters") if file.values.get("rope_parameters") else file
-    rope.check_unsupported("rope_type", "default")
-    heads = file.count("num_attention_heads")
+    """The decoder's config, and the weight of the router's balance loss. Raises UserError."""
+    values = read_json(path)
+    if values.get("model_type") != "mixtral":
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; only 'mixtral' can be loaded")
+    if "num_experts" in values:
+        values.setdefault("num_local_experts", values["num_experts"])
+    file = ConfigFile(path, _DEFAULTS | values)
+    file.check_unsupported("quantization_config")
+    file.check_unsupported("hidden_act", "silu", "swish")
+    heads, dim = file.count("num_attention_heads"), file.count("hidden_size")
     config = DecoderConfig(
-        dim=file.count("hidden_size"),
+        dim=dim,
         hidden_dim=file.count("intermediate_size"),
         num_layers=file.count("num_hidden_layers"),
         num_heads=heads,
@@ -130,19 +204,34 @@ def _hugging_face_config(path: Path) -> tuple[DecoderConfig, float]:
         experts_per_token=file.count("num_experts_per_tok"),
         vocab_size=file.count("vocab_size"),
         norm_eps=file.number("rms_norm_eps", 1e-5),
-        rope_theta=rope.number("rope_theta", 1e6),
+        rope_theta=_rope_theta(file),
+        head_dim_override=head_dim_override(file.optional_count("head_dim"), dim, heads),
+        sliding_window=file.optional_count("sliding_window"),
     )
-    file.check_unsupported("head_dim", config.head_dim)
-    return check_decoder(path, config), file.number("router_aux_loss_coef", _BALANCE_WEIGHT)
+    return check_decoder(path, config), file.number("router_aux_loss_coef", 0.0)
+
+
+def _rope_theta(file: ConfigFile) -> float:
+    """The base of the rotary frequencies, found where transformers finds it. Raises UserError on a scaled rotary."""
+    # `rope_scaling`, the name before transformers 5, replaces `rope_parameters`; a theta inside precedes the top one.
+    name = next((name for name in ("rope_scaling", "rope_parameters") if file.values.get(name)), None)
+    rope = file.section(name) if name else ConfigFile(file.file, {})
+    if "rope_type" not in rope.values and "type" in rope.values:
+        rope.values["rope_type"] = rope.values["type"]
+    rope.check_unsupported("rope_type", "default")
+    for partial in (rope, file):
+        partial.check_unsupported("partial_rotary_factor", 1)
+    theta = file.number("rope_theta", _DEFAULT_ROPE_THETA)
+    theta = rope.number("rope_theta", theta)
+    if theta == 0:
+        raise UserError(f"{file.file}: 'rope_theta' must be above 0")
+    return theta
 
 
 def _mistral_config(path: Path) -> DecoderConfig:
     file = ConfigFile(path, read_json(path))
-    for key in ("rope_scaling", "sliding_window"):
-        file.check_unsupported(key)
-    config = file.mistral_decoder()
-    file.check_unsupported("head_dim", config.head_dim)
-    return config
+    file.check_unsupported("rope_scaling")
+    return file.mistral_decoder()
 
 
 def save(
@@ -207,13 +296,14 @@ def _hugging_face_values(config: SphinxConfig, dtype: np.dtype) -> dict[str, Any
         "num_key_value_heads": language.num_kv_heads,
         "num_local_experts": language.num_experts,
         "num_experts_per_tok": language.experts_per_token,
+        "head_dim": language.head_dim,
         "vocab_size": language.vocab_size,
         "rms_norm_eps": language.norm_eps,
         "rope_theta": language.rope_theta,
         "router_aux_loss_coef": config.balance_weight,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "sliding_window": None,
+        "sliding_window": language.sliding_window,
         "torch_dtype": dtype.name,
         "bos_token_id": 1,
         "eos_token_id": 2,

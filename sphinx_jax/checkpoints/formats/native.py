@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import is_primary_process, make_mesh
 from sphinx_jax.checkpoints import reader
 from sphinx_jax.checkpoints.formats.config_files import check_decoder, check_types, check_vision
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model, layers_are_unstacked
-from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
+from sphinx_jax.checkpoints.mapping.language import EMBEDDING, HEAD, unpadded_shape, vocab_index
+from sphinx_jax.checkpoints.mapping.param_mapping import Index, ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, Tensor, read_json
 from sphinx_jax.checkpoints.writer import new_directory, write_json
 from sphinx_jax.config import SphinxConfig
@@ -41,6 +42,7 @@ def save(
     unless `overwrite` is set.
     """
     stacked = not layers_are_unstacked(params)
+    params = _without_padding(config, params)
 
     def options(keys: tuple[Any, ...], _: Any) -> ocp.SaveArgs:
         # At least one chunk per layer, so that a layer is read without reading the whole stack.
@@ -57,6 +59,27 @@ def save(
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", args=ocp.args.PyTreeSave(params, save_args=save_args))
+
+
+def _without_padding(config: SphinxConfig, params: Params) -> Params:
+    """The parameters without the padding of the vocabulary, which is no part of the model."""
+    for path in (EMBEDDING, HEAD):
+        _, module, name = path
+        index = vocab_index(config.language, path)
+        leaf = params["language"].get(module, {}).get(name)
+        if index and leaf is not None:
+            unpadded = _slice_replicated(index, leaf)
+            params = {**params, "language": {**params["language"], module: {name: unpadded}}}
+    return params
+
+
+def _slice_replicated(index: Index, leaf: jax.Array) -> jax.Array:
+    """leaf[index]; the sliced dimension, which the mesh need not divide, is replicated."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        dims = [None if i < len(index) and index[i] != slice(None) else axes for i, axes in enumerate(sharding.spec)]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*dims))
+    return jax.jit(lambda leaf: leaf[index], out_shardings=sharding)(leaf)
 
 
 def is_native(path: Path) -> bool:
@@ -126,9 +149,10 @@ def _param_mappings(config: SphinxConfig, unstacked: bool) -> list[ParamMapping]
         path = tuple(key.key for key in keys)
         if path[:2] == _LAYERS and not unstacked:
             shape = leaf.shape[1:]
-            names = [(_name((*path[:2], i, *path[2:])), (i,)) for i in range(leaf.shape[0])]
+            names: list[tuple[str, Index]] = [(_name((*path[:2], i, *path[2:])), (i,)) for i in range(leaf.shape[0])]
         else:
-            shape, names = leaf.shape, [(_name(path), ())]
+            shape = unpadded_shape(config.language, path, leaf.shape)
+            names = [(_name(path), vocab_index(config.language, path))]
         mappings += [ParamMapping(name, shape, path, index, shape, tuple(range(len(shape)))) for name, index in names]
     return mappings
 

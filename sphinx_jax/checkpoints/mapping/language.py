@@ -1,6 +1,6 @@
 """The decoder's parameters under their published names.
 
-Four styles hold the same numbers:
+Five styles hold the same numbers:
 
 - `sparse`: LLaMA2-Accessory's `mixtral_sparse*`. The experts of a layer are one tensor, whose hidden
   dimension is divided over the shards; w2 is stored transposed.
@@ -8,6 +8,8 @@ Four styles hold the same numbers:
 - `base`: LLaMA2-Accessory's `mixtral` and Mistral's first release. One tensor per expert and matrix, experts
   assigned to the shards.
 - `hugging_face`: transformers' Mixtral. As `base`, but rotary embedding rotates halves of a head, not pairs.
+- `hugging_face_fused`: the same as transformers 5 holds it in memory. The experts of a layer are one tensor for gate
+  and up projection and one for the down projection.
 
 Published matrices are [out, in], parameters [in, ..., out].
 """
@@ -20,7 +22,33 @@ from sphinx_jax.config import DecoderConfig
 
 ALL = slice(None)
 
-Style = Literal["sparse", "base", "mistral_sparse", "hugging_face"]
+EMBEDDING, HEAD = ("language", "embedding", "table"), ("language", "head", "kernel")
+"""The parameters with a dimension of `padded_vocab_size`."""
+
+
+def vocab_index(config: DecoderConfig, path: tuple[str | int, ...]) -> Index:
+    """The index that selects what files hold of the parameter at `path`: all but the padding of the vocabulary."""
+    if path not in (EMBEDDING, HEAD) or config.padded_vocab_size == config.vocab_size:
+        return ()
+    tokens = slice(0, config.vocab_size)
+    return (tokens,) if path == EMBEDDING else (ALL, tokens)
+
+
+def unpadded_shape(config: DecoderConfig, path: tuple[str | int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that files hold of the parameter of `shape` at `path`."""
+    index = vocab_index(config, path)
+    return tuple(
+        len(range(size)[index[i]]) if i < len(index) else size  # pyright: ignore[reportArgumentType]
+        for i, size in enumerate(shape)
+    )
+
+
+def vocab_padding(config: DecoderConfig, path: tuple[str | int, ...]) -> int:
+    """Elements of the parameter at `path` that are padding of the vocabulary."""
+    return (config.padded_vocab_size - config.vocab_size) * config.dim if path in (EMBEDDING, HEAD) else 0
+
+
+Style = Literal["sparse", "base", "mistral_sparse", "hugging_face", "hugging_face_fused"]
 
 _NAMES: dict[str, dict[str, str]] = {
     "sparse": {
@@ -57,6 +85,7 @@ _NAMES["hugging_face"] = {
     "router": "block_sparse_moe.gate.weight",
     "experts": "block_sparse_moe.experts.",
 }
+_NAMES["hugging_face_fused"] = _NAMES["hugging_face"] | {"router": "mlp.gate.weight", "experts": "mlp.experts."}
 
 
 def language_mappings(config: DecoderConfig, style: Style, *, unstacked: bool, prefix: str = "") -> list[ParamMapping]:
@@ -65,18 +94,16 @@ def language_mappings(config: DecoderConfig, style: Style, *, unstacked: bool, p
     `unstacked`: the parameters' layers are a list, not stacked; `prefix` is prepended to every published name.
     """
     names = _NAMES[style]
-    dim, vocab = config.dim, config.vocab_size
-    mappings = [
-        ParamMapping(
-            prefix + names["embedding"], (vocab, dim), ("language", "embedding", "table"), (), (vocab, dim), (0, 1), 1
-        )
-    ]
+    table = (config.vocab_size, config.dim)
+    # Files hold no padding: it is the end of these parameters and stays zero.
+    rows, columns = vocab_index(config, EMBEDDING), vocab_index(config, HEAD)
+    mappings = [ParamMapping(prefix + names["embedding"], table, EMBEDDING, rows, table, (0, 1), 1)]
     for i in range(config.num_layers):
         path = ("language", "layers", i) if unstacked else ("language", "layers")
         mappings += _layer_mappings(config, style, prefix + names["layer"].format(i), path, () if unstacked else (i,))
     mappings += [
-        ParamMapping(prefix + names["norm"], (dim,), ("language", "norm", "scale"), (), (dim,), (0,)),
-        ParamMapping(prefix + names["head"], (vocab, dim), ("language", "head", "kernel"), (), (vocab, dim), (1, 0), 0),
+        ParamMapping(prefix + names["norm"], table[1:], ("language", "norm", "scale"), (), table[1:], (0,)),
+        ParamMapping(prefix + names["head"], table, HEAD, columns, table, (1, 0), 0),
     ]
     return mappings
 
@@ -91,7 +118,7 @@ def _layer_mappings(
         out_dim = (kv * group if len(heads) == 2 else kv) * width
         qkv_index = (*index, ALL, ALL, columns, ALL)
         dims = len(heads)
-        if rotary and style == "hugging_face":
+        if rotary and style in ("hugging_face", "hugging_face_fused"):
             # transformers rotates elements i and i + width / 2 of a head together; here it is 2i and 2i + 1.
             view, order = (*heads, 2, width // 2, dim), (dims + 2, *range(dims), (dims + 1, dims))
         else:
@@ -136,6 +163,11 @@ def _expert_mappings(
         yield ParamMapping(stem + "w1", shape, w_in, gate, view, (0, 2, 1), 1)
         yield ParamMapping(stem + "w2", shape, w_out, index, view, (0, 1, 2), 1)
         yield ParamMapping(stem + "w3", shape, w_in, up, view, (0, 2, 1), 1)
+        return
+    if style == "hugging_face_fused":
+        view = (experts, 2, hidden, dim)
+        yield ParamMapping(stem + "gate_up_proj", (experts, 2 * hidden, dim), w_in, index, view, (0, 3, 1, 2))
+        yield ParamMapping(stem + "down_proj", (experts, dim, hidden), w_out, index, (experts, dim, hidden), (0, 2, 1))
         return
     up_shape, down_shape = (hidden, dim), (dim, hidden)
     for e in range(experts):
