@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Mapping
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding.errors import LayoutError
@@ -74,7 +74,7 @@ reduce-scatter and a later all-gather. A sequence that a mesh axis does not divi
 
 
 def partition_spec(
-    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES
 ) -> P:
     """The PartitionSpec of an array whose dimensions carry `names` (None: not sharded).
 
@@ -126,19 +126,19 @@ def partition_spec(
     return P(*(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None) for axes in assigned))
 
 
-def _divisors(size: int, assigned: list[str], mesh: Mesh) -> list[int]:
+def _divisors(size: int, assigned: list[str], mesh: Mesh | AbstractMesh) -> list[int]:
     """Mesh axis sizes that divide what is left of a dimension of `size` after the axes `assigned`."""
     remaining = size // math.prod(mesh.shape[axis] for axis in assigned)
     return [n for n in range(1, remaining + 1) if remaining % n == 0]
 
 
 def named_sharding(
-    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES
 ) -> NamedSharding:
     """The NamedSharding of `partition_spec` on `mesh`."""
     return NamedSharding(mesh, partition_spec(names, shape, mesh, rules))
 
 
-def num_shards(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> int:
+def num_shards(name: str, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> int:
     """Number of shards of a logical axis on `mesh`, if all mesh axes of its rule divide it."""
     return math.prod(mesh.shape[axis] for axis in rules[name].mesh_axes)

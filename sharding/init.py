@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from sharding.axis_rules import DEFAULT_RULES, Rules, named_sharding
 
@@ -18,7 +19,10 @@ Params = dict[str, Any]
 
 
 def abstract_params(
-    make: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh, rules: Rules = DEFAULT_RULES, dtype: Any = None
+    make: Callable[[nnx.Rngs], nnx.Module],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = DEFAULT_RULES,
+    dtype: DTypeLike | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """The module's graph definition, and its parameters as ShapeDtypeStructs with shardings. Nothing is allocated.
 
@@ -39,7 +43,7 @@ def init_params(
     seed: int,
     mesh: Mesh,
     rules: Rules = DEFAULT_RULES,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     select: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[nnx.GraphDef, Params]:
     """The module's graph definition and initialised parameters; each device computes only its own shards.

@@ -78,7 +78,7 @@ def decode_bytes(
     language = config.language
     seqs_per_device = num_seqs / _batch_shards(num_seqs, mesh, rules)
 
-    def fraction_of_experts(n: float) -> float:
+    def fraction_of_experts(n: int | float) -> float:
         """The expected fraction of experts that at least one of n tokens selects."""
         return 1 - (1 - language.experts_per_token / language.num_experts) ** n
 
@@ -113,7 +113,7 @@ def _products(config: SphinxConfig, params: Any, workload: Workload, count: int,
     return Cost(total, per_device_max)
 
 
-def _rows(config: SphinxConfig, path: Path, workload: Workload) -> float:
+def _rows(config: SphinxConfig, path: Path, workload: Workload) -> int | float:
     """The number of rows that the parameter at `path` multiplies, per sequence or per crop."""
     leaf = path[-1]
     if path[0] == "language":
@@ -127,7 +127,7 @@ def _rows(config: SphinxConfig, path: Path, workload: Workload) -> float:
     return _vision_rows(config.vision, path)
 
 
-def _vision_rows(vision: Any, path: Path) -> float:
+def _vision_rows(vision: Any, path: Path) -> int:
     """Rows per crop. Vectors (biases, norms, scales, class tokens) and position embeddings multiply nothing."""
     leaf = path[-1]
     if leaf not in ("kernel", "qkv", "out", "q", "kv", "gate_up", "depthwise"):

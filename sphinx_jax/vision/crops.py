@@ -18,10 +18,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Images = Float[Array, "batch height width channels"]
 
-
-def encoder_inputs(images: Float[Array, "batch size size 3"], config: VisionConfig) -> dict[str, Images]:
+def encoder_inputs(
+    images: Float[Array, "batch size size 3"], config: VisionConfig
+) -> dict[str, Float[Array, "crops _ _ 3"]]:
     """The input of each encoder in the config, by its name: [batch x crops, size, size, 3], float32, in its own size.
 
     `images` are normalised with CLIP's statistics. The crops of one image are consecutive: the full image, then, if
@@ -39,27 +39,33 @@ def encoder_inputs(images: Float[Array, "batch size size 3"], config: VisionConf
     return inputs
 
 
-def _resized_crops(images: Images, size: int, num_crops: int) -> Images:
+def _resized_crops(
+    images: Float[Array, "batch old old 3"], size: int, num_crops: int
+) -> Float[Array, "crops {size} {size} 3"]:
     """The vision transformers' input: every crop comes from a resized and rounded image."""
     half = to_half(images)
     full = to_half(resize(half, size))
     return full if num_crops == 1 else _with_quarters(full, to_half(resize(half, 2 * size)))
 
 
-def _original_crops(images: Images, size: int, num_crops: int) -> Images:
+def _original_crops(
+    images: Float[Array, "batch old old 3"], size: int, num_crops: int
+) -> Float[Array, "crops {size} {size} 3"]:
     """ConvNeXt's input: the quarters are the image's original pixels, and are not rounded."""
     full = to_half(resize(to_half(images), size))
     return full if num_crops == 1 else _with_quarters(full, resize(images, 2 * size))
 
 
-def _with_quarters(full: Images, double: Images) -> Images:
+def _with_quarters(
+    full: Float[Array, "batch size size 3"], double: Float[Array, "batch 2*size 2*size 3"]
+) -> Float[Array, "5*batch size size 3"]:
     """Five crops per image: the full image, and the quarters of the same image at twice the size."""
     size = full.shape[1]
     quarters = [double[:, y : y + size, x : x + size] for y in (0, size) for x in (0, size)]
     return jnp.stack([full, *quarters], axis=1).reshape(-1, *full.shape[1:])
 
 
-def _imagenet_normalised(images: Images) -> Images:
+def _imagenet_normalised(images: Float[Array, "batch size size 3"]) -> Float[Array, "batch size size 3"]:
     """Images normalised with ImageNet's statistics, from images normalised with CLIP's."""
     clip_mean, clip_std, mean, std = np.array((CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD), np.float32)
     return (images * clip_std + clip_mean - mean) / std
@@ -73,7 +79,9 @@ def to_half(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, normal)
 
 
-def resize(images: Images, size: int, scale: float | None = None) -> Images:
+def resize(
+    images: Float[Array, "batch old old channels"], size: int, scale: float | None = None
+) -> Float[Array, "batch {size} {size} channels"]:
     """Bicubic resize of square images to size x size, as by PyTorch's `interpolate`.
 
     Cubic convolution (Keys 1981) with a = -0.75, no antialiasing, samples at pixel centres, edge samples repeated; when
@@ -85,7 +93,9 @@ def resize(images: Images, size: int, scale: float | None = None) -> Images:
         return images
     taps, weights = _bicubic_taps(old, size, old / size if scale is None else 1 / scale)
 
-    def along(axis: int, x: Images) -> Images:
+    def along(
+        axis: int, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch new_height new_width channels"]:
         products = [jnp.take(x, taps[i], axis=axis) * jnp.expand_dims(weights[i], (0, 3 - axis, 3)) for i in range(4)]
         return products[0] + products[1] + products[2] + products[3]
 

@@ -38,7 +38,7 @@ class Ensemble(nnx.Module):
 
     def features(
         self, images: Float[Array, "batch size size 3"], *, remat: str = "none"
-    ) -> dict[str, Float[Array, "crops length channels"]]:
+    ) -> dict[str, Float[Array, "crops _ _"]]:
         """The output tokens of each encoder, by its name; the first dimension is batch x crops, image by image."""
         dtype = self.start[...].dtype
         inputs = encoder_inputs(images, self.config)
