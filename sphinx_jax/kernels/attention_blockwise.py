@@ -52,8 +52,8 @@ def _forward(q: Queries, k: Keys, v: Keys, mask: Mask, block_size: int) -> tuple
         # The carry holds all blocks of queries; a step updates block i in place. Invariant, per query, over the keys
         # of the blocks so far: maximum of the scores, total = sum of exp(score - maximum), out = that sum times v.
         out, maximum, total = (_block(x, i) for x in carry)
-        scores = blocking.scores(_block(q_blocks, i), _block(k_blocks, j))
-        scores = jnp.where(blocking.visible(i, j), scores, _MASKED_SCORE)
+        visible, scores = blocking.visible(i, j), blocking.scores(_block(q_blocks, i), _block(k_blocks, j))
+        scores = jnp.where(visible, scores, _MASKED_SCORE)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         # Where no key has been visible yet, all scores equal the maximum and the weights are 1: the first visible key
         # sets `rescale` to exp(-1e30 - score) = 0 and so discards them.
@@ -63,6 +63,7 @@ def _forward(q: Queries, k: Keys, v: Keys, mask: Mask, block_size: int) -> tuple
         out += _einsum_float32("bkgqs,bksd->bkgqd", weights.astype(v.dtype), _block(v_blocks, j))
         return tuple(_set_block(x, i, new) for x, new in zip(carry, (out, new_maximum, total), strict=True))
 
+    # `pvary_like`: inside a sharded_map each device has its own accumulators.
     zeros = jnp.zeros(q_blocks.shape[:-1], jnp.float32)
     init = (jnp.zeros(q_blocks.shape, jnp.float32), zeros + _MASKED_SCORE, zeros)
     out, maximum, total = blocking.loop(step, pvary_like(init, q, k, v))
@@ -116,6 +117,7 @@ class _Blocking:
             self._mask_blocks = jnp.moveaxis(_split(by_queries, 3, self._kv_size), 1, 0)
 
     def split_queries(self, x: Float[Array, "batch q_len kv_heads group width"]) -> _QueryBlocks:
+        # Heads before positions: the products of a step are batched over batch and kv_heads, without a transpose.
         return jnp.moveaxis(_split(x, 1, self._q_size), 2, 4)
 
     def split_keys(self, x: Keys) -> _KeyBlocks:
@@ -123,6 +125,7 @@ class _Blocking:
 
     def merge_blocks(self, blocks: _QueryBlocks | _KeyBlocks) -> Queries | Keys:
         """The inverse of `split_queries` or `split_keys`, without the padding."""
+        # Block and position in the block are adjacent then, and merge into one dimension.
         x = jnp.moveaxis(blocks, (0, -2), (1, 2))
         length = self._q_len if blocks.ndim == 6 else self._kv_len
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

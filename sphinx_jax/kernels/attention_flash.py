@@ -203,6 +203,7 @@ def _flash_dq_kernel(
     """Gradient of one tile of queries: d_q = scale * sum over keys of weights * (d_out v' - delta) k."""
     batch, head, tile, warpgroup, rows = _program_ids(last_tile_first=True, length=q_ref.shape[1])
     head_dim = q_ref.shape[3]
+    # A warpgroup's own parts: q and d_out [64, head_dim], lse and delta [64].
     q, d_out, lse, delta = (smem.at[warpgroup] for smem in (q_smem, d_out_smem, lse_smem, delta_smem))
 
     def compute(pipeline):
@@ -214,6 +215,7 @@ def _flash_dq_kernel(
         plgpu.barrier_wait(barrier.at[warpgroup])
         # lse and delta are constants of the loop; in the carry they stay in registers.
         d_q, *_ = pipeline((_zeros(head_dim), _load(lse, _ROW), _load(delta, _ROW)))
+        # The scale of the scores, once for the sum. Only this warpgroup reads its part of q_smem: reuse it.
         q[...] = (d_q * head_dim**-0.5).astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, d_q_ref.at[batch, rows, head])
@@ -225,6 +227,7 @@ def _flash_dq_kernel(
         # With lse the weights are normalised at once: no running maximum, no rescaling.
         weights = jnp.exp2(scores * (head_dim**-0.5 * _LOG2E) - _broadcast_rows(lse, scores.shape))
         weights = jnp.where(_causal_mask(rows.start, index[0] * TILE, scores.shape), weights, 0.0)
+        # Three products per block, against two forward. k is read by the first and the last, v by the second only.
         d_weights = _wgmma(d_out, v.transpose((1, 0)))
         plgpu.barrier_arrive(v_done)
         d_scores = weights * (d_weights - _broadcast_rows(delta, scores.shape))

@@ -62,12 +62,14 @@ class Groups(NamedTuple):
     @classmethod
     def from_counts(cls, count: Int[Array, "groups"], max_tiles: int, tile_rows: int) -> "Groups":
         """Consecutive groups of `count` rows in tiles of `tile_rows`; at most `max_tiles` tiles in all."""
+        # Each group is padded to whole tiles, so that the next one starts with a tile.
         tiles = (count + tile_rows - 1) // tile_rows
         ends = jnp.cumsum(tiles)
         index = jnp.arange(max_tiles)
         # The group of a tile: how many groups end before or at it.
         group = jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32), count.size - 1)
         first = (ends - tiles) * tile_rows
+        # A full tile for all but a group's last one; none for the tiles past the last group.
         rows = jnp.clip((first + count)[group] - index * tile_rows, 0, tile_rows)
         return cls(count, first, group, rows, ends[-1:])
 
@@ -144,6 +146,8 @@ def _grouped_outer(
             warpgroup = jax.lax.axis_index("warpgroup")
             own_rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
 
+            # The tiles of a group are adjacent and tiles_down varies fastest: thread blocks that run at the same time
+            # share the group's rows of y in the second-level cache.
             @plgpu.nd_loop((count.shape[0], tiles_across, tiles_down), collective_axes="multiprocessor")
             def _(loop):
                 group, column, row = loop.index
@@ -201,9 +205,11 @@ def _grouped_matmul(
     """
     depth, dtype, parts = x.shape[1], x.dtype, {"identity": 1, "swiglu": 2}[epilogue]
     columns = w.shape[1 if transposed else 2] // parts
+    # The shapes give the tile size: x has max_tiles whole tiles of rows.
     max_tiles = groups.group_of_tile.size
     tile_rows = x.shape[0] // max_tiles
     width = _tile_width(columns, max_tiles, parts, multiprocessors)
+    # One warpgroup per 64 rows; both multiply by the same blocks of w, which are in shared memory once.
     warpgroups, tiles_across, swizzle = tile_rows // _WARPGROUP_ROWS, columns // width, _swizzle(dtype)
     stages = min(8, _STAGES_BYTES // (_BLOCK_K * (tile_rows + width * parts) * dtype.itemsize))
 
@@ -238,6 +244,7 @@ def _grouped_matmul(
             warpgroup = jax.lax.axis_index("warpgroup")
             own_rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
 
+            # A dynamic number of tiles, dealt to the multiprocessors in turn: number b, b + multiprocessors, ...
             @plgpu.nd_loop((num_tiles[0] * tiles_across,), collective_axes="multiprocessor")
             def _(loop):
                 row, column = _raster_position(loop.index[0], num_tiles[0], tiles_across)
@@ -275,6 +282,7 @@ def _grouped_matmul(
                         _release_stage(allocations, step[0] - 1, stages)
                         return accumulators
 
+                    # The copying warpgroup starts with the next tile while the others are in this one's epilogue.
                     rows_gmem = x_gmem.at[pl.ds(row * tile_rows, tile_rows), :]
                     pipeline(multiply, compute_context=compute)(
                         rows_gmem, *map(matrix_columns, range(parts)), allocations=allocations
@@ -301,6 +309,7 @@ def _apply_epilogue(*accumulators) -> Float[Array, "64 width"]:
     """One accumulator as it is; of gate and up silu(gate) * up."""
     if len(accumulators) == 1:
         return accumulators[0][...]
+    # In float32, before the one rounding to the dtype of the result.
     gate, up = (accumulator[...] for accumulator in accumulators)
     return gate / (1 + jnp.exp(-gate)) * up
 

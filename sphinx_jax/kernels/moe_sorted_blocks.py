@@ -50,9 +50,11 @@ def block_sizes(rows: int, experts: int, max_size: int) -> tuple[int, ...]:
     of a large block per expert. A large block holds up to twice the mean load of an expert, so that one is enough for
     most; with fewer rows than experts it is one row.
     """
+    # A power of two, so that the small size divides it.
     large = 1
     while large < max_size and large * experts <= rows:
         large *= 2
+    # A quarter of the large size, but not fewer than 4 rows: there a product is limited by reading the matrix.
     small = max(large // 4, min(large, 4))
     return (large, small) if small < large else (large,)
 
@@ -95,9 +97,11 @@ class SortedAssignments(NamedTuple):
 
     @classmethod
     def sort(cls, experts: ExpertIds, num_experts: int, padding: int) -> "SortedAssignments":
+        # Assignments to experts elsewhere have the largest number, and so are the last rows.
         flat = experts.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         count = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+        # Assignment t k + j is of token t. Padding rows compute token 0, and nothing reads their results.
         token = jnp.pad(order // experts.shape[1], (0, padding))
         return cls(order, token, jnp.cumsum(count) - count, count, jnp.argsort(count == 0, stable=True))
 
@@ -140,6 +144,7 @@ class SortedAssignments(NamedTuple):
         self, rows: Float[Array, "padded width"], experts: ExpertIds, num_experts: int
     ) -> Float[Array, "tokens k width"]:
         """Rows in the order of the assignments, zero where an assignment is to an expert elsewhere."""
+        # The argsort of a permutation is its inverse; it drops the padding as well.
         unsorted = rows[jnp.argsort(self.order)].reshape(*experts.shape, *rows.shape[1:])
         local = experts < num_experts
         return jnp.where(local.reshape(*local.shape, *(1,) * (unsorted.ndim - 2)), unsorted, 0)
@@ -153,12 +158,14 @@ def _expert_matrices(
     stacks: tuple[Weight, ...], expert: int | Int[Array, ""], dtype: DTypeLike
 ) -> tuple[Float[Array, "_ _"], ...]:
     """(w,) or (w, a, b) of one expert as matrices, gate and up being one; quantized ones are dequantized."""
+    # [dim, 2, hidden] becomes [dim, 2 hidden]: gate and up are one product. The LoRA factors likewise.
     matrices = (gathered_matrix(stack, expert).astype(dtype) for stack in stacks)
     return tuple(w.reshape(w.shape[0], -1) for w in matrices)
 
 
 def _matmul(x, w, a=None, b=None):
     """x w, or with LoRA factors x (w + a b)."""
+    # From left to right: [size, rank] is the only intermediate array, and it is small.
     return x @ w if a is None else x @ w + (x @ a) @ b
 
 
@@ -192,6 +199,7 @@ def _forward(
 ) -> tuple[Tokens, tuple]:
     """The sum over each token's experts; with `save_residuals` also the sorted assignments, and gate and up by row."""
     num_experts, dim, _, hidden = w_in.shape
+    # The stacks of each of the two projections: the matrix, and its LoRA factors if there are any.
     in_stacks, out_stacks = (w_in, *factors[:2]), (w_out, *factors[2:])
     rows = SortedAssignments.sort(experts, num_experts, padding=sizes[0])
     # The buffers depend on the input: XLA hoists constant zeros, and would write those of all layers at the start.
@@ -220,6 +228,7 @@ def _forward(
 
     buffers = (empty(dim), empty(2 * hidden)) if save_residuals else (empty(dim),)
     out, *gate_up = rows.loop_over_experts(expert, buffers, unroll=in_place)
+    # The router weights are applied by token, after the rows are back in the order of the assignments.
     y = jnp.sum(rows.unsort(out, experts, num_experts) * weights[..., None], axis=1)
     return y, (rows, *gate_up)
 
@@ -273,6 +282,7 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
         def set_expert(stack, gradient):
             return _update(stack, gradient.reshape(1, *stack.shape[1:]).astype(stack.dtype), e, 0)
 
+        # Carry: dx and dweight by row, and the gradients of the stacks, of which this expert's slice is written here.
         dx, dweight, *stacks = carry
         zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_trainable(*w_in), *_trainable(*w_out)))
         dx, dweight, *sums = rows.loop_over_blocks(e, sizes, block, (dx, dweight, *zeros))
@@ -284,6 +294,7 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
     # Experts without rows keep the zero gradient.
     zeros = map(jnp.zeros_like, (*_trainable(*in_stacks), *_trainable(*out_stacks)))
     dx, dweight, *gradients = rows.loop_over_experts(expert, (empty(dim), empty(1), *zeros))
+    # A token's gradient is the sum over its k rows; the router weight's is that of its own row.
     dx = jnp.sum(rows.unsort(dx, experts, num_experts), axis=1)
     dweights = rows.unsort(dweight, experts, num_experts)[..., 0]
     return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ()))
