@@ -167,7 +167,7 @@ def _shard_mismatches(mappings: list[ParamMapping], shards: list[Mapping[str, Te
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if there is none."""
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

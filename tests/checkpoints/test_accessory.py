@@ -226,6 +226,13 @@ def test_unreadable_json(accessory_directory, name, text):
     assert str(path / name) in _error(path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "meta.json"])
+def test_byte_order_mark_before_json(accessory_directory, config, name):
+    path = accessory_directory()
+    (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    assert accessory.open_directory(path).config == config
+
+
 def test_unknown_model(accessory_directory):
     path = accessory_directory()
     _edit(path, "meta.json", lambda m: m.update(llama_type="llama_ens"))
