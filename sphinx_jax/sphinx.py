@@ -1,5 +1,6 @@
-"""The public face: a loaded model that reads pictures and text and answers."""
+"""The public face: a loaded model that takes images and text and answers."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,24 +16,24 @@ from PIL import Image
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.data.conversation import DEFAULT_TEMPLATE, Conversation
-from sphinx_jax.data.images import open_image, padded_resize, to_rgb
+from sphinx_jax.data.conversation import Conversation
+from sphinx_jax.data.images import load_image, padded_resize
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
+from sphinx_jax.inference import generate
 from sphinx_jax.inference.batch_file import Progress, answer_file
 from sphinx_jax.inference.chat import Chat
 from sphinx_jax.inference.engine import MAX_MODEL_LEN, Engine
+from sphinx_jax.inference.generate import MAX_NUM_SEQS
 from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
-from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.inference.serving import MAX_NUM_SEQS, Session, answer_all
-from sphinx_jax.inference.stop_strings import check_stops
-from sphinx_jax.kernels.quantized import GROUP, Kind, Quantized
+from sphinx_jax.inference.sampling import GREEDY, SamplingParams
+from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
 from sphinx_jax.quantization import quantized
 
 ImageLike = Image.Image | str | Path | np.ndarray | PreparedImage
 """A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
-or what `Sphinx.picture` made of one, which saves the scaling when it is used again."""
+or what `Sphinx.prepare_image` made of one, which saves the resizing when it is used again."""
 
 
 def load(
@@ -41,42 +42,43 @@ def load(
     dtype: str | None = None,
     *,
     max_model_len: int = MAX_MODEL_LEN,
-    quantize: Kind | None = None,
+    quantize: QuantizedDtype | None = None,
     offload: bool = False,
-    prepare: Callable[["Sphinx"], None] | None = None,
+    compile_for: Callable[["Sphinx"], None] | None = None,
 ) -> "Sphinx":
     """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
 
-    `mesh` is what it is laid out on, by default all devices; `dtype` "bfloat16" or "float32", by default as
-    stored; `max_model_len` how many positions, the picture included, a prompt and its answer may take; `quantize` "int8" or
-    "int4" keeps the decoder's matrices in few bits, each rounded as soon as it is read; `offload` keeps its layers in
-    host memory, and on the devices two of them at a time (see `inference.offload`). `prepare` is called with the model
-    while its weights are being read, to compile what it will be asked (see `Sphinx.prepare`); with `quantize` or
-    `offload` it is not, and all is compiled when it is asked.
+    `mesh` is what it is sharded over, by default all devices; `dtype` "bfloat16" or "float32", by default as stored;
+    `max_model_len` how many positions a prompt, its image and its answer may take; `quantize` "int8" or "int4" keeps
+    the decoder's matrices quantized (weight-only), each as soon as it is read; `offload` keeps its layers in host
+    memory, and two of them at a time on the devices (`inference.layer_offload`). `compile_for` is called with the model
+    while its weights are being read, to compile what will run (`Sphinx.compile_for`); with `quantize` or `offload` it
+    is not called, and programs are compiled when they are first needed.
     Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
     """
-    if quantize not in (None, *GROUP):
-        raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP)}")
+    if quantize not in (None, *GROUP_SIZE):
+        raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP_SIZE)}")
 
-    def keep(path: tuple[str | int, ...], array: jax.Array) -> Any:
-        kept = quantized(path, array, quantize) if quantize else array
-        return in_host_memory(path, kept) if offload else kept
+    def transform(path: tuple[str | int, ...], array: jax.Array) -> Any:
+        weights = quantized(path, array, quantize) if quantize else array
+        return in_host_memory(path, weights) if offload else weights
 
-    prepared: list[Sphinx] = []
+    abstract: list[Sphinx] = []
 
-    def on_abstract_model(promised: Loaded) -> None:
-        prepared.append(Sphinx(promised, max_model_len))
-        prepare(prepared[0])
+    def on_abstract_model(loaded: Loaded) -> None:
+        abstract.append(Sphinx(loaded, max_model_len))
+        compile_for(abstract[0])
 
-    # Parameters that are kept in another form are not those that are promised.
-    as_read = prepare if not (quantize or offload) else None
-    loaded = checkpoints.load(
-        path, mesh, dtype, unstacked=True, keep=keep, on_abstract_model=as_read and on_abstract_model
-    )
-    if not prepared:
-        return Sphinx(loaded, max_model_len, offload)
-    prepared[0].set_params(loaded.params)
-    return prepared[0]
+    # Transformed parameters are not what the programs of the abstract model are compiled for.
+    callback = on_abstract_model if compile_for and not (quantize or offload) else None
+    loaded = checkpoints.load(path, mesh, dtype, unstacked=True, transform=transform, on_abstract_model=callback)
+    if abstract:
+        model = abstract[0]
+        model.set_params(loaded.params)
+    else:
+        model = Sphinx(loaded, max_model_len, offload)
+    model.path = Path(path).resolve()
+    return model
 
 
 class Sphinx:
@@ -84,40 +86,40 @@ class Sphinx:
 
     def __init__(self, loaded: Loaded, max_model_len: int = MAX_MODEL_LEN, offload: bool = False):
         if loaded.tokenizer_bytes is None:
-            raise UserError("the checkpoint has no tokenizer.model; copy the model's own beside the weights")
+            raise UserError("the checkpoint has no tokenizer.model; copy the model's own next to the weights")
         self.config: SphinxConfig = loaded.config
         self.mesh: Mesh = loaded.mesh
         self.tokenizer = Tokenizer(loaded.tokenizer_bytes)
         self._params = loaded.params
+        self.path: Path | None = None
+        """The checkpoint that it was loaded from."""
         if offload:
             self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
         else:
             self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
 
-    def prepare(self, prompt: str, image: bool, *, max_new_tokens: int = 512, stop: Sequence[str] = ()) -> None:
-        """Compile what `stream` takes for this question, with a picture or without one, and run nothing.
+    def compile_for(self, prompt: str, has_image: bool, *, max_new_tokens: int = 512) -> None:
+        """Compile what `stream` takes for this prompt, with an image or without one, and run nothing.
 
-        For `prepare` of `load`, when there are no weights yet.
+        For `compile_for` of `load`, when there are no weights yet.
         """
-        size = self.config.vision.image_size if image else 0
-        picture = PreparedImage.of(np.zeros((size, size, 3), np.float32)) if image else None
-        request = self.request(prompt, picture, max_new_tokens=max_new_tokens)
-        self.engine.prepare(request, check_stops(self.stops(stop)))
+        size = self.config.vision.image_size if has_image and self.config.vision else 0
+        image = PreparedImage.of(np.zeros((size, size, 3), np.float32)) if has_image else None
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        generate.compile_alone(self.engine, self.request(prompt, image, params))
 
     def set_params(self, params: Params) -> None:
-        """The weights that were promised."""
+        """The weights of a model that was abstract."""
         self._params = self.engine.params = params
 
-    def picture(self, image: ImageLike) -> PreparedImage:
+    def prepare_image(self, image: ImageLike) -> PreparedImage:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
         if isinstance(image, PreparedImage):
             return image
         if self.config.vision is None:
-            raise UserError("this model reads text only; leave the picture out, or load a checkpoint with encoders")
+            raise UserError("this model takes text only; leave the image out, or load a checkpoint with encoders")
         size = self.config.vision.image_size
-        if isinstance(image, str | Path):
-            image = open_image(image)
-        elif not isinstance(image, Image.Image):
+        if not isinstance(image, str | Path | Image.Image):
             image = np.asarray(image)
             if image.dtype == np.float32 and image.shape == (size, size, 3):
                 return PreparedImage.of(image)
@@ -127,138 +129,125 @@ class Sphinx:
                     f"got {image.dtype}{list(image.shape)}"
                 )
             image = Image.fromarray(image)
-        return PreparedImage.of(padded_resize(to_rgb(image), size))
+        return PreparedImage.of(padded_resize(load_image(image), size))
 
     def logits(
         self, tokens: Int[np.ndarray, "batch text"], images: Iterable[ImageLike] | None = None
     ) -> Float[Array, "batch text vocab"]:
-        """Scores of the word after each token, teacher-forced, float32. Pictures stand after the first token."""
-        pictures = None if images is None else [self.picture(image) for image in images]
-        return self.engine.logits(np.asarray(tokens, np.int32), pictures)
+        """Logits of the token after each token, teacher-forced, float32. Images are inserted after the first token."""
+        prepared = None if images is None else [self.prepare_image(image) for image in images]
+        logits = self.engine.logits(np.asarray(tokens, np.int32), prepared)
+        # A table padded for meshes has logits that belong to no token.
+        return logits[..., : self.config.language.vocab_size]
 
     def encode_images(self, images: Iterable[ImageLike]) -> Float[Array, "batch crops tokens dim"]:
-        """The pictures as words of the language model, without the start and end vectors."""
-        return jnp.stack(self.engine.encode([self.picture(image) for image in images]))
+        """The image embeddings, before the start and end vectors."""
+        return jnp.stack(self.engine.encode([self.prepare_image(image) for image in images]))
 
     def generate(
         self,
         prompts: Sequence[str],
         images: Iterable[ImageLike | None] | None = None,
+        params: SamplingParams = GREEDY,
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        seed: int | Sequence[int] = 0,
-        stop: Sequence[str] = (),
+        seed: int | Sequence[int] | None = None,
         **options: Any,
     ) -> list[str]:
-        """The answer to each question. The options, and more of them, are those of `complete`."""
-        completions = self.complete(
-            prompts,
-            images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            **options,
-        )
-        return [completion.text for completion in completions]
+        """The answer to each prompt. The arguments are those of `complete`."""
+        return [completion.text for completion in self.complete(prompts, images, params, seed=seed, **options)]
 
     def complete(
         self,
         prompts: Sequence[str],
         images: Iterable[ImageLike | None] | None = None,
+        params: SamplingParams = GREEDY,
         *,
-        max_new_tokens: int = 512,
-        seed: int | Sequence[int] = 0,
-        stop: Sequence[str] = (),
+        seed: int | Sequence[int] | None = None,
         raw: bool = False,
         max_num_seqs: int = MAX_NUM_SEQS,
-        **sampling: float,
+        **options: Any,
     ) -> list[Completion]:
         """Like `generate`, with tokens, their log-probabilities, and why each answer ended.
 
-        `prompts` are questions, put into the conversation template; with `raw` they are taken as they are, and
-        nothing but EOS and `stop` ends the answer. `images` gives each prompt its picture, or None.
-        `sampling` are the fields of `SamplingParams`: temperature, top_p, top_k, repetition_penalty. An answer depends on
-        its own prompt, picture and seed alone; give a list of seeds to draw several for one prompt. At most `max_num_seqs`
-        are answered at a time.
-        Raises UserError on a prompt that does not fit the context, or an option outside its range.
+        `prompts` are questions, put into the conversation template; with `raw` they are taken as they are, and nothing
+        but EOS and stop strings ends the answer. `images` gives each prompt its image, or None. `options` are fields of
+        `SamplingParams`, which replace those of `params`: `max_new_tokens`, `temperature`, `top_p`, `stop`, ... An
+        answer depends on its own prompt, image and seed alone; give a list of seeds to draw several for one prompt. At
+        most `max_num_seqs` sequences run at a time.
+        Raises UserError on a prompt that does not fit, or an option outside its range.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of texts, got the text {prompts!r:.60}; write [prompt]")
+        if isinstance(images, str | Path | Image.Image | PreparedImage):
+            raise UserError("images must be a list with one image, or None, for each prompt; write [image]")
         prompts = list(prompts)
         images = [None] * len(prompts) if images is None else list(images)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        params = sampling_params(params, options)
+        seeds = [params.seed if seed is None else seed] * len(prompts) if not isinstance(seed, Sequence) else list(seed)
         for name, values in (("images", images), ("seeds", seeds)):
             if len(values) != len(prompts):
                 raise UserError(f"{len(prompts)} prompts but {len(values)} {name}; give one for each prompt")
         requests = (
-            self.request(prompt, image, max_new_tokens=max_new_tokens, seed=number, raw=raw)
-            for prompt, image, number in zip(prompts, images, seeds, strict=True)
+            self.request(prompt, image, dataclasses.replace(params, seed=own_seed), raw=raw)
+            for prompt, image, own_seed in zip(prompts, images, seeds, strict=True)
         )
-        return answer_all(self.engine, requests, SamplingParams(**sampling), self.stops(stop, raw), max_num_seqs)
+        return generate.run_all(self.engine, requests, max_num_seqs)
 
     def stream(
         self,
         prompt: str,
         image: ImageLike | None = None,
+        params: SamplingParams = GREEDY,
         *,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        stop: Sequence[str] = (),
         raw: bool = False,
-        **sampling: float,
+        **options: Any,
     ) -> Iterator[str]:
-        """The text that `generate` gives, piece by piece as it comes."""
-        request = self.request(prompt, image, max_new_tokens=max_new_tokens, seed=seed, raw=raw)
-        session = Session(self.engine, self.engine.cache_len_needed(request))
-        return session.stream(request, SamplingParams(**sampling), self.stops(stop, raw))
+        """The text that `generate` gives, as it becomes certain."""
+        request = self.request(prompt, image, sampling_params(params, options), raw=raw)
+        return generate.stream_alone(self.engine, request)
 
-    def chat(
-        self,
-        image: ImageLike | None = None,
-        *,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        **sampling: float,
-    ) -> Chat:
-        """A conversation about a picture, or none, that remembers its turns."""
-        return Chat(
-            self.engine,
-            None if image is None else self.picture(image),
-            max_new_tokens=max_new_tokens,
-            sampling=SamplingParams(**sampling),
-            seed=seed,
-            stop=tuple(stop),
-        )
+    def chat(self, image: ImageLike | None = None, params: SamplingParams = GREEDY, **options: Any) -> Chat:
+        """A conversation about an image, or none, that remembers its turns."""
+        prepared = None if image is None else self.prepare_image(image)
+        return Chat(self.engine, prepared, sampling_params(params, options))
 
     def answer_file(
         self,
         source: str | os.PathLike,
         out: str | os.PathLike,
+        params: SamplingParams = GREEDY,
         *,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        stop: Sequence[str] = (),
         max_num_seqs: int = MAX_NUM_SEQS,
         logprobs: bool = False,
-        **sampling: float,
+        prefix_bytes: int | None = None,
+        **options: Any,
     ) -> Iterator[Progress]:
-        """Answer a file of questions, line by line as `inference.batch` describes; goes on where it was stopped."""
+        """Answer a file of questions, line by line as `inference.batch_file` describes; resumes where it was stopped.
+
+        `prefix_bytes` bounds the pool of prefixes on each device: 0 turns prefix reuse off.
+        """
+        params = sampling_params(params, options)
         return answer_file(
             self.engine,
             Path(source),
             Path(out),
-            self.picture,
-            lambda prompt, picture: self.request(prompt, picture, max_new_tokens=max_new_tokens, seed=seed),
-            sampling=SamplingParams(**sampling),
-            stops=self.stops(stop),
+            self.prepare_image,
+            lambda prompt, image: self.request(prompt, image, params),
+            settings=self._settings() | dataclasses.asdict(params),
             max_num_seqs=max_num_seqs,
             logprobs=logprobs,
+            prefix_bytes=prefix_bytes,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides answers besides the prompt and its sampling."""
+        leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
+        return {
+            "checkpoint": None if self.path is None else str(self.path),
+            "dtype": str(self._params["language"]["embedding"]["table"].dtype),
+            "quantized": any(isinstance(leaf, Quantized) for leaf in leaves),
+            "max_model_len": self.engine.max_model_len,
+        }
 
     def save(
         self,
@@ -270,29 +259,25 @@ class Sphinx:
 
         Raises UserError if it does, or the format cannot hold the model, or the model is quantized.
         """
-        is_quantized = lambda x: isinstance(x, Quantized)
-        if any(map(is_quantized, jax.tree.leaves(self._params, is_leaf=is_quantized))):
+        leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
+        if any(isinstance(leaf, Quantized) for leaf in leaves):
             raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")
         checkpoints.save(path, self.config, self._params, self.tokenizer.model_bytes, format, shards)
 
     def request(
-        self,
-        prompt: str,
-        image: ImageLike | None = None,
-        *,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        raw: bool = False,
+        self, prompt: str, image: ImageLike | None = None, params: SamplingParams = GREEDY, *, raw: bool = False
     ) -> Request:
-        """One prompt as the engine takes it."""
+        """One prompt as the scheduler takes it."""
         if raw:
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
             tokens = Conversation.from_pairs([(prompt, None)]).prompt_tokens(self.tokenizer)
-        return Request(tokens, None if image is None else self.picture(image), max_new_tokens, seed)
+        return Request(tokens, None if image is None else self.prepare_image(image), params, raw)
 
-    def stops(self, stop: Sequence[str], raw: bool = False) -> tuple[str, ...]:
-        """The stop strings given, and the one that ends every answer of the template."""
-        if isinstance(stop, str):
-            raise UserError(f"stop must be a list of texts, got the text {stop!r}; write [{stop!r}]")
-        return tuple(stop) if raw else (DEFAULT_TEMPLATE.response_end_signal, *stop)
+
+def sampling_params(params: SamplingParams, options: dict[str, Any]) -> SamplingParams:
+    """`params` with the fields in `options` replaced. Raises UserError on a name that is no field."""
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    if unknown := sorted(options.keys() - names):
+        raise UserError(f"unknown option {unknown[0]!r}; choose from {', '.join(sorted(names))}")
+    return dataclasses.replace(params, **options)

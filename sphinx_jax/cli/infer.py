@@ -1,9 +1,9 @@
-"""Ask a model about pictures: one question, a chat, or a file of questions.
+"""Ask a model about images: one question, a chat, or a file of questions.
 
 Examples:
-  python infer.py                                       three held-out pictures, asked of the newest run
+  python infer.py                                       three held-out images, asked of the newest run
   python infer.py --image cat.jpg --prompt "What is this?"
-  python infer.py --image cat.jpg                       chat about a picture
+  python infer.py --image cat.jpg                       chat about an image
   python infer.py --chat                                chat without one
   python infer.py --batch questions.jsonl --out answers.jsonl
   python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
@@ -22,24 +22,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 import sharding
 import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
 from sphinx_jax.cli import common
-from sphinx_jax.cli.infer_options import Options, check_files, check_options, choice
+from sphinx_jax.cli.infer_options import Options, check_files, check_options
 from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.config import preset
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
 
 HELD_OUT = (0, 1, 4)
-"""Pictures of easy-vqa's test set that are shown when nothing is asked."""
+"""Images of easy-vqa's test set that are shown when nothing is asked."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load, answer as the options say, and tell how long it took; returns the exit code."""
+    """Load, answer as the options say, and print how long it took; returns the exit code."""
     start = time.perf_counter()
     options = common.parse(Options, argv, "infer.py", __doc__)
     check_options(options)
@@ -47,30 +48,38 @@ def main(argv: Sequence[str]) -> int:
         return plan(options)
     processes = sharding.start_processes(options.processes)
     if processes > 1:
-        common.only_answers_on_stdout()
-    common.keep_compiled_programs()
+        common.divert_native_stdout()
+    common.enable_compilation_cache()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
     sharding.broadcast_from_primary(lambda: check_files(options))
     own_mesh = options.mesh != sharding.MeshShape()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
     checkpoint = options.checkpoint or sharding.broadcast_from_primary(default_checkpoint)
-    nothing_asked = not (options.batch or options.image or options.chat or options.prompt is not None)
-    if processes > 1 and not (nothing_asked or options.batch or options.prompt is not None):
+    is_asked = bool(options.batch or options.image or options.chat or options.prompt is not None)
+    if processes > 1 and is_asked and not options.batch and options.prompt is None:
         raise UserError(
             "a chat runs in one process; several answer one question (--prompt) or a file of them (--batch)"
         )
-    held_out = sharding.broadcast_from_primary(read_held_out) if nothing_asked else []
+    held_out = sharding.broadcast_from_primary(read_held_out) if not is_asked else []
 
-    memory = {"max_model_len": options.max_model_len, "quantize": options.quantize, "offload": options.offload}
-    asked = options.prompt is not None and processes == 1
-    model = sphinx_jax.load(checkpoint, mesh, options.dtype, **memory, prepare=prepare(options) if asked else None)
+    compiles_ahead = options.prompt is not None and processes == 1
+    model = sphinx_jax.load(
+        checkpoint,
+        mesh,
+        options.dtype,
+        max_model_len=options.max_model_len,
+        quantize=options.quantize,
+        offload=options.offload,
+        compile_for=compile_for(options) if compiles_ahead else None,
+    )
     sharding.check_processes(model.mesh)
-    say(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
+    remark(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
+    code = 0
     if options.batch:
-        answer_batch(model, options)
-    elif nothing_asked:
+        code = answer_batch(model, options)
+    elif not is_asked:
         show(model, held_out, options)
     elif options.prompt is not None:
         first_token = answer(model, options)
@@ -78,24 +87,25 @@ def main(argv: Sequence[str]) -> int:
     else:
         chat(model, options)
     times += [f"compiling took {model.engine.compile_seconds:.1f} s", f"all {time.perf_counter() - start:.1f} s"]
-    say(", ".join(times))
-    return 0
+    remark(", ".join(times))
+    return code
 
 
 def plan(options: Options) -> int:
-    """Say whether it would fit on the cards that --gpu and --num-gpus name; 0 if it does, 1 if not."""
-    opened = checkpoints.open(options.checkpoint) if options.checkpoint else None
-    config = opened.config if opened else preset(options.preset or "sphinx-moe-1k")
-    name = str(options.checkpoint or options.preset or "sphinx-moe-1k")
-    dtype = options.dtype or (opened.dtype if opened else "bfloat16")
-    max_num_seqs = options.max_num_seqs if options.batch else 1
-    size = {
-        "quantize": options.quantize,
-        "offload": options.offload,
-        "max_num_seqs": max_num_seqs,
-        "max_model_len": options.max_model_len,
-    }
-    return plan_inference(options.planning, name, config, options.mesh, dtype=dtype, **size)
+    """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    source = checkpoints.open(options.checkpoint) if options.checkpoint else None
+    config = source.config if source else preset(options.preset or "sphinx-moe-1k")
+    return plan_inference(
+        options.planning,
+        str(options.checkpoint or options.preset or "sphinx-moe-1k"),
+        config,
+        options.mesh,
+        dtype=options.dtype or (source.dtype if source else "bfloat16"),
+        quantize=options.quantize,
+        offload=options.offload,
+        max_num_seqs=options.max_num_seqs if options.batch else 1,
+        max_model_len=options.max_model_len,
+    )
 
 
 def default_checkpoint() -> Path:
@@ -107,7 +117,7 @@ def default_checkpoint() -> Path:
 
 
 def read_held_out() -> list[tuple[Path, str, str]]:
-    """Picture, question and true answer of a few pictures that no training saw."""
+    """Image, question and true answer of a few images that no training saw."""
     from sphinx_jax.data import easy_vqa
 
     records = easy_vqa.load("test")
@@ -116,30 +126,30 @@ def read_held_out() -> list[tuple[Path, str, str]]:
 
 
 def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options) -> None:
-    """Ask what is known about held-out pictures, and print it beside the truth."""
+    """Ask what is known about held-out images, and print it next to the truth."""
     images, questions, truths = zip(*held_out, strict=True)
-    pictures = sharding.broadcast_from_primary(lambda: [model.picture(image) for image in images])
-    answers = model.generate(questions, pictures, **choice(options))
+    prepared = sharding.broadcast_from_primary(lambda: [model.prepare_image(image) for image in images])
+    answers = model.generate(questions, prepared, options.sampling)
     if not is_primary_process():
         return
-    for image, question, truth, said in zip(images, questions, truths, answers, strict=True):
-        print(f"{image}\n  question: {question}\n  answer:   {said}\n  truth:    {truth}")
+    for image, question, truth, given in zip(images, questions, truths, answers, strict=True):
+        print(f"{image}\n  question: {question}\n  answer:   {given}\n  truth:    {truth}")
 
 
-def prepare(options: Options) -> Callable[[Sphinx], None]:
-    """Compiles what the question takes while the model is read."""
-    chosen = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
-    return lambda model: model.prepare(options.prompt, options.image is not None, **chosen)
+def compile_for(options: Options) -> Callable[[Sphinx], None]:
+    """Compiles what the question takes while the weights are read."""
+    max_new_tokens = options.sampling.max_new_tokens
+    return lambda model: model.compile_for(options.prompt, options.image is not None, max_new_tokens=max_new_tokens)
 
 
 def answer(model: Sphinx, options: Options) -> float:
-    """Print the answer to one question as it comes; when its first piece came."""
+    """Print the answer to one question as it comes; when its first text came."""
     first = None
-    picture = sharding.broadcast_from_primary(lambda: options.image and model.picture(options.image))
-    for piece in model.stream(options.prompt, picture, **choice(options)):
+    image = sharding.broadcast_from_primary(lambda: options.image and model.prepare_image(options.image))
+    for text in model.stream(options.prompt, image, options.sampling):
         first = first or time.perf_counter()
         if is_primary_process():
-            print(piece, end="", flush=True)
+            print(text, end="", flush=True)
     if is_primary_process():
         print()
     return first or time.perf_counter()
@@ -147,28 +157,35 @@ def answer(model: Sphinx, options: Options) -> float:
 
 def chat(model: Sphinx, options: Options) -> None:
     """A conversation on the terminal, or with whatever feeds standard input."""
-    conversation = model.chat(options.image, **choice(options))
+    conversation = model.chat(options.image, options.sampling)
     if sys.stdin.isatty():
-        chat_on_terminal(conversation, options.image, model.picture)
+        chat_on_terminal(conversation, options.image, model.prepare_image)
     else:
         chat_in_pipe(conversation)
 
 
-def answer_batch(model: Sphinx, options: Options) -> None:
-    """Answer a file of questions, with a progress bar."""
-    chosen = choice(options) | {"max_num_seqs": options.max_num_seqs, "logprobs": options.logprobs}
+def answer_batch(model: Sphinx, options: Options) -> int:
+    """Answer a file of questions, with a progress bar; the exit code is 1 if no line of it has an answer."""
+    progress = model.answer_file(
+        options.batch,
+        options.out,
+        options.sampling,
+        max_num_seqs=options.max_num_seqs,
+        logprobs=options.logprobs,
+        prefix_bytes=None if options.prefix_cache_mib is None else options.prefix_cache_mib << 20,
+    )
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn()
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True, quiet=not is_primary_process())) as bar:
+    with ProgressBar(*columns, console=Console(stderr=True, quiet=not is_primary_process())) as bar:
         task = bar.add_task("", total=None, speed=0.0)
-        for done in model.answer_file(options.batch, options.out, **chosen):
+        for done in progress:
             completed = done.skipped + done.answered + done.failed
             bar.update(task, total=done.total, completed=completed, speed=done.tokens / (time.perf_counter() - start))
-    say(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")
+    remark(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")
+    return 0 if done.answered or done.skipped else 1
 
 
-def say(text: str) -> None:
-    """A remark beside the answers: dim, on standard error, of the first process."""
-    Console(stderr=True, highlight=False, quiet=not is_primary_process()).print(
-        text, style="dim", markup=False, soft_wrap=True
-    )
+def remark(text: str) -> None:
+    """A remark that is no answer: dim, on standard error, of the primary process."""
+    console = Console(stderr=True, highlight=False, emoji=False, quiet=not is_primary_process())
+    console.print(text, style="dim", markup=False, soft_wrap=True)

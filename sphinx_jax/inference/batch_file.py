@@ -1,31 +1,35 @@
-"""A file of questions in, a file of answers out: rows kept full, restartable, a bad line harms no other.
+"""A file of questions in, a file of answers out: all batch slots kept full, resumable, a bad line harms no other.
 
     {"id": 7, "image": "cat.jpg", "prompt": "What is this?"}  ->  {"id": 7, "answer": "A cat."}
 
-`image` may be null or missing. A relative path is looked up in the working directory, then beside the file
-of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error": "..."}.
+`image` may be null, missing, or a data URI. A relative path is looked up in the working directory, then next to the
+file of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error": "..."}.
 """
 
+import base64
+import codecs
 import collections
 import contextlib
 import dataclasses
 import functools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from sharding import broadcast_each_from_primary, broadcast_from_primary, is_primary_process
+from sphinx_jax.data.images import load_image
 from sphinx_jax.errors import UserError
+from sphinx_jax.inference import generate
+from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import PreparedImage, Request
-from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.inference.serving import serve
 
 AHEAD = 32
-"""Lines whose pictures are opened while the model works."""
+"""Lines whose images are opened while the model works."""
 
 THREADS = 2
 
@@ -57,16 +61,21 @@ class Progress:
 def read_questions(source: Path) -> list[Question]:
     """The lines of a file of questions, empty ones left out. Raises UserError if it has none or cannot be read."""
     try:
-        lines = source.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--batch {source}: cannot read the file ({error.strerror})") from error
+        data = source.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--batch {str(source)!r:.300}: cannot read the file ({reason})") from error
+    if _is_array(data):
+        raise UserError(
+            f"--batch {source}: the file is one JSON array; write one object on each line, as `jq -c '.[]'` does"
+        )
     questions, seen = [], {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         question = _parse(number, line)
         if question.error is None:
-            first = seen.setdefault(_key(question.id), number)
+            first = seen.setdefault(key_of(question.id), number)
             if first != number:
                 error = f"line {number}: the id {question.id!r} was used on line {first} already"
                 question = Question(number, question.id, error=error)
@@ -76,9 +85,22 @@ def read_questions(source: Path) -> list[Question]:
     return questions
 
 
+def _is_array(data: bytes) -> bool:
+    """Whether the file as a whole is a JSON array of objects."""
+    if not data.lstrip().startswith(b"["):
+        return False
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(records, list) and any(isinstance(record, dict) for record in records)
+
+
 def _parse(number: int, line: bytes) -> Question:
     try:
         record = json.loads(line)
+    except RecursionError:
+        return Question(number, error=f"line {number}: not JSON that can be read (nested too deeply)")
     except ValueError as error:
         return Question(number, error=f"line {number}: not JSON ({error})")
     if not isinstance(record, dict):
@@ -93,93 +115,84 @@ def _parse(number: int, line: bytes) -> Question:
     return Question(number, name, prompt, image)
 
 
-def _key(name: str | int) -> str:
-    """Tells 7 from "7"."""
-    return json.dumps(name)
+def open_named_image(name: str, folder: Path) -> Path | Image.Image:
+    """The image of a question: the path, looked up in the working directory, then in `folder`; or a decoded data URI.
 
-
-def resume_from(out: Path) -> set[str]:
-    """Keys of the questions that `out` answers already.
-
-    Errors in it, and a last line cut short, are taken out, so that those questions are tried again.
-    Raises UserError if `out` is something else than a file of answers: it is not touched then.
+    Raises UserError on a name that is neither.
     """
-    if not out.exists():
-        if not out.parent.is_dir():
-            raise UserError(f"--out {out}: the directory {out.parent} does not exist; create it first")
-        return set()
-    try:
-        lines = out.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot read the file ({error.strerror})") from error
-    kept, done = [], set()
-    for number, line in enumerate(lines, start=1):
+    if name.startswith("data:"):
+        header, comma, content = name.partition(",")
         try:
-            record = json.loads(line)
-            known = isinstance(record, dict) and "id" in record and ("answer" in record or "error" in record)
+            data = base64.b64decode(content, validate=True) if header.endswith(";base64") and comma else None
         except ValueError:
-            known = number == len(lines) and not line.endswith(b"\n")
-            record = {}
-        if not known:
-            raise UserError(f"--out {out}: line {number} is no answer of an earlier run; choose another file")
-        if "answer" in record:
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-            done.add(_key(record["id"]))
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, out)
-    return done
+            data = None
+        if data is None:
+            raise UserError(f"the image {name!r:.40}... is no data URI in base64: write data:image/png;base64,...")
+        return load_image(data, "the image of the data URI")
+    try:
+        here = Path(name)
+        return here if here.exists() else folder / here
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the image {name!r:.60} is not the path of a file ({reason})") from error
 
 
 def answer_file(
     engine: Engine,
     source: Path,
     out: Path,
-    look: Callable[[Path], PreparedImage],
-    ask: Callable[[str, PreparedImage | None], Request],
+    prepare_image: Callable[[Path | Image.Image], PreparedImage],
+    make_request: Callable[[str, PreparedImage | None], Request],
     *,
-    sampling: SamplingParams,
-    stops: Sequence[str],
+    settings: Mapping[str, Any],
     max_num_seqs: int,
     logprobs: bool = False,
+    prefix_bytes: int | None = None,
 ) -> Iterator[Progress]:
     """Answer every question of `source` that `out` does not answer yet, appending lines to `out` as answers end.
 
-    `look` opens a picture, `ask` makes a request of a prompt and a picture. Yields the progress after each answer.
-    Of several processes the first one reads and writes the files; all answer.
+    `make_request` makes a request of a prompt and an image. `settings` are what decides the answers besides: they are
+    recorded next to `out`, and a file of answers made with others is refused. Yields the progress after each answer.
+    Of several processes the primary one reads and writes the files; all answer.
     """
 
-    def begin() -> tuple[list[Question], set[str]]:
-        if out.resolve() == source.resolve():
-            raise UserError(f"--out {out}: is the file of questions itself; choose another")
-        return read_questions(source), resume_from(out)
+    def read() -> tuple[list[Question], set[str]]:
+        questions, answers = check_files(source, out)
+        answers.check_run(settings, _digests(questions))
+        return questions, answers.done
 
-    questions, done = broadcast_from_primary(begin)
-    left = [question for question in questions if question.error or _key(question.id) not in done]
+    questions, done = broadcast_from_primary(read)
+    left = [question for question in questions if question.error or key_of(question.id) not in done]
     progress = Progress(len(questions), skipped=len(questions) - len(left))
-    asked: list[Question] = []
+    answering: list[Question] = []
+    is_primary = is_primary_process()
 
-    with out.open("a", encoding="utf-8") if is_primary_process() else contextlib.nullcontext() as file:
+    with AnswersFile(out).open(settings, _digests(questions)) if is_primary else contextlib.nullcontext() as file:
 
         def write(record: dict[str, Any]) -> None:
-            if file is not None:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
+            if file is None:
+                return
+            text = json.dumps(record, ensure_ascii=False)
+            # Half of a surrogate pair, in an id, has no UTF-8.
+            file.write((text if text.isascii() or _has_utf8(text) else json.dumps(record)) + "\n")
+            file.flush()
 
         def requests() -> Iterator[Request]:
-            # The questions about one picture usually stand together.
-            looked = functools.lru_cache(maxsize=2 * THREADS)(look)
-            read = functools.partial(_request, engine, source.parent, looked, ask)
-            for question, request in broadcast_each_from_primary(_ahead(read, left)):
+            # Questions about one image are usually next to each other.
+            prepare_cached = functools.lru_cache(maxsize=2 * THREADS)(
+                lambda name: prepare_image(open_named_image(name, source.parent))
+            )
+            prepare = functools.partial(_request, engine, prepare_cached, make_request)
+            for question, request in broadcast_each_from_primary(_ahead(prepare, left)):
                 if isinstance(request, Request):
-                    asked.append(question)
+                    answering.append(question)
                     yield request
                 else:
                     progress.failed += 1
                     write({"id": question.id, "line": question.line, "error": request})
 
-        for index, completion in serve(engine, requests(), sampling, stops, max_num_seqs):
-            record = {"id": asked[index].id, "answer": completion.text}
+        for index, completion in generate.run(engine, requests(), max_num_seqs, prefix_bytes):
+            record = {"id": answering[index].id, "answer": completion.text}
             if logprobs:
                 record["logprobs"] = [round(value, 6) for value in completion.logprobs]
             write(record)
@@ -189,30 +202,46 @@ def answer_file(
     yield progress
 
 
+def check_files(source: Path, out: Path) -> tuple[list[Question], AnswersFile]:
+    """The questions, and the file for the answers. Raises UserError on whichever cannot be used; nothing is written."""
+    questions, answers = read_questions(source), AnswersFile(out)
+    if out.resolve() == source.resolve():
+        raise UserError(f"--out {out}: is the file of questions itself; choose another")
+    return questions, answers
+
+
+def _digests(questions: Iterable[Question]) -> dict[str, str]:
+    return {key_of(q.id): digest_of(q.prompt, q.image) for q in questions if q.error is None}
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _request(
     engine: Engine,
-    folder: Path,
-    look: Callable[[Path], PreparedImage],
-    ask: Callable[[str, PreparedImage | None], Request],
+    prepare_image: Callable[[str], PreparedImage],
+    make_request: Callable[[str, PreparedImage | None], Request],
     question: Question,
 ) -> tuple[Question, Request | str]:
     """The question as a request, or what is wrong with it."""
     if question.error:
         return question, question.error
     try:
-        picture = None
-        if question.image is not None:
-            here = Path(question.image)
-            picture = look(here if here.exists() else folder / here)
-        request = ask(question.prompt, picture)
-        engine.prompt_length(request)
+        image = None if question.image is None else prepare_image(question.image)
+        request = make_request(question.prompt, image)
+        engine.prompt_len(request)
     except UserError as error:
         return question, f"line {question.line}: {error}"
     return question, request
 
 
 def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """function(item) for each item in order, computed by threads a little before it is asked for."""
+    """function(item) for each item in order, computed by threads a little before it is answering for."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = collections.deque()
         for item in items:

@@ -1,7 +1,7 @@
-"""A model ready to answer: shapes rounded to buckets, one compiled program per bucket, pictures encoded once.
+"""Runs a model's device programs: one compiled program for each set of shapes, images encoded once.
 
-Every device program is compiled ahead of time and kept under the shapes it is for, so that nothing is ever
-compiled again without anyone noticing. What they are is in `programs` and `steps`; `serving` says when they run.
+Every program is compiled ahead of time and kept under the shapes it is for, so that nothing is compiled twice without
+anyone noticing. What the programs are is in `programs` and `steps`; `scheduler` decides when they run.
 """
 
 import collections
@@ -11,49 +11,51 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import sharding
 from sharding import Program
 from sphinx_jax.config import SphinxConfig
+from sphinx_jax.data.conversation import DEFAULT_TEMPLATE
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.bucketing import bucket, cache_len_for, power_of_two, prefill_tokens
-from sphinx_jax.inference.data_parallel import deal, round_up_to_groups
-from sphinx_jax.inference.programs import Programs
+from sphinx_jax.inference.bucketing import bucket, positions_for, power_of_two, prefill_tokens
+from sphinx_jax.inference.data_parallel import round_up_to_groups
+from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.requests import PreparedImage, Request
-from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.inference.stop_strings import stop_table
 
 MAX_MODEL_LEN = 4096
-"""Positions that a conversation may take, the picture included, unless the user says otherwise."""
+"""Positions that a prompt, its image and its answer may take, unless the user sets another number."""
 
 ENCODE_PIXELS = 1 << 21
-"""Pixels of pictures encoded at once at most: 8 of 512 x 512."""
+"""Pixels of images encoded in one call at most: 8 of 512 x 512."""
 
 IMAGE_CACHE_BYTES = 1 << 28
-"""Encoded pictures kept on the device."""
+"""Image embeddings kept on the device."""
 
 
-def _promised(compiled: jax.stages.Compiled) -> Any:
-    """Shapes and shardings of what a program gives."""
-    shaped = lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
-    return jax.tree.map(shaped, compiled.out_info, compiled.output_shardings)
+def _abstract_results(compiled: jax.stages.Compiled) -> Any:
+    """Shapes and shardings of what a program returns."""
+    return jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        compiled.out_info,
+        compiled.output_shardings,
+    )
 
 
 class Engine:
-    """A model ready to answer. `params` hold the decoder's layers apart and lie on `mesh`.
+    """A model ready to run. `params` hold the decoder's layers unstacked and are placed on `mesh`.
 
-    As long as they are abstract, what is asked is compiled and not run, and answered with shapes: see `prepare`.
+    As long as they are abstract, programs are compiled and not run, and return shapes: see `generate.compile_alone`.
     """
 
     def __init__(
         self,
         config: SphinxConfig,
-        graph: nnx.GraphDef,
+        graph: Any,
         params: dict,
         tokenizer: Tokenizer,
         mesh: Mesh,
@@ -65,15 +67,22 @@ class Engine:
                 "use the tokenizer.model that came with the checkpoint"
             )
         if max_model_len < 2:
-            raise UserError(f"the context must be 2 positions or more, got {max_model_len}")
+            raise UserError(f"--max-model-len must be 2 positions or more, got {max_model_len}")
+        window = config.language.sliding_window
+        if window is not None and max_model_len > window:
+            raise UserError(
+                f"this model attends to a sliding window of {window} tokens, which is not computed beyond its first: "
+                f"use --max-model-len {window} or less"
+            )
         self.config, self.tokenizer, self.mesh, self.max_model_len = config, tokenizer, mesh, max_model_len
         self.params, self.prefill_tokens = params, prefill_tokens(mesh)
         self.groups = sharding.num_shards("batch", mesh)
+        """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype
         self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
         self._compiled: dict[tuple, Callable] = {}
-        self._pictures: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
-        self._tables: dict[tuple[str, ...], Array] = {}
+        self._image_embeds: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
+        self._stop_table: Array | None = None
         self.compile_seconds = 0.0
         self.images_encoded = 0
 
@@ -91,195 +100,151 @@ class Engine:
             self._compiled[key] = program.compile(args, self.mesh)
             self.compile_seconds += time.perf_counter() - start
         compiled = self._compiled[key]
-        return _promised(compiled) if self._is_abstract else compiled(*args)
+        return _abstract_results(compiled) if self._is_abstract else compiled(*args)
 
     @property
     def _is_abstract(self) -> bool:
         return isinstance(self.params["language"]["embedding"]["table"], jax.ShapeDtypeStruct)
 
-    def prepare(self, request: Request, stops: tuple[str, ...]) -> None:
-        """While the parameters are abstract, compile what it takes to answer `request` alone."""
-        table, sampling = self.stop_table(stops), SamplingParams()
-        state = self.new_state(1, self.cache_len_needed(request))
-        self.decode(self.prefill(state, [0], [request], sampling, table), sampling, table, 1, 0)
-        # Encoded were shapes.
-        self._pictures.clear()
-        self.images_encoded = 0
+    def new_state(self, shape: StateShape) -> steps.State:
+        """Free batch slots and an empty pool of prefixes.
 
-    def new_state(self, num_seqs: int, cache_len: int) -> steps.State:
-        """Empty rows, so many or a few more, as each group of devices has as many.
-
-        Raises UserError if the cache does not fit into memory, with the length that would.
+        Slots and prefixes must be multiples of the data-parallel groups (`round_up`). Raises UserError if the KV cache
+        does not fit into memory, with the length that would.
         """
-        num_seqs = round_up_to_groups(num_seqs, self.groups)
         try:
-            return jax.block_until_ready(
-                self._run(("state", num_seqs, cache_len), self._programs.new_state(num_seqs, cache_len))
-            )
+            return jax.block_until_ready(self._run(("state", shape), self._programs.new_state(shape)))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed = sharding.bytes_per_device(self._programs.abstract_state(num_seqs, cache_len))
+            needed = sharding.bytes_per_device(self._programs.abstract_state(shape))
             raise UserError(
-                f"no memory for a cache of {num_seqs} x {cache_len} positions ({needed / 2**30:.1f} GiB on each device); "
-                f"{self._what_fits(needed / (num_seqs * cache_len))}"
+                f"no memory for a KV cache of {shape.num_seqs} x {shape.cache_len} positions "
+                f"({needed / 2**30:.1f} GiB on each device); "
+                f"{self._what_fits(needed / (shape.num_seqs * shape.cache_len))}"
             ) from error
+
+    def round_up(self, count: int) -> int:
+        """As many batch slots, or prefixes, or a few more: as many for each data-parallel group."""
+        return round_up_to_groups(count, self.groups)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes on each device of the KV cache of so many positions of one sequence in each data-parallel group."""
+        state = self._programs.abstract_state(StateShape(self.groups, positions))
+        return sharding.bytes_per_device(state.cache)
 
     def _what_fits(self, bytes_per_position: float) -> str:
         stats = self.mesh.local_devices[0].memory_stats()
         if not stats or "bytes_limit" not in stats:
-            return "use a shorter --max-model-len or fewer rows"
+            return "use a shorter --max-model-len or a smaller --max-num-seqs"
         positions = int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.9 / bytes_per_position)
-        return f"about {max(positions, 0)} positions over all rows would fit"
+        return f"about {max(positions, 0)} positions over all sequences would fit"
 
-    def _prefill(
-        self,
-        state: steps.State,
-        chunk: steps.Chunk,
-        words: tuple[Array, ...] | None,
-        sampling: SamplingParams,
-        stops: Array,
-    ) -> steps.State:
+    def prefill(
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, top_logprobs: bool
+    ) -> tuple[steps.State, steps.Sampled]:
+        """One chunk of some prompts into their slots. Donates the state. The parts of the KV cache before the chunk
+        are read unless every prompt begins in it.
+        """
         first_chunk = not chunk.start.any()
-        args = (self.params, state, chunk, words, sampling.values(), stops)
-        key = (
-            "prefill",
-            state.num_seqs,
-            state.cache_len,
-            *chunk.tokens.shape,
-            words is not None,
-            first_chunk,
-            stops.shape,
-        )
-        return self._run(key, self._programs.prefill(state, first_chunk), *args)
+        key = ("prefill", *_key(state), *chunk.tokens.shape, image_embeds is not None, first_chunk, top_logprobs)
+        program = self._programs.prefill(state, first_chunk, top_logprobs)
+        return self._run(key, program, self.params, state, chunk, image_embeds, self.stops)
 
     def decode(
-        self, state: steps.State, sampling: SamplingParams, stops: Array, number: int, until: int
-    ) -> steps.State:
-        """Up to `number` more tokens for each row, or until no more than `until` rows go on. Takes the state over."""
-        args = (self.params, state, sampling.values(), stops, np.int32(number), np.int32(until))
-        return self._run(("decode", state.num_seqs, state.cache_len, stops.shape), self._programs.decode(state), *args)
+        self,
+        state: steps.State,
+        cancelled: np.ndarray,
+        num_steps: int,
+        until: int,
+        kv_len: int,
+        top_logprobs: bool,
+    ) -> tuple[steps.State, steps.Sampled]:
+        """Up to `num_steps` more tokens for each running sequence, or until no more than `until` run. Donates the
+        state. No running sequence may grow past `kv_len` cache positions.
+        """
+        args = (self.params, state, cancelled, self.stops, np.int32(num_steps), np.int32(until))
+        program = self._programs.decode(state, kv_len, top_logprobs)
+        return self._run(("decode", *_key(state), kv_len, top_logprobs), program, *args)
 
-    def stop_table(self, stops: tuple[str, ...]) -> Array:
-        """The automaton of these stop strings, on the device."""
-        if stops not in self._tables:
-            if len(self._tables) >= 16:
-                self._tables.pop(next(iter(self._tables)))
-            table = stop_table(self.tokenizer, self.config.language.vocab_size, stops)
-            self._tables[stops] = jax.device_put(table, self._programs.everywhere)
-        return self._tables[stops]
+    @property
+    def stops(self) -> Array:
+        """The automaton of EOS and the template's end signal, on the device."""
+        if self._stop_table is None:
+            signals = (DEFAULT_TEMPLATE.response_end_signal,)
+            table = stop_table(self.tokenizer, self.config.language.padded_vocab_size, signals)
+            self._stop_table = jax.device_put(table, self._programs.replicated)
+        return self._stop_table
 
-    # Pictures
+    # Images
 
-    def encode(self, pictures: Sequence[PreparedImage]) -> list[Float[Array, "crops tokens dim"]]:
-        """The words of each picture. A picture seen before, in this call or an earlier one, is not encoded again."""
-        wanted = {picture.digest: picture for picture in pictures}
-        found = {digest: self._pictures[digest] for digest in wanted if digest in self._pictures}
+    def forget_images(self) -> None:
+        """Drop all image embeddings."""
+        self._image_embeds.clear()
+        self.images_encoded = 0
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[Float[Array, "crops tokens dim"]]:
+        """The embeddings of each image. An image seen before, in this call or an earlier one, is not encoded again."""
+        wanted = {image.digest: image for image in images}
+        found = {digest: self._image_embeds[digest] for digest in wanted if digest in self._image_embeds}
         new = [digest for digest in wanted if digest not in found]
         at_once = max(1, ENCODE_PIXELS // self.config.vision.image_size**2)
         for first in range(0, len(new), at_once):
             group = new[first : first + at_once]
             found |= dict(zip(group, self._encode([wanted[digest] for digest in group]), strict=False))
         self.images_encoded += len(new)
-        for digest, words in found.items():
-            self._pictures[digest] = words
-            self._pictures.move_to_end(digest)
-        while len(self._pictures) > 1 and sum(w.nbytes for w in self._pictures.values()) > IMAGE_CACHE_BYTES:
-            self._pictures.popitem(last=False)
-        return [found[picture.digest] for picture in pictures]
+        for digest, embeds in found.items():
+            self._image_embeds[digest] = embeds
+            self._image_embeds.move_to_end(digest)
+        while len(self._image_embeds) > 1 and sum(e.nbytes for e in self._image_embeds.values()) > IMAGE_CACHE_BYTES:
+            self._image_embeds.popitem(last=False)
+        return [found[image.digest] for image in images]
 
-    def _encode(self, pictures: list[PreparedImage]) -> tuple[Float[Array, "crops tokens dim"], ...]:
-        padding = pictures[:1] * (power_of_two(len(pictures)) - len(pictures))
-        batch = np.stack([picture.normalised() for picture in pictures + padding])
+    def _encode(self, images: list[PreparedImage]) -> tuple[Float[Array, "crops tokens dim"], ...]:
+        padding = images[:1] * (power_of_two(len(images)) - len(images))
+        batch = np.stack([image.normalised() for image in images + padding])
         return self._run(("encode", len(batch)), self._programs.encode(), self.params, batch)
 
     # The whole model at once
 
     def logits(
-        self, tokens: Int[np.ndarray, "batch text"], pictures: Sequence[PreparedImage] | None
+        self, tokens: Int[np.ndarray, "batch text"], images: Sequence[PreparedImage] | None
     ) -> Float[Array, "batch text vocab"]:
-        """Scores of the word after each token, teacher-forced, without a cache. Compiled for each shape anew."""
-        images = np.stack([picture.normalised() for picture in pictures]) if pictures else None
-        key = ("logits", *tokens.shape, images is not None)
-        return self._run(key, self._programs.logits(), self.params, tokens, images)
+        """Logits of the token after each token, teacher-forced, without a KV cache. Compiled for each shape."""
+        pixels = np.stack([image.normalised() for image in images]) if images else None
+        key = ("logits", *tokens.shape, pixels is not None)
+        return self._run(key, self._programs.logits(), self.params, tokens, pixels)
 
     # Requests
 
-    def prompt_length(self, request: Request) -> int:
-        """Positions that the prompt takes, the picture included. Raises UserError if the context is too short."""
-        picture = self.config.num_image_tokens if request.picture else 0
-        length = len(request.tokens) + picture
+    def prompt_len(self, request: Request) -> int:
+        """Positions that the prompt takes, image tokens included. Raises UserError if it does not fit."""
+        num_image_tokens = self.config.num_image_tokens if request.image else 0
+        length = len(request.tokens) + num_image_tokens
         if length >= self.max_model_len:
-            detail = f", {picture} of them the picture" if picture else ""
+            detail = f", {num_image_tokens} of them the image" if num_image_tokens else ""
             raise UserError(
-                f"the prompt is {length} tokens long{detail}, and the context of {self.max_model_len} has to hold it and "
-                "the answer: shorten the prompt or raise --max-model-len"
+                f"the prompt is {length} tokens long{detail}, and --max-model-len {self.max_model_len} has to hold it "
+                "and the answer: shorten the prompt or raise --max-model-len"
             )
         return length
 
-    def cache_len_needed(self, request: Request) -> int:
-        """Positions of the cache that the prompt, padded as it will be read, and its answer need."""
-        picture = self.prompt_length(request) - len(request.tokens)
-        return cache_len_for(
-            len(request.tokens), picture, request.max_new_tokens, self.max_model_len, self.prefill_tokens
+    def positions_needed(self, request: Request) -> int:
+        """Cache positions that the prompt, padded as it is prefilled, and its answer need."""
+        num_image_tokens = self.prompt_len(request) - len(request.tokens)
+        return positions_for(
+            len(request.tokens),
+            num_image_tokens,
+            request.params.max_new_tokens,
+            self.max_model_len,
+            self.prefill_tokens,
         )
 
-    def prefill(
-        self,
-        state: steps.State,
-        num_seqs: Sequence[int],
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        stops: Array,
-        reuse: int = 0,
-    ) -> steps.State:
-        """Each request's prompt into its row, in chunks. All have a picture or none has.
+    def prefix_len(self, cache_len: int) -> int:
+        """Cache positions of a prefix of the pool: an image and the template before it, or a system text."""
+        return min(cache_len, bucket(self.config.num_image_tokens + 128 if self.config.vision else 512))
 
-        The first `reuse` tokens, and the picture after the first, are in the cache already.
-        """
-        num_image_tokens = self.config.num_image_tokens if requests[0].picture else 0
-        words = self.encode([r.picture for r in requests]) if num_image_tokens and not reuse else None
-        for first in range(reuse, max(len(r.tokens) for r in requests), self.prefill_tokens):
-            at = [i for i, r in enumerate(requests) if len(r.tokens) > first]
-            places = [
-                None if i is None else at[i] for i in deal([num_seqs[i] for i in at], self.groups, state.num_seqs)
-            ]
-            chunk = self._chunk(places, num_seqs, requests, first, num_image_tokens, state, sampling)
-            chunk_words = tuple(words[i or 0] for i in places) if words is not None and first == 0 else None
-            state = self._prefill(state, chunk, chunk_words, sampling, stops)
-        return state
 
-    def _chunk(
-        self,
-        places: Sequence[int | None],
-        num_seqs: Sequence[int],
-        requests: Sequence[Request],
-        first: int,
-        num_image_tokens: int,
-        state: steps.State,
-        sampling: SamplingParams,
-    ) -> steps.Chunk:
-        """Tokens `first` to `first` + `prefill_tokens` of the requests that `places` names, padded to a bucket."""
-        parts = {i: list(requests[i].tokens[first : first + self.prefill_tokens]) for i in places if i is not None}
-        batch, text = len(places), bucket(max(map(len, parts.values())))
-        chunk = steps.Chunk(
-            row=np.full(batch, state.num_seqs, np.int32),
-            tokens=np.zeros((batch, text), np.int32),
-            length=np.ones(batch, np.int32),
-            start=np.full(batch, first + num_image_tokens if first else 0, np.int32),
-            limit=np.ones(batch, np.int32),
-            seeds=np.zeros((batch, 2), np.uint32),
-            seen=np.zeros((batch, self.config.language.vocab_size), bool),
-        )
-        for place, i in enumerate(places):
-            if i is None:
-                continue
-            request, part = requests[i], parts[i]
-            chunk.row[place] = num_seqs[i]
-            chunk.tokens[place, : len(part)] = part
-            chunk.length[place] = len(part)
-            chunk.limit[place] = min(request.max_new_tokens, self.max_model_len - self.prompt_length(request))
-            chunk.seeds[place] = request.seeds()
-            if sampling.repetition_penalty != 1:
-                chunk.seen[place, list(request.tokens)] = True
-        return chunk
+def _key(state: steps.State) -> tuple[int, ...]:
+    """The sizes of a state, as programs are named by them."""
+    return state.num_seqs, state.cache_len, state.num_prefixes

@@ -1,10 +1,13 @@
-"""The device programs of inference: what runs, which argument it takes over, where its results lie.
+"""The device programs of inference: what runs, which argument it donates, where its results are placed.
 
-The engine compiles them for arrays, `planning` for shapes alone, so that what is planned is what runs.
+The engine compiles them for arrays, `memory_plan` for abstract inputs, so that what is planned is what runs.
 """
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -15,45 +18,72 @@ from sphinx_jax.inference import steps
 from sphinx_jax.model import bind
 
 
+@dataclasses.dataclass(frozen=True)
+class StateShape:
+    """Sizes of the engine's state: batch slots and their KV cache, and the pool of prefixes."""
+
+    num_seqs: int
+    cache_len: int
+    """Positions of the KV cache in each batch slot."""
+    num_prefixes: int = 0
+    prefix_len: int = 0
+    """Positions of the KV cache of each prefix."""
+
+
 class Programs:
     """The programs of one model on one mesh. `vocab_size` is the tokenizer's, `dtype` the weights'."""
 
-    def __init__(self, config: SphinxConfig, graph: nnx.GraphDef, vocab_size: int, mesh: Mesh, dtype: jnp.dtype):
+    def __init__(self, config: SphinxConfig, graph: Any, vocab_size: int, mesh: Mesh, dtype: jnp.dtype):
         self._config, self.graph, self._vocab_size, self._mesh, self._dtype = config, graph, vocab_size, mesh, dtype
-        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.replicated = NamedSharding(mesh, PartitionSpec())
 
-    def abstract_state(self, num_seqs: int, cache_len: int) -> steps.State:
+    def abstract_state(self, shape: StateShape) -> steps.State:
         """Shapes and shardings of the state that `new_state` makes."""
         return steps.abstract_state(
-            self._config.language, num_seqs, cache_len, self._dtype, self._mesh, sharding.DEFAULT_RULES
+            self._config.language, *dataclasses.astuple(shape), self._dtype, self._mesh, sharding.DEFAULT_RULES
         )
 
-    def new_state(self, num_seqs: int, cache_len: int) -> Program:
-        """() -> empty rows."""
-        make = lambda: steps.make_state(self._config.language, num_seqs, cache_len, self._dtype)
-        return Program(make, (), sharding.shardings_of(self.abstract_state(num_seqs, cache_len)))
+    def new_state(self, shape: StateShape) -> Program:
+        """() -> state with free batch slots."""
 
-    def prefill(self, state: steps.State, first_chunk: bool) -> Program:
-        """params, state, chunk, words, sampling, stops -> state; see `steps.prefill`."""
-        function = lambda *args: steps.prefill(self.graph, self._vocab_size, first_chunk, *args)
-        return Program(function, (1,), sharding.shardings_of(state), slices_in_place=True)
+        def make() -> steps.State:
+            return steps.make_state(self._config.language, *dataclasses.astuple(shape), self._dtype)
 
-    def decode(self, state: steps.State) -> Program:
-        """params, state, sampling, stops, steps, until -> state; see `steps.decode`."""
-        function = lambda *args: steps.decode(self.graph, self._vocab_size, *args)
-        return Program(function, (1,), sharding.shardings_of(state))
+        return Program(make, (), sharding.shardings_of(self.abstract_state(shape)))
+
+    def prefill(self, state: steps.State, first_chunk: bool, top_logprobs: bool) -> Program:
+        """params, state, chunk, image_embeds, stops -> state, sampled; see `steps.prefill`."""
+
+        def function(*args: Any) -> tuple[steps.State, steps.Sampled]:
+            return steps.prefill(self.graph, self._vocab_size, first_chunk, top_logprobs, *args)
+
+        return Program(function, (1,), self._placement(state), slices_in_place=True)
+
+    def decode(self, state: steps.State, kv_len: int, top_logprobs: bool) -> Program:
+        """params, state, cancelled, stops, steps, until -> state, sampled; see `steps.decode`."""
+
+        def function(*args: Any) -> tuple[steps.State, steps.Sampled]:
+            return steps.decode(self.graph, self._vocab_size, kv_len, top_logprobs, *args)
+
+        return Program(function, (1,), self._placement(state))
+
+    def _placement(self, state: steps.State) -> tuple[Any, NamedSharding]:
+        return sharding.shardings_of(state), self.replicated
 
     def encode(self) -> Program:
-        """params, normalised pictures -> the words of each."""
+        """params, normalised images -> the image embeddings of each."""
 
         def function(
             params: dict, images: Float[Array, "batch size size 3"]
         ) -> tuple[Float[Array, "crops tokens dim"], ...]:
             return tuple(bind(self.graph, params).encode_images(images))
 
-        return Program(function, (), self.everywhere)
+        return Program(function, (), self.replicated)
 
     def logits(self) -> Program:
-        """params, tokens, normalised pictures or None -> scores of the word after each token."""
-        function = lambda params, tokens, images: bind(self.graph, params)(tokens, images)[0]
-        return Program(function, (), self.everywhere, slices_in_place=True)
+        """params, tokens, normalised images or None -> logits of the token after each token."""
+
+        def function(params: dict, tokens: jax.Array, images: jax.Array | None) -> Float[Array, "batch text vocab"]:
+            return bind(self.graph, params)(tokens, images)[0]
+
+        return Program(function, (), self.replicated, slices_in_place=True)

@@ -1,4 +1,4 @@
-"""What is asked and what is answered."""
+"""Requests and completions."""
 
 import dataclasses
 import hashlib
@@ -8,15 +8,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from sphinx_jax.data.conversation import DEFAULT_TEMPLATE
 from sphinx_jax.data.images import normalise
-from sphinx_jax.errors import UserError
+from sphinx_jax.inference.sampling import GREEDY, SamplingParams
 
 Pixels = UInt8[np.ndarray, "size size 3"] | Float[np.ndarray, "size size 3"]
-"""A square picture of the encoders' size: 0 to 255, or float32 with CLIP's mean and deviation taken out."""
+"""A square image of the encoders' size: 0 to 255, or float32 normalised with CLIP's mean and deviation."""
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class PreparedImage(NamedTuple):
-    """A picture, and a digest of its content."""
+    """An image as the encoders take it, and a digest of its content."""
 
     pixels: Pixels
     digest: bytes
@@ -26,35 +29,44 @@ class PreparedImage(NamedTuple):
         return cls(pixels, hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16).digest())
 
     def normalised(self) -> Float[np.ndarray, "size size 3"]:
-        """As the encoders take it."""
+        """With CLIP's mean and deviation taken out."""
         return self.pixels if self.pixels.dtype == np.float32 else normalise(self.pixels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt. Equal requests give equal texts, whatever else is served beside them."""
+    """One prompt. Equal requests give equal texts, whatever shares the batch with them."""
 
     tokens: Sequence[int]
-    picture: PreparedImage | None = None
-    max_new_tokens: int = 512
-    seed: int = 0
+    image: PreparedImage | None = None
+    params: SamplingParams = GREEDY
+    raw: bool = False
+    """The prompt is no conversation: the template's end signal does not end the answer."""
 
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max-new-tokens must be 1 or more, got {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"the seed must be from 0 to {2**32 - 1}, got {self.seed}")
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Every text that ends the answer."""
+        return tuple(self.params.stop) if self.raw else (DEFAULT_TEMPLATE.response_end_signal, *self.params.stop)
 
     def seeds(self) -> tuple[int, int]:
-        """The seed, and a digest of what is asked: different requests draw independently with one seed."""
-        content = np.asarray(self.tokens, np.int32).tobytes() + (self.picture.digest if self.picture else b"")
-        return self.seed, int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "little")
+        """The seed, and a digest of the prompt: different requests draw independently with one seed."""
+        content = np.asarray(self.tokens, np.int32).tobytes() + (self.image.digest if self.image else b"")
+        return self.params.seed, int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "little")
+
+
+class TopLogprobs(NamedTuple):
+    """The most probable tokens at one position, in falling order."""
+
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class Completion(NamedTuple):
-    """An answer. `tokens` are all that were chosen, the stop string or EOS included; `text` ends before it."""
+    """An answer. `tokens` are all that were sampled, those of the stop string or EOS included; `text` ends before."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
-    finish: Literal["stop", "length"]
+    finish: FinishReason
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """As many as tokens, if the request asked for them."""

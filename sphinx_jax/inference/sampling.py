@@ -1,7 +1,8 @@
-"""From scores to the next token: greedy, or drawn from the most probable tokens."""
+"""From logits to the next token: greedy, or drawn from the most probable tokens. Every sequence has its own setting."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,68 +11,91 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sphinx_jax.errors import UserError
+from sphinx_jax.inference.stop_strings import check_stops
 from sphinx_jax.kernels.argmax import argmax
+
+MAX_TOP_LOGPROBS = 20
+"""Alternatives reported for a token at most, as in OpenAI's protocol."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises UserError on a value outside its range."""
+    """How an answer is sampled and where it ends. Raises UserError on a value outside its range."""
 
+    max_new_tokens: int = 512
+    """Tokens in an answer at most."""
     temperature: float = 0.0
-    """Scores are divided by it before the softmax; 0 takes the most probable token."""
+    """Logits are divided by it before the softmax; 0 takes the most probable token."""
     top_p: float = 0.95
     """Draw from the most probable tokens that together reach this probability; 1 is all of them."""
     top_k: int = 0
     """Draw from so many most probable tokens at most; 0 is all of them."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the answer so far become less probable; 1 changes nothing."""
+    seed: int = 0
+    """With a temperature, the same seed gives the same text, on every mesh and in every batch."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before any of these texts."""
+    top_logprobs: int = 0
+    """Alternatives whose log-probabilities are reported beside each token."""
 
     def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens must be 1 or more, got {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature must be 0 (take the best token) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
+        if not 0 <= self.top_k < 2**31:
             raise UserError(f"top-k must be 0 (all tokens) or more, got {self.top_k}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise UserError(f"repetition penalty must be above 0 (1 changes nothing), got {self.repetition_penalty}")
-
-    def values(self) -> "SamplingValues":
-        """As arrays: other settings then need no other program."""
-        f32 = np.float32
-        return SamplingValues(
-            f32(self.temperature), f32(self.top_p), np.int32(self.top_k), f32(self.repetition_penalty)
-        )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"the seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise UserError(f"top-logprobs must be from 0 to {MAX_TOP_LOGPROBS}, got {self.top_logprobs}")
+        object.__setattr__(self, "stop", check_stops(self.stop))
 
 
-class SamplingValues(NamedTuple):
-    """`SamplingParams` on the device."""
-
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: Int[Array, ""]
-    repetition_penalty: Float[Array, ""]
+GREEDY = SamplingParams()
 
 
-def penalised(
-    logits: Float[Array, "num_seqs vocab"], seen: Bool[Array, "num_seqs vocab"], penalty: Float[Array, ""]
-) -> Float[Array, "num_seqs vocab"]:
-    """Scores of tokens seen before, moved towards less probable (CTRL, https://arxiv.org/abs/1909.05858)."""
+class SamplingArrays(NamedTuple):
+    """The settings of a batch of sequences, on the device or to be sent there: other settings need no other program."""
+
+    temperature: Float[Array | np.ndarray, "batch"]
+    top_p: Float[Array | np.ndarray, "batch"]
+    top_k: Int[Array | np.ndarray, "batch"]
+    repetition_penalty: Float[Array | np.ndarray, "batch"]
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> "SamplingArrays":
+        """The settings of several sequences."""
+        dtypes = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "repetition_penalty": np.float32}
+        return cls(*(np.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()))
+
+
+def penalize(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: Float[Array, "batch"]
+) -> Float[Array, "batch vocab"]:
+    """Logits of tokens seen before, moved towards less probable (CTRL, https://arxiv.org/abs/1909.05858)."""
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def nucleus(
-    logits: Float[Array, "num_seqs vocab"],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    top_k: Int[Array, ""] = 0,
-) -> tuple[Float[Array, "num_seqs vocab"], Int[Array, "num_seqs vocab"]]:
+    logits: Float[Array, "batch vocab"],
+    temperature: Float[Array, "batch"],
+    top_p: Float[Array, "batch"],
+    top_k: Int[Array, "batch"],
+) -> tuple[Float[Array, "batch vocab"], Int[Array, "batch vocab"]]:
     """Probabilities in falling order, those left out at zero and the rest scaled to sum to 1; and their tokens.
 
     A token is left out if the more probable ones reach more than `top_p` without it, so that the first always
     stays (nucleus sampling, https://arxiv.org/abs/1904.09751). The `top_k` are taken first, if it is not 0.
     """
-    # The best score becomes 0 first: dividing by a tiny temperature then overflows only towards probability 0.
+    temperature, top_p, top_k = temperature[:, None], top_p[:, None], top_k[:, None]
+    # The best logit becomes 0 first: dividing by a tiny temperature then overflows only towards probability 0.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     order = jnp.argsort(scaled, axis=-1, descending=True, stable=True)
     scaled = jnp.take_along_axis(scaled, order, axis=-1)
@@ -82,28 +106,33 @@ def nucleus(
     return kept / kept.sum(axis=-1, keepdims=True), order
 
 
-def choose(
-    logits: Float[Array, "num_seqs vocab"],
-    seen: Bool[Array, "num_seqs vocab"],
-    seeds: UInt32[Array, "num_seqs 2"],
-    count: Int[Array, "num_seqs"],
-    sampling: SamplingValues,
-) -> Int[Array, "num_seqs"]:
-    """The next token of each row.
+def sample(
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch vocab"],
+    seeds: UInt32[Array, "batch 2"],
+    count: Int[Array, "batch"],
+    sampling: SamplingArrays,
+) -> Int[Array, "batch"]:
+    """The next token of each sequence.
 
-    A row's draw depends on its own two seed words and on how many tokens it has chosen (`count`), never on its
-    place in the batch or on its neighbours.
+    A draw depends on the sequence's own two seed words and on how many tokens it has sampled (`count`), never on its
+    batch slot or on its neighbours.
     """
-    logits = penalised(logits, seen, sampling.repetition_penalty)
+    logits = penalize(logits, seen, sampling.repetition_penalty)
+    greedy = argmax(logits).astype(jnp.int32)
+    is_random = sampling.temperature > 0
 
-    def draw() -> Int[Array, "num_seqs"]:
+    def draw() -> Int[Array, "batch"]:
         def noise(seed: UInt32[Array, "2"], n: Int[Array, ""]) -> Float[Array, "vocab"]:
             key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), n)
             return jax.random.gumbel(key, logits.shape[-1:])
 
-        probabilities, order = nucleus(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+        temperature = jnp.where(is_random, sampling.temperature, 1)
+        probabilities, order = nucleus(logits, temperature, sampling.top_p, sampling.top_k)
         # The most probable after Gumbel noise is a draw from the distribution.
         rank = jnp.argmax(jnp.log(probabilities) + jax.vmap(noise)(seeds, count), axis=-1)
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        drawn = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        return jnp.where(is_random, drawn, greedy)
 
-    return jax.lax.cond(sampling.temperature > 0, draw, lambda: argmax(logits).astype(jnp.int32))
+    # Sorting the vocabulary costs more than a small model's decode step: a batch without a draw skips it.
+    return jax.lax.cond(is_random.any(), draw, lambda: greedy)

@@ -1,291 +1,412 @@
-"""What runs on the device: reading prompts into the cache, and choosing tokens until every row is done.
+"""The device programs of inference: chunked prefill into the KV cache, and the decode loop.
 
-The state has a fixed number of rows, each an answer in the making with its own part of the cache. Rows
-start and end at different times and never see each other: what a row says does not depend on the others.
+The state has a fixed number of batch slots, each a sequence with its own part of the KV cache, and a pool of
+prefixes: the KV cache of the first positions of prompts that may come again. Sequences start and end at different
+times and never see each other: a sequence's tokens do not depend on the rest of the batch.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from sharding import Rules, constrain, local_index, named_sharding, sharded_map
 from sphinx_jax.config import DecoderConfig
-from sphinx_jax.inference.sampling import SamplingValues, choose
-from sphinx_jax.inference.stop_strings import FIRST, STOPPED
+from sphinx_jax.inference.sampling import MAX_TOP_LOGPROBS, SamplingArrays, sample
+from sphinx_jax.inference.stop_strings import STOPPED
 from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.language.attention import LayerCache
 from sphinx_jax.language.kv_cache import Cache, make_cache
 from sphinx_jax.model import SphinxMoE, bind
 
+MAX_STEPS = 64
+"""Decode steps in one call at most: the width of the arrays that it returns."""
+
+_CACHE = ("batch", None, "kv_heads", None)
+
 
 class State(NamedTuple):
-    """All rows, each with `cache_len` positions of the cache."""
+    """All batch slots, each with `cache_len` positions of the KV cache, and the pool of prefixes."""
 
     cache: Cache
+    prefixes: Cache
+    """[num_prefixes, prefix_len, kv_heads, head_dim] a layer; an empty list where there is no pool."""
     length: Int[Array, "num_seqs"]
-    """Positions that are filled: the next token goes to slot `length`."""
+    """Positions that are filled: the next token's keys and values go to position `length`."""
     token: Int[Array, "num_seqs"]
-    """Chosen last, and not in the cache yet."""
+    """Sampled last, and not in the KV cache yet."""
     count: Int[Array, "num_seqs"]
-    """Tokens chosen so far."""
+    """Tokens sampled so far."""
     limit: Int[Array, "num_seqs"]
-    """Tokens to choose at most."""
+    """Tokens to sample at most."""
     done: Bool[Array, "num_seqs"]
+    """The slot is free, its prompt is not prefilled to its end, or its sequence has ended."""
     stop: Int[Array, "num_seqs"]
     """State of the stop automaton."""
     seeds: UInt32[Array, "num_seqs 2"]
     seen: Bool[Array, "num_seqs vocab"]
     """Tokens of the prompt and of the answer, for the repetition penalty."""
-    output: Int[Array, "num_seqs cache_len"]
-    logprob: Float[Array, "num_seqs cache_len"]
-    """Log-probability of each chosen token, as the model gave it, before temperature, penalty and cuts."""
+    sampling: SamplingArrays
 
     @property
     def num_seqs(self) -> int:
-        return self.output.shape[0]
+        return self.length.shape[0]
 
     @property
     def cache_len(self) -> int:
-        return self.output.shape[1]
+        return self.cache[0].k.shape[1]
 
+    @property
+    def num_prefixes(self) -> int:
+        return self.prefixes[0].k.shape[0] if self.prefixes else 0
 
-_CACHE = ("batch", None, "kv_heads", None)
+    @property
+    def without_cache(self) -> "State":
+        return self._replace(cache=[], prefixes=[])
 
 
 class Chunk(NamedTuple):
-    """Some tokens of some prompts: one call of `prefill`. Padding has a `row` past the last.
+    """Some tokens of some prompts: one call of `prefill`. Padding has a `slot` past the last.
 
-    Groups of devices that share out the rows share out the chunk as well, and each reads into rows of its own: both are
-    multiples of their number, and `row_groups.deal` says what stands where.
+    Data-parallel groups of devices split the chunk as they split the slots, and each prefills slots of its own: both
+    are multiples of their number, and `data_parallel.assign` says which request goes where.
     """
 
-    row: Int[Array, "batch"]
-    tokens: Int[Array, "batch text"]
-    length: Int[Array, "batch"]
+    slot: Int[np.ndarray | Array, "batch"]
+    tokens: Int[np.ndarray | Array, "batch text"]
+    length: Int[np.ndarray | Array, "batch"]
     """How many of `tokens` are real, 1 or more; the rest is padding on the right."""
-    start: Int[Array, "batch"]
-    """Positions of the row's cache that are filled already and stay."""
-    limit: Int[Array, "batch"]
-    seeds: UInt32[Array, "batch 2"]
-    seen: Bool[Array, "batch vocab"]
+    start: Int[np.ndarray | Array, "batch"]
+    """Positions of the KV cache that are filled before this chunk."""
+    source: Int[np.ndarray | Array, "batch"]
+    """Prefix of the pool that these positions are copied from; past the last: they are in the slot already."""
+    target: Int[np.ndarray | Array, "batch"]
+    """Prefix of the pool that the first positions are stored in; past the last: none."""
+    last: Bool[np.ndarray | Array, "batch"]
+    """The prompt ends in this chunk, so that its first token is sampled."""
+    limit: Int[np.ndarray | Array, "batch"]
+    stop: Int[np.ndarray | Array, "batch"]
+    """First state of the stop automaton."""
+    seeds: UInt32[np.ndarray | Array, "batch 2"]
+    seen: Bool[np.ndarray | Array, "batch vocab"]
+    sampling: SamplingArrays
 
 
-def make_state(config: DecoderConfig, num_seqs: int, cache_len: int, dtype: jnp.dtype) -> State:
-    """Rows that wait for a prompt."""
-    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+class Sampled(NamedTuple):
+    """What the host gets of a call: small arrays on every device, not donated to the next call.
+
+    Of sequence i the first `count[i] - (count before the call)` columns are new tokens.
+    """
+
+    tokens: Int[Array, "batch steps"]
+    logprobs: Float[Array, "batch steps"]
+    """Log-probability of each token as the model gave it: before temperature, penalty, top-p and top-k."""
+    count: Int[Array, "batch"]
+    done: Bool[Array, "batch"]
+    stopped: Bool[Array, "batch"]
+    """The sequence ended by EOS or the template's end signal, not by its limit."""
+    top_tokens: Int[Array, "batch steps top"] | None
+    top_logprobs: Float[Array, "batch steps top"] | None
+
+
+def make_state(
+    config: DecoderConfig, num_seqs: int, cache_len: int, num_prefixes: int, prefix_len: int, dtype: jnp.dtype
+) -> State:
+    """Free batch slots and an empty pool of prefixes."""
+    ints, floats = jnp.zeros(num_seqs, jnp.int32), jnp.zeros(num_seqs, jnp.float32)
     return State(
         cache=make_cache(config, num_seqs, cache_len, dtype),
-        length=zeros(num_seqs),
-        token=zeros(num_seqs),
-        count=zeros(num_seqs),
-        limit=zeros(num_seqs),
+        prefixes=make_cache(config, num_prefixes, prefix_len, dtype) if num_prefixes else [],
+        length=ints,
+        token=ints,
+        count=ints,
+        limit=ints,
         done=jnp.ones(num_seqs, bool),
-        stop=zeros(num_seqs),
-        seeds=zeros(num_seqs, 2, dtype=jnp.uint32),
-        seen=zeros(num_seqs, config.vocab_size, dtype=bool),
-        output=zeros(num_seqs, cache_len),
-        logprob=zeros(num_seqs, cache_len, dtype=jnp.float32),
+        stop=ints,
+        seeds=jnp.zeros((num_seqs, 2), jnp.uint32),
+        seen=jnp.zeros((num_seqs, config.padded_vocab_size), bool),
+        sampling=SamplingArrays(floats, floats, ints, floats),
     )
 
 
 def abstract_state(
-    config: DecoderConfig, num_seqs: int, cache_len: int, dtype: jnp.dtype, mesh: Mesh, rules: Rules
+    config: DecoderConfig,
+    num_seqs: int,
+    cache_len: int,
+    num_prefixes: int,
+    prefix_len: int,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    rules: Rules,
 ) -> State:
-    """Shapes and shardings: the cache is split by rows and key/value heads, all else is small and everywhere."""
-    shapes = jax.eval_shape(lambda: make_state(config, num_seqs, cache_len, dtype))
+    """Shapes and shardings: KV caches are sharded by batch slot and key/value head, all else is replicated."""
+    shapes = jax.eval_shape(lambda: make_state(config, num_seqs, cache_len, num_prefixes, prefix_len, dtype))
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = _CACHE if leaf.ndim == 4 else (None,) * leaf.ndim
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(names, leaf.shape, mesh, rules))
 
-    return jax.tree.map(placed, shapes)
+    return jax.tree.map(with_sharding, shapes)
 
 
 def prefill(
     graph: nnx.GraphDef,
     vocab_size: int,
     first_chunk: bool,
+    top_logprobs: bool,
     params: dict,
     state: State,
     chunk: Chunk,
-    words: tuple[Float[Array, "crops tokens dim"], ...] | None,
-    sampling: SamplingValues,
+    image_embeds: tuple[Float[Array, "crops tokens dim"], ...] | None,
     stops: Int[Array, "states vocab"],
-) -> State:
-    """Read a chunk of each prompt into its row, and choose the token after it, the first of the answer.
+) -> tuple[State, Sampled]:
+    """Prefill one chunk of each prompt into its batch slot; sample the first token of prompts that end in it.
 
-    `first_chunk` says that prompts begin here: there is no earlier part of the cache to look at. `words` are the
-    pictures, which stand after the first token: given with the first chunk only. Padding is read too, into
-    slots past the end of the prompt: no query looks there before they are overwritten.
+    `first_chunk`: no prompt has an earlier part in the KV cache, so attention is limited to the chunk. `image_embeds`
+    are inserted after BOS, with the first chunk only. Padding is prefilled too, into positions past the end of the
+    prompt: no query sees them before they are overwritten.
     """
     model = bind(graph, params)
-    embedded, positions = prefill_embed(model, chunk, words)
-    cache_len = visible_len(state, positions, first_chunk)
-    cache = [gather_sequences(layer, chunk, cache_len, first_chunk) for layer in state.cache]
-    hidden, cache, _ = model.language(embedded, positions, chunk_mask(chunk, first_chunk), cache)
-    cache = [scatter_sequences(whole, part, chunk) for whole, part in zip(state.cache, cache, strict=True)]
-    rest = prefill_finish(model, vocab_size, state._replace(cache=[]), chunk, hidden, sampling, stops)
-    return rest._replace(cache=cache)
+    x, positions = prefill_embed(model, chunk, image_embeds)
+    layer_prefixes = state.prefixes or [None] * len(state.cache)
+    visible = visible_len(state.cache_len, positions, first_chunk)
+    own = [
+        gather_slots(layer, prefixes, chunk, visible, first_chunk)
+        for layer, prefixes in zip(state.cache, layer_prefixes, strict=True)
+    ]
+    hidden, own, _ = model.language(x, positions, chunk_mask(chunk, first_chunk), own)
+    cache = [scatter_slots(layer, part, chunk.slot) for layer, part in zip(state.cache, own, strict=True)]
+    prefixes = [scatter_slots(layer, part, chunk.target) for layer, part in zip(state.prefixes, own, strict=False)]
+    rest, sampled = prefill_finish(model, vocab_size, top_logprobs, state.without_cache, chunk, hidden, stops)
+    return rest._replace(cache=cache, prefixes=prefixes), sampled
 
 
 def prefill_embed(
-    model: SphinxMoE, chunk: Chunk, words: tuple[Float[Array, "crops tokens dim"], ...] | None
+    model: SphinxMoE, chunk: Chunk, image_embeds: tuple[Float[Array, "crops tokens dim"], ...] | None
 ) -> tuple[Float[Array, "batch length dim"], Int[Array, "batch length"]]:
-    """What the layers read of a chunk, and at which positions."""
-    embedded = model.embed(chunk.tokens, None if words is None else jnp.stack(words))
-    return embedded, chunk.start[:, None] + jnp.arange(embedded.shape[1])
+    """Embeddings of a chunk, image tokens included, and their positions."""
+    x = model.embed(chunk.tokens, None if image_embeds is None else jnp.stack(image_embeds))
+    return x, chunk.start[:, None] + jnp.arange(x.shape[1])
 
 
-def visible_len(state: State, positions: Int[Array, "batch length"], first_chunk: bool) -> int:
-    """Slots that a chunk looks at: most prompts are far shorter than the cache, which is not read past them."""
-    return positions.shape[1] if first_chunk else state.cache_len
+def visible_len(cache_len: int, positions: Int[Array, "batch length"], first_chunk: bool) -> int:
+    """Cache positions that a chunk's attention covers: most prompts are far shorter than the cache."""
+    return positions.shape[1] if first_chunk else cache_len
 
 
 def chunk_mask(chunk: Chunk, first_chunk: bool) -> Causal:
-    """What a chunk's tokens may look at of those slots."""
+    """Causal over the chunk alone, or over what is in the KV cache before it too."""
     return Causal(None if first_chunk else chunk.start)
 
 
-def gather_sequences(layer: LayerCache, chunk: Chunk, cache_len: int, first_chunk: bool) -> LayerCache:
-    """The part of a layer's cache that a chunk reads and writes: one row for each of its prompts."""
+def gather_slots(
+    layer: LayerCache, prefixes: LayerCache | None, chunk: Chunk, visible: int, first_chunk: bool
+) -> LayerCache:
+    """The part of a layer's KV cache that a chunk reads and writes: `visible` positions of the slot of each prompt.
 
-    def own(
-        whole: Float[Array, "num_seqs cache_len kv_heads head_dim"],
-    ) -> Float[Array, "batch seen kv_heads head_dim"]:
+    Where `chunk.source` names a prefix of the pool, the first positions are the prefix's.
+    """
+    batch = chunk.tokens.shape[0]
+
+    def gather(whole: Array, prefix: Array | None) -> Float[Array, "batch visible kv_heads head_dim"]:
         if first_chunk:
-            part = jnp.zeros((chunk.tokens.shape[0], cache_len, *whole.shape[2:]), whole.dtype)
-            return constrain(part, *_CACHE)
-        take = lambda own, row: _take(own, local_index(row, "batch", whole.shape[0]))
-        return sharded_map(take, (_CACHE, ("batch",)), _CACHE, sum_over=())(whole, chunk.row)
+            return constrain(jnp.zeros((batch, visible, *whole.shape[2:]), whole.dtype), *_CACHE)
+        own = _take_slots(whole, chunk.slot)
+        if prefix is None:
+            return own
+        # A prefix longer than the slots' caches is cut: its positions past them belong to no prompt that fits.
+        shared = _take_slots(prefix, chunk.source)[:, :visible]
+        shared = jnp.pad(shared, ((0, 0), (0, visible - shared.shape[1]), (0, 0), (0, 0)))
+        return jnp.where((chunk.source < prefix.shape[0])[:, None, None, None], shared, own)
 
-    return jax.tree.map(own, layer)
+    return LayerCache(
+        gather(layer.k, prefixes and prefixes.k),
+        gather(layer.v, prefixes and prefixes.v),
+    )
 
 
-def scatter_sequences(layer: LayerCache, part: LayerCache, chunk: Chunk) -> LayerCache:
-    """The layer's cache with that part put back."""
+def _take_slots(
+    whole: Float[Array, "slots length kv_heads head_dim"], index: Int[Array, "batch"]
+) -> Float[Array, "batch length kv_heads head_dim"]:
+    """whole[index]: each data-parallel group takes of its own slots, so no collective is needed."""
+    size = whole.shape[0]
 
-    def put(whole: Array, part: Array) -> Array:
-        num_seqs = whole.shape[0]
-        own = lambda whole, part, row: whole.at[local_index(row, "batch", num_seqs), : part.shape[1]].set(
-            part, mode="drop"
-        )
-        return sharded_map(own, (_CACHE, _CACHE, ("batch",)), _CACHE, sum_over=())(whole, part, chunk.row)
+    def take(own: Array, index: Array) -> Array:
+        return jnp.take(own, local_index(index, "batch", size), axis=0, mode="clip")
 
-    return jax.tree.map(put, layer, part)
+    return sharded_map(take, (_CACHE, ("batch",)), _CACHE, sum_over=())(whole, index)
+
+
+def scatter_slots(layer: LayerCache, part: LayerCache, index: Int[Array, "batch"]) -> LayerCache:
+    """The layer's cache with `part` written to the first positions of the slots `index`; past the last: dropped."""
+
+    def scatter(whole: Array, part: Array) -> Array:
+        size, length = whole.shape[:2]
+
+        def own(whole: Array, part: Array, index: Array) -> Array:
+            local = local_index(index, "batch", size)
+            return whole.at[local, : part.shape[1]].set(part, mode="drop")
+
+        return sharded_map(own, (_CACHE, _CACHE, ("batch",)), _CACHE, sum_over=())(whole, part[:, :length], index)
+
+    return LayerCache(scatter(layer.k, part.k), scatter(layer.v, part.v))
 
 
 def prefill_finish(
     model: SphinxMoE,
     vocab_size: int,
+    top_logprobs: bool,
     rest: State,
     chunk: Chunk,
     hidden: Float[Array, "batch length dim"],
-    sampling: SamplingValues,
     stops: Int[Array, "states vocab"],
-) -> State:
-    """The rows that a chunk was read into, each with the token after it; `rest` is the state without its cache."""
-    picture = hidden.shape[1] - chunk.tokens.shape[1]
-    end = picture + chunk.length - 1
+) -> tuple[State, Sampled]:
+    """The slots that a chunk was prefilled into, each with the token after it; `rest` is the state without caches.
+
+    A slot whose prompt goes on is left done, so that decode steps in between pass it over.
+    """
+    num_image_tokens = hidden.shape[1] - chunk.tokens.shape[1]
+    end = num_image_tokens + chunk.length - 1
     logits = model.language.logits(jnp.take_along_axis(hidden, end[:, None, None], axis=1))[:, 0]
-    num_seqs = jax.tree.map(lambda x: _take(x, chunk.row), rest)
-    num_seqs = num_seqs._replace(
-        length=chunk.start + picture + chunk.length,
-        count=jnp.zeros_like(num_seqs.count),
+    slots = State(
+        cache=[],
+        prefixes=[],
+        length=chunk.start + num_image_tokens + chunk.length,
+        token=jnp.zeros_like(chunk.length),
+        count=jnp.zeros_like(chunk.length),
         limit=chunk.limit,
-        done=jnp.zeros_like(num_seqs.done),
-        stop=jnp.full_like(num_seqs.stop, FIRST),
+        done=~chunk.last,
+        stop=chunk.stop,
         seeds=chunk.seeds,
         seen=chunk.seen,
+        sampling=chunk.sampling,
     )
-    # In vain where the prompt goes on: the next chunk begins the answer anew.
-    num_seqs = _choose_next(num_seqs, logits, vocab_size, sampling, stops)
-    return jax.tree.map(lambda whole, new: whole.at[chunk.row].set(new, mode="drop"), rest, num_seqs)
-
-
-def _take(whole: Array, row: Int[Array, "batch"]) -> Array:
-    """The named rows; padding takes any."""
-    return jnp.take(whole, row, axis=0, mode="clip")
+    slots, token, logprob, top = _sample_next(slots, logits, vocab_size, top_logprobs, stops)
+    rest = jax.tree.map(lambda whole, new: whole.at[chunk.slot].set(new, mode="drop"), rest, slots)
+    return rest, _one_step(slots, token, logprob, top)
 
 
 def decode(
     graph: nnx.GraphDef,
     vocab_size: int,
+    kv_len: int,
+    top_logprobs: bool,
     params: dict,
     state: State,
-    sampling: SamplingValues,
+    cancelled: Bool[Array, "num_seqs"],
     stops: Int[Array, "states vocab"],
     steps: Int[Array, ""],
     until: Int[Array, ""],
-) -> State:
-    """Choose up to `steps` tokens for each row that is not done, or until no more than `until` rows go on."""
-    model = bind(graph, params)
+) -> tuple[State, Sampled]:
+    """Up to `steps` decode steps, or until no more than `until` sequences run.
 
-    def going(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
-        step, state = carry
+    Attention reads the first `kv_len` cache positions: no running sequence may grow past them. `cancelled` sequences
+    end before the first step.
+    """
+    model = bind(graph, params)
+    state = state._replace(done=state.done | cancelled)
+
+    def is_running(carry: tuple[Int[Array, ""], State, Sampled]) -> Bool[Array, ""]:
+        step, state, _ = carry
         return (step < steps) & (jnp.sum(~state.done) > until)
 
-    def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
-        step, state = carry
-        embedded, positions = decode_embed(model, state)
-        hidden, cache, _ = model.language(embedded, positions, Causal(state.length), state.cache)
-        rest = decode_finish(model, vocab_size, state._replace(cache=[]), hidden, sampling, stops)
-        return step + 1, rest._replace(cache=cache)
+    def body(carry: tuple[Int[Array, ""], State, Sampled]) -> tuple[Int[Array, ""], State, Sampled]:
+        step, state, so_far = carry
+        x, positions = decode_embed(model, state)
+        hidden, cache, _ = model.language(x, positions, Causal(state.length, kv_len), state.cache)
+        rest, new = decode_finish(model, vocab_size, top_logprobs, state.without_cache, hidden, stops)
+        return step + 1, rest._replace(cache=cache, prefixes=state.prefixes), _put_column(so_far, new, step)
 
-    return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+    empty = empty_sampled(state, MAX_STEPS, top_logprobs)
+    _, state, sampled = jax.lax.while_loop(is_running, body, (jnp.int32(0), state, empty))
+    return state, sampled._replace(count=state.count, done=state.done, stopped=state.stop == STOPPED)
+
+
+def empty_sampled(state: State, steps: int, top_logprobs: bool) -> Sampled:
+    """No tokens yet."""
+    shape = (state.num_seqs, steps)
+    tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    top = (None, None)
+    if top_logprobs:
+        top = jnp.zeros((*shape, MAX_TOP_LOGPROBS), jnp.int32), jnp.zeros((*shape, MAX_TOP_LOGPROBS), jnp.float32)
+    return Sampled(tokens, logprobs, state.count, state.done, state.stop == STOPPED, *top)
 
 
 def decode_embed(model: SphinxMoE, state: State) -> tuple[Float[Array, "num_seqs 1 dim"], Int[Array, "num_seqs 1"]]:
-    """Each row's last token, and its position. A row that is done computes too, and writes past its end."""
+    """Each sequence's last token, and its position. A slot that is done computes too, and writes past its end."""
     return model.embed(state.token[:, None]), state.length[:, None]
 
 
 def decode_finish(
     model: SphinxMoE,
     vocab_size: int,
+    top_logprobs: bool,
     rest: State,
     hidden: Float[Array, "num_seqs 1 dim"],
-    sampling: SamplingValues,
     stops: Int[Array, "states vocab"],
-) -> State:
-    """Each row with its next token; `rest` is the state without its cache."""
+) -> tuple[State, Sampled]:
+    """Each sequence with its next token; `rest` is the state without caches."""
     logits = model.language.logits(hidden)[:, 0]
     rest = rest._replace(length=jnp.where(rest.done, rest.length, rest.length + 1))
-    return _choose_next(rest, logits, vocab_size, sampling, stops)
+    rest, token, logprob, top = _sample_next(rest, logits, vocab_size, top_logprobs, stops)
+    return rest, _one_step(rest, token, logprob, top)
 
 
-def _choose_next(
-    state: State, logits: Float[Array, "num_seqs vocab"], vocab_size: int, sampling: SamplingValues, stops: Array
-) -> State:
-    """The next token of each row that is not done, recorded; and whether it ends the answer.
+def _sample_next(
+    state: State,
+    logits: Float[Array, "batch vocab"],
+    vocab_size: int,
+    top_logprobs: bool,
+    stops: Int[Array, "states vocab"],
+) -> tuple[State, Int[Array, "batch"], Float[Array, "batch"], tuple[Array | None, Array | None]]:
+    """The state after the next token of each sequence that is not done; token, log-probability and alternatives.
 
-    `vocab_size` is the tokenizer's: a model's table may be larger, and what lies beyond is no token.
+    `vocab_size` is the tokenizer's: a model's table may be larger, and what is past it is no token.
     """
     logits = constrain(logits, "batch", None)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-    token = choose(logits, state.seen, state.seeds, state.count, sampling)
-    row = jnp.arange(token.shape[0])
-    logprob = jax.nn.log_softmax(logits, axis=-1)[row, token]
-    # All that devices with different rows tell each other of them: each then knows all that was said, and who is done.
+    token = sample(logits, state.seen, state.seeds, state.count, state.sampling)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    # The only collective between data-parallel groups: every device then knows all tokens, and which sequences ended.
     token, logprob = constrain(token, None), constrain(logprob, None)
+    top = (None, None)
+    if top_logprobs:
+        values, ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logprobs.shape[-1]))
+        top = constrain(ids, None, None), constrain(values, None, None)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
-    return state._replace(
+    state = state._replace(
         token=jnp.where(state.done, state.token, token),
         count=count,
         stop=stop,
         done=state.done | (stop == STOPPED) | (count >= state.limit),
-        seen=_put(state.seen, token, jnp.ones_like(state.done)),
-        # A row that is done writes past its end, where nobody looks.
-        output=_put(state.output, state.count, token),
-        logprob=_put(state.logprob, state.count, logprob),
+        seen=_mark(state.seen, token),
     )
+    return state, token, logprob, top
 
 
-def _put(whole: Shaped[Array, "num_seqs n"], place: Int[Array, "num_seqs"], value: Shaped[Array, "num_seqs"]) -> Array:
-    """`whole` with one value in each row replaced, by every device for itself."""
-    put = lambda whole, place, value: whole.at[jnp.arange(len(place)), place].set(value, mode="drop")
-    return sharded_map(put, ((None, None), (None,), (None,)), (None, None), sum_over=())(whole, place, value)
+def _one_step(state: State, token: Array, logprob: Array, top: tuple[Array | None, Array | None]) -> Sampled:
+    """The tokens of one step as arrays with one column."""
+    tokens, logprobs, *top_columns = jax.tree.map(lambda x: x[:, None], (token, logprob, *top))
+    return Sampled(tokens, logprobs, state.count, state.done, state.stop == STOPPED, *top_columns)
+
+
+def _put_column(so_far: Sampled, new: Sampled, step: Int[Array, ""]) -> Sampled:
+    """`so_far` with the token of decode step `step`; only its wide arrays are kept."""
+    names = [name for name in ("tokens", "logprobs", "top_tokens", "top_logprobs") if getattr(new, name) is not None]
+    put = jax.lax.dynamic_update_slice_in_dim
+    return so_far._replace(**{name: put(getattr(so_far, name), getattr(new, name), step, axis=1) for name in names})
+
+
+def _mark(seen: Shaped[Array, "batch vocab"], token: Int[Array, "batch"]) -> Bool[Array, "batch vocab"]:
+    """`seen` with each sequence's token added, on every device by itself."""
+
+    def mark(seen: Array, token: Array) -> Array:
+        return seen.at[jnp.arange(len(token)), token].set(True, mode="drop")
+
+    return sharded_map(mark, ((None, None), (None,)), (None, None), sum_over=())(seen, token)

@@ -1,6 +1,9 @@
 """Files of questions: every line is answered or says why not, and a second start does only what is left."""
 
+import base64
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ def folder(tmp_path, images):
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -36,6 +39,13 @@ BAD = [
     b'{"id": null, "prompt": "what?"}',
     b'{"id": "i", "image": 7, "prompt": "what?"}',
     b'{"id": "u", "prompt": "\xff\xfe"}',
+    b'{"id": "long path", "image": "' + b"x" * 5000 + b'", "prompt": "what?"}',
+    b'{"id": "nul", "image": "a\\u0000b.png", "prompt": "what?"}',
+    b'{"id": "surrogate", "image": "\\ud800.png", "prompt": "what?"}',
+    b'{"id": "\\ud800", "image": "missing.png", "prompt": "what?"}',
+    b"[" * 100_000,
+    b'{"id": "uri", "image": "data:image/png;base64,????", "prompt": "what?"}',
+    b'{"id": "url", "image": "https://example.com/cat.png", "prompt": "what?"}',
 ]
 COMPLAINTS = [
     "not JSON",
@@ -48,6 +58,13 @@ COMPLAINTS = [
     '"id"',
     '"image"',
     "not JSON",
+    "xxx",
+    "a\\x00b.png",
+    ".png",
+    "missing.png",
+    "not JSON",
+    "data URI",
+    "URL",
 ]
 
 
@@ -57,7 +74,7 @@ def write(folder, lines):
 
 
 NEW = 60
-"""Enough that prompt and answer take the cache slots for which other tests have compiled programs."""
+"""Enough that prompt and answer take the cache length for which other tests have compiled programs."""
 
 
 def run(model, folder, **options):
@@ -78,7 +95,7 @@ def test_good_lines_are_answered_and_bad_ones_say_why(model, folder):
         lines.insert(1 + 2 * i if 2 * i < len(lines) else len(lines), bad)
     write(folder, lines)
     progress, records = run(model, folder)
-    assert (progress.total, progress.answered, progress.failed, progress.skipped) == (15, 5, 10, 0)
+    assert (progress.total, progress.answered, progress.failed, progress.skipped) == (22, 5, 17, 0)
     answers = {json.dumps(r["id"]): r["answer"] for r in records if "answer" in r}
     truth = expected(model, folder)
     assert answers == {json.dumps(e["id"]): a.text for e, a in zip(GOOD, truth, strict=True)}
@@ -116,7 +133,7 @@ def test_logprobs_on_request(model, folder):
         np.testing.assert_allclose(by_id[json.dumps(entry["id"])]["logprobs"], answer.logprobs, atol=1e-5)
 
 
-def test_pictures_open_a_little_ahead_in_order():
+def test_images_open_a_little_ahead_in_order():
     from sphinx_jax.inference.batch_file import AHEAD, _ahead
 
     started = []
@@ -133,7 +150,7 @@ def test_pictures_open_a_little_ahead_in_order():
         (lambda f: (f / "in.jsonl").write_text("\n \n"), "no questions"),
         (lambda f: (write(f, GOOD), (f / "out.jsonl").write_text("notes\nof mine\n")), "out.jsonl: line 1"),
         (lambda f: (write(f, GOOD), (f / "out.jsonl").write_text('{"id": 1}\n')), "out.jsonl: line 1"),
-        (lambda f: (write(f, GOOD), (f / "out.jsonl").mkdir()), "out.jsonl: cannot read"),
+        (lambda f: (write(f, GOOD), (f / "out.jsonl").mkdir()), "out.jsonl: is a directory"),
     ],
 )
 def test_files_that_are_not_what_they_should_be(model, folder, prepare, message):
@@ -151,3 +168,73 @@ def test_the_answers_may_not_go_into_the_questions(model, folder):
         list(model.answer_file(folder / "in.jsonl", folder / "in.jsonl"))
     with pytest.raises(UserError, match="does not exist"):
         list(model.answer_file(folder / "in.jsonl", folder / "no" / "out.jsonl"))
+
+
+def test_a_data_uri_is_an_image(model, folder):
+    uri = "data:image/png;base64," + base64.b64encode((folder / "0.png").read_bytes()).decode()
+    write(folder, [GOOD[0], GOOD[0] | {"id": "uri", "image": uri}])
+    _, records = run(model, folder)
+    assert records[0]["answer"] == records[1]["answer"]
+
+
+def test_a_byte_order_mark_belongs_to_no_line(model, folder):
+    write(folder, GOOD[:1])
+    (folder / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "in.jsonl").read_bytes())
+    assert run(model, folder)[0].answered == 1
+
+
+def test_a_json_array_is_one_error(model, folder):
+    (folder / "in.jsonl").write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match="JSON array"):
+        run(model, folder)
+
+
+def test_a_link_is_followed_and_stays_a_link(model, folder):
+    write(folder, GOOD)
+    (folder / "real.jsonl").touch()
+    (folder / "out.jsonl").symlink_to("real.jsonl")
+    run(model, folder)
+    assert (folder / "out.jsonl").is_symlink() and len((folder / "real.jsonl").read_text().splitlines()) == len(GOOD)
+
+
+def test_devices_and_pipes_are_written_to_and_stay_what_they_are(model, folder):
+    write(folder, GOOD[:2])
+    arguments = {"max_new_tokens": NEW, "max_num_seqs": 4}
+    *_, last = model.answer_file(folder / "in.jsonl", "/dev/null", **arguments)
+    assert last.answered == 2 and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    fifo = folder / "pipe"
+    os.mkfifo(fifo)
+    with pytest.raises(UserError, match="pipe: cannot be written"):
+        list(model.answer_file(folder / "in.jsonl", fifo, **arguments))
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    list(model.answer_file(folder / "in.jsonl", fifo, **arguments))
+    assert len(os.read(reader, 1 << 16).splitlines()) == 2
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.5}, "temperature 0.0, not 0.5"),
+        ({"stop": ["x"]}, "stop"),
+        ({"prompt": "is it green?"}, 'the question with id "a"'),
+        ({"image": "1.png"}, 'the question with id "a"'),
+    ],
+)
+def test_answers_of_another_run_are_refused_and_stay(model, folder, change, message):
+    write(folder, GOOD)
+    run(model, folder)
+    before = (folder / "out.jsonl").read_bytes()
+    options = {name: change[name] for name in ("temperature", "stop") if name in change}
+    write(folder, [GOOD[0] | {name: change[name] for name in ("prompt", "image") if name in change}, *GOOD[1:]])
+    with pytest.raises(UserError, match=message):
+        run(model, folder, **options)
+    assert (folder / "out.jsonl").read_bytes() == before
+    # More questions are no other run.
+    write(folder, [*GOOD, {"id": "more", "prompt": "why?"}])
+    assert run(model, folder)[0].answered == 1
+
+
+def test_half_of_a_surrogate_pair_in_an_id_comes_back_as_it_was(model, folder):
+    write(folder, [b'{"id": "\\ud800", "prompt": "why?"}'])
+    assert run(model, folder)[1][0]["id"] == "\ud800"

@@ -1,39 +1,50 @@
 """Decoding against the teacher-forced forward pass, and everything that must not change an answer."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
-from sphinx_jax.inference.bucketing import bucket, power_of_two
+from sphinx_jax.inference import generate
+from sphinx_jax.inference.bucketing import BATCHES, LENGTHS, batch_bucket, bucket
 from sphinx_jax.inference.engine import Engine
-from sphinx_jax.inference.requests import Request
+from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.sampling import SamplingParams
-from sphinx_jax.inference.serving import Session, answer_all, prefill_batch_size, serve
 
-# All prompts are of one length bucket, and prompt and answer of one bucket of cache slots, so that the tests share
+# All prompts are of one length bucket, and prompt and answer of one bucket of cache positions, so that the tests share
 # compiled programs: those take seconds, the answers milliseconds.
 NEW = 60
-SLOTS = 128
+CACHE_LEN = 128
 MESHES = [{"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]
 PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
 
 
-def with_pictures(images):
-    """A picture for some prompts, the same one twice, and none for one."""
+def with_images(images):
+    """An image for some prompts, the same one twice, and none for one."""
     return [images[0], None, images[1], images[0]]
 
 
 def teacher_forced(model, prompt, image, answer):
-    """Scores of every next token along prompt and answer, from the whole sequence at once."""
+    """Logits of every next token along prompt and answer, from the whole sequence at once."""
     tokens = [*model.request(prompt).tokens, *answer]
-    padded = np.zeros((1, SLOTS), np.int32)
+    padded = np.zeros((1, CACHE_LEN), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = np.asarray(model.logits(padded, None if image is None else [image]), np.float64)[0]
     return logits[len(tokens) - len(answer) - 1 : len(tokens) - 1, : model.tokenizer.vocab_size]
+
+
+def recorded_chunks(monkeypatch):
+    """The chunks that engines prefill from now on."""
+    chunks = []
+    original = Engine.prefill
+
+    def prefill(self, state, chunk, *rest):
+        chunks.append(chunk)
+        return original(self, state, chunk, *rest)
+
+    monkeypatch.setattr(Engine, "prefill", prefill)
+    return chunks
 
 
 def log_softmax(logits):
@@ -42,11 +53,11 @@ def log_softmax(logits):
 
 @pytest.fixture(scope="module")
 def answers(model, images):
-    return model.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    return model.complete(PROMPTS, with_images(images), max_new_tokens=NEW)
 
 
 def test_greedy_decoding_through_the_cache_is_the_teacher_forced_argmax(model, images, answers):
-    for prompt, image, answer in zip(PROMPTS, with_pictures(images), answers, strict=True):
+    for prompt, image, answer in zip(PROMPTS, with_images(images), answers, strict=True):
         expected = log_softmax(teacher_forced(model, prompt, image, answer.tokens))
         assert answer.tokens == expected.argmax(-1).tolist()
         np.testing.assert_allclose(answer.logprobs, expected.max(-1), atol=1e-4)
@@ -55,32 +66,32 @@ def test_greedy_decoding_through_the_cache_is_the_teacher_forced_argmax(model, i
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()))
 def test_every_mesh_gives_the_same_answers(mesh, make_model, images, answers):
-    other = make_model(**mesh).complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    other = make_model(**mesh).complete(PROMPTS, with_images(images), max_new_tokens=NEW)
     assert [a.tokens for a in other] == [a.tokens for a in answers]
     for a, b in zip(other, answers, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 def test_a_batch_gives_what_one_at_a_time_gives(model, images, answers):
-    for prompt, image, answer in zip(PROMPTS, with_pictures(images), answers, strict=True):
+    for prompt, image, answer in zip(PROMPTS, with_images(images), answers, strict=True):
         (alone,) = model.complete([prompt], [image], max_new_tokens=NEW)
         assert (alone.text, alone.tokens, alone.finish) == (answer.text, answer.tokens, answer.finish)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=str)
-def test_rows_are_refilled_as_answers_end(model, make_model, mesh):
-    """Four rows, on two replicas two on each, for nine requests that end at different times."""
-    requests = [model.request(PROMPTS[i % 4], max_new_tokens=55 + i % 5) for i in range(9)]
-    ended = list(serve(make_model(**mesh).engine, requests, SamplingParams(), max_num_seqs=4))
+def test_slots_are_refilled_as_sequences_end(model, make_model, mesh):
+    """Four batch slots, two for each of two data-parallel groups, for nine requests that end at different times."""
+    requests = [model.request(PROMPTS[i % 4], None, SamplingParams(max_new_tokens=55 + i % 5)) for i in range(9)]
+    ended = list(generate.run(make_model(**mesh).engine, requests, max_num_seqs=4))
     assert sorted(index for index, _ in ended) == list(range(9))
     for index, completion in ended:
-        (alone,) = answer_all(model.engine, [requests[index]], SamplingParams())
+        (alone,) = generate.run_all(model.engine, [requests[index]])
         assert completion == alone._replace(logprobs=completion.logprobs)
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
 
 
 def test_a_stream_gives_what_generate_gives(model, images, answers):
-    for prompt, image, answer in list(zip(PROMPTS, with_pictures(images), answers, strict=True))[:2]:
+    for prompt, image, answer in list(zip(PROMPTS, with_images(images), answers, strict=True))[:2]:
         pieces = list(model.stream(prompt, image, max_new_tokens=NEW))
         assert "".join(pieces) == answer.text
         assert len(pieces) > 1 and all(pieces)
@@ -92,9 +103,9 @@ def test_nothing_is_compiled_twice(model, images):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    ask = lambda prompts, pictures, **options: model.generate(prompts, pictures, max_new_tokens=NEW, **options)
+    ask = lambda prompts, images_of, **options: model.generate(prompts, images_of, max_new_tokens=NEW, **options)
     new = list(np.random.default_rng(2).normal(size=(6, 32, 32, 3)).astype(np.float32))
-    ask(PROMPTS, with_pictures(new[:2]))
+    ask(PROMPTS, with_images(new[:2]))
     list(model.stream(PROMPTS[0], new[2], max_new_tokens=NEW))
     before = model.engine.compilations
     # A program that was never needed before is heard, so silence below means something.
@@ -103,12 +114,12 @@ def test_nothing_is_compiled_twice(model, images):
     compiled.clear()
     sampled = {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "seed": 5, "repetition_penalty": 1.5}
     ask(PROMPTS[::-1], [new[3], new[0], None, new[4]], stop=["e", "a"], **sampled)
-    ask(PROMPTS[1:] + PROMPTS[:1], with_pictures(new))
+    ask(PROMPTS[1:] + PROMPTS[:1], with_images(new))
     list(model.stream(PROMPTS[1], new[5], max_new_tokens=NEW - 5, stop=["x"]))
     assert compiled == [] and model.engine.compilations == before + 1
 
 
-def test_a_picture_is_encoded_once(model):
+def test_an_image_is_encoded_once(model):
     a, b = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
     before = model.engine.images_encoded
     model.generate(PROMPTS, [a, None, b, a.copy()], max_new_tokens=NEW)
@@ -117,7 +128,7 @@ def test_a_picture_is_encoded_once(model):
     assert model.engine.images_encoded == before + 2
 
 
-def test_encoded_pictures_are_kept_within_a_bound(model, images, monkeypatch):
+def test_image_embeddings_are_kept_within_a_bound(model, images, monkeypatch):
     one = model.encode_images(images[:1])
     monkeypatch.setattr(engine_module, "IMAGE_CACHE_BYTES", 2 * one.nbytes)
     model.encode_images(images)
@@ -128,27 +139,23 @@ def test_encoded_pictures_are_kept_within_a_bound(model, images, monkeypatch):
     assert model.engine.images_encoded == before + 1
 
 
-def test_a_prompt_read_in_pieces_is_the_same_prompt(model, images, answers, monkeypatch):
-    read = []
-    original = Engine._prefill
-    monkeypatch.setattr(
-        Engine, "_prefill", lambda self, state, chunk, *rest: read.append(chunk) or original(self, state, chunk, *rest)
-    )
+def test_a_prompt_prefilled_in_chunks_is_the_same_prompt(model, images, answers, monkeypatch):
+    chunks = recorded_chunks(monkeypatch)
     monkeypatch.setattr(model.engine, "prefill_tokens", 20)
     (again,) = model.complete(PROMPTS[:1], images[:1], max_new_tokens=NEW)
     assert again.tokens == answers[0].tokens
-    assert [chunk.length.tolist() for chunk in read[:2]] == [[20], [20]] and len(read) == 3
-    together = model.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    assert [chunk.length.tolist() for chunk in chunks[:2]] == [[20], [20]] and len(chunks) == 3
+    together = model.complete(PROMPTS, with_images(images), max_new_tokens=NEW)
     assert [a.tokens for a in together] == [a.tokens for a in answers]
 
 
-def test_replicas_read_on_where_they_began(make_model, images, answers, monkeypatch):
-    """In pieces, of which the longer prompts have more: each replica finds the rows that it read before."""
+def test_data_parallel_groups_continue_their_own_prompts(make_model, images, answers, monkeypatch):
+    """In chunks, of which the longer prompts have more: each group finds the slots that it prefilled before."""
     replicas = make_model(data=2, tensor=2)
     monkeypatch.setattr(replicas.engine, "prefill_tokens", 20)
-    together = replicas.complete(PROMPTS, with_pictures(images), max_new_tokens=NEW)
+    together = replicas.complete(PROMPTS, with_images(images), max_new_tokens=NEW)
     assert [a.tokens for a in together] == [a.tokens for a in answers]
-    texts = ["".join(replicas.stream(PROMPTS[i], with_pictures(images)[i], max_new_tokens=NEW)) for i in (0, 1)]
+    texts = ["".join(replicas.stream(PROMPTS[i], with_images(images)[i], max_new_tokens=NEW)) for i in (0, 1)]
     assert texts == [a.text for a in answers[:2]]
 
 
@@ -167,77 +174,44 @@ def test_stop_strings_end_an_answer_before_they_begin(model, images, answers):
 
 
 def test_repeated_tokens_are_penalised(model, images):
-    """Against a loop over teacher-forced scores in numpy."""
+    """Against a loop over teacher-forced logits in numpy."""
     prompt, image, penalty = PROMPTS[0], images[0], 1.7
     (answer,) = model.complete([prompt], [image], max_new_tokens=NEW, repetition_penalty=penalty)
     (plain,) = model.complete([prompt], [image], max_new_tokens=NEW)
     assert answer.tokens != plain.tokens
     prompt_tokens = model.request(prompt).tokens
-    for n, scores in enumerate(teacher_forced(model, prompt, image, answer.tokens)):
+    for n, logits in enumerate(teacher_forced(model, prompt, image, answer.tokens)):
         for old in {*prompt_tokens, *answer.tokens[:n]}:
-            scores[old] = scores[old] / penalty if scores[old] > 0 else scores[old] * penalty
-        assert answer.tokens[n] == scores.argmax()
+            logits[old] = logits[old] / penalty if logits[old] > 0 else logits[old] * penalty
+        assert answer.tokens[n] == logits.argmax()
 
 
 def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(model, make_model, images):
     options = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
-    pictures = with_pictures(images)
-    together = model.generate(PROMPTS, pictures, seed=7, **options)
-    alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, pictures, strict=True)]
+    images_of = with_images(images)
+    together = model.generate(PROMPTS, images_of, seed=7, **options)
+    alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, images_of, strict=True)]
     assert together == alone
-    assert together == make_model(**MESHES[2]).generate(PROMPTS, pictures, seed=7, **options)
-    assert "".join(model.stream(PROMPTS[0], pictures[0], seed=7, **options)) == together[0]
-    several = model.generate(PROMPTS[:1] * 4, pictures[:1] * 4, seed=[7, 8, 9, 7], **options)
+    assert together == make_model(**MESHES[2]).generate(PROMPTS, images_of, seed=7, **options)
+    assert "".join(model.stream(PROMPTS[0], images_of[0], seed=7, **options)) == together[0]
+    several = model.generate(PROMPTS[:1] * 4, images_of[:1] * 4, seed=[7, 8, 9, 7], **options)
     assert several[0] == several[3] == together[0]
     assert len(set(several)) == 3
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(model, images, monkeypatch):
-    monkeypatch.setattr(model.engine, "max_model_len", SLOTS)
+    monkeypatch.setattr(model.engine, "max_model_len", CACHE_LEN)
     long = "a much longer question: " + " and ".join(PROMPTS * 6)
     length = len(model.request(long).tokens) + model.config.num_image_tokens
     with pytest.raises(
-        UserError, match=rf"{length} tokens long, {model.config.num_image_tokens} of them.*context of 128"
+        UserError, match=rf"{length} tokens long, {model.config.num_image_tokens} of them.*max-model-len 128"
     ):
         model.generate([long], images[:1])
-    with pytest.raises(UserError, match="context of 128"):
+    with pytest.raises(UserError, match="max-model-len 128"):
         list(model.stream(long))
-    # An answer ends where the context does.
+    # An answer ends at the last position.
     (answer,) = model.complete(PROMPTS[:1], max_new_tokens=500)
-    assert len(answer.tokens) == SLOTS - len(model.request(PROMPTS[0]).tokens)
-
-
-def test_a_session_reads_only_what_is_new(model, images, monkeypatch):
-    read = []
-    original = Engine._prefill
-    monkeypatch.setattr(
-        Engine, "_prefill", lambda self, state, chunk, *rest: read.append(chunk) or original(self, state, chunk, *rest)
-    )
-    session = Session(model.engine, SLOTS)
-    first, second = (model.request(prompt, images[0], max_new_tokens=4) for prompt in ("is it?", "is it red?"))
-    stream = lambda request: "".join(session.stream(request, SamplingParams(), ()))
-    stream(first)
-    text = stream(second)
-    common = next(i for i, (a, b) in enumerate(zip(first.tokens, second.tokens, strict=False)) if a != b)
-    assert read[0].start[0] == 0 and read[0].length[0] == len(first.tokens)
-    assert read[1].start[0] == common + model.config.num_image_tokens
-    assert read[1].length[0] == len(second.tokens) - common
-    assert text == model.generate(["is it red?"], images[:1], max_new_tokens=NEW)[0][: len(text)]
-    # All that was said comes back as part of the prompt: its last token was chosen but never read.
-    said = model.engine.tokenizer.encode("yes", bos=False, eos=False)
-    (spoken,) = answer_all(model.engine, [second], SamplingParams())
-    third = Request([*second.tokens, *spoken.tokens, *said], second.picture, 4)
-    text = stream(third)
-    assert read[-1].start[0] == len(second.tokens) + len(spoken.tokens) - 1 + model.config.num_image_tokens
-    assert (
-        text
-        == answer_all(model.engine, [dataclasses.replace(third, max_new_tokens=NEW)], SamplingParams())[0].text[
-            : len(text)
-        ]
-    )
-    # Another picture: nothing can be kept.
-    stream(model.request("is it?", images[1], max_new_tokens=4))
-    assert read[-1].start[0] == 0
+    assert len(answer.tokens) == CACHE_LEN - len(model.request(PROMPTS[0]).tokens)
 
 
 @pytest.mark.parametrize(
@@ -260,31 +234,18 @@ def test_impossible_options_are_refused(model, options, message):
         model.generate(["why?"], **options)
 
 
-def test_no_memory_for_the_cache_is_said_with_what_would_fit(model, monkeypatch):
+def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
     def exhausted():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setitem(model.engine._compiled, ("state", 1, 64), exhausted)
-    with pytest.raises(UserError, match=r"no memory for a cache of 1 x 64 positions .* shorter --max-model-len"):
-        model.engine.new_state(1, 64)
+    monkeypatch.setitem(model.engine._compiled, ("state", StateShape(1, 64)), exhausted)
+    with pytest.raises(UserError, match=r"no memory for a KV cache of 1 x 64 positions .* shorter --max-model-len"):
+        model.engine.new_state(StateShape(1, 64))
 
 
 def test_buckets_waste_at_most_half():
     for n in range(1, 3000):
         size = bucket(n)
-        assert n <= size <= max(64, 1.5 * n)
-    assert len({bucket(n) for n in range(1, 4097)}) == 13
-
-
-@pytest.mark.parametrize("piece", [512, 2048])
-def test_prompts_read_at_once_take_bounded_memory(piece):
-    for n in range(1, 3000):
-        prompts = prefill_batch_size(n, piece, groups=1, pictures=True)
-        assert power_of_two(prompts) == prompts <= 16
-        # Twice as many would be too many.
-        assert prompts * min(bucket(n), piece) <= 8192 and (prompts == 16 or 2 * prompts * min(bucket(n), piece) > 8192)
-        assert prefill_batch_size(n, piece, groups=8, pictures=False) == prompts
-        for groups in (2, 3, 8, 32):
-            # The words of pictures are on every device.
-            each = prefill_batch_size(n, piece, groups, pictures=True)
-            assert power_of_two(each) == each <= prompts and (each == 1 or groups * each <= 16)
+        assert n <= size <= max(LENGTHS[0], 2 * n)
+    assert len({bucket(n) for n in range(1, 2049)}) == len(LENGTHS)
+    assert [batch_bucket(n) for n in (1, 2, 4, 5, 16)] == [1, 4, 4, 16, 16] and BATCHES[-1] == 16

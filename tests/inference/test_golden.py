@@ -1,4 +1,4 @@
-"""What the original program answered, from its own checkpoints: with a picture and without, token by token."""
+"""What the original program answered, from its own checkpoints: with an image and without, token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.language.kv_cache import make_cache
 from sphinx_jax.model import bind
 from tests.conftest import GOLDEN, mesh_name
-from tests.vision.test_golden import pictures
+from tests.vision.test_golden import golden_images
 
 QUICK = ("ens", {})
 MESHES = [{}, {"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}]
@@ -35,7 +35,7 @@ class Run:
         self.facts = golden(f"{variant}/expected.json")
         self.scenarios = {scenario["name"]: scenario for scenario in self.facts["generate"]}
         pixels = np.asarray(Image.open(GOLDEN / variant / "image_padded_resized.png"))
-        self.pixels, self.picture = [pixels, pixels[:, ::-1]], pictures(variant)[:1]
+        self.pixels, self.image = [pixels, pixels[:, ::-1]], golden_images(variant)[:1]
 
 
 def case_name(case) -> str:
@@ -49,7 +49,7 @@ def run(request, golden_checkpoint, golden):
 
 
 def test_every_scenario_is_answered_as_by_the_original(run):
-    """All prompts as one mixed batch: what a prompt gets does not depend on its company."""
+    """All prompts as one mixed batch: an answer does not depend on the rest of the batch."""
     prompts, images, expected, texts = [], [], [], []
     for name in ("image_single", "image_batch2_different_lengths", "text_only_batch3"):
         scenario = run.scenarios[name]
@@ -76,28 +76,28 @@ def test_generate_and_stream_give_the_originals_text(run):
 
 
 def test_logits_of_cached_decoding(run):
-    """The prompt read into the cache, then eight tokens one at a time: the scores after each."""
+    """The prompt prefilled, then eight decode steps: the logits after each."""
     engine, e = run.model.engine, run.expected
     prompt = jnp.asarray(run.inputs["prompt_tokens"], jnp.int32)
-    slots = run.model.config.num_image_tokens + prompt.shape[1] + len(e["decode_tokens"])
+    cache_len = run.model.config.num_image_tokens + prompt.shape[1] + len(e["decode_tokens"])
 
-    def read(params, cache, tokens, start, picture):
+    def forward(params, cache, tokens, start, image):
         model = bind(engine._programs.graph, params)
-        x = model.embed(tokens, None if picture is None else model.encode_images(picture))
+        x = model.embed(tokens, None if image is None else model.encode_images(image))
         positions = start + jnp.arange(x.shape[1])[None]
         hidden, cache, _ = model.language(x, positions, Causal(positions[:, 0]), cache)
         return model.language.logits(hidden[:, -1:])[0, 0], cache, start + x.shape[1]
 
     with sharding.mesh_context(run.model.mesh):
-        read = jax.jit(read)
-        cache = make_cache(run.model.config.language, 1, slots, jnp.float32)
-        logits, cache, start = read(engine.params, cache, prompt, jnp.int32(0), run.picture)
+        forward = jax.jit(forward)
+        cache = make_cache(run.model.config.language, 1, cache_len, jnp.float32)
+        logits, cache, start = forward(engine.params, cache, prompt, jnp.int32(0), run.image)
         rows = [logits]
         for token in e["decode_tokens"]:
-            logits, cache, start = read(engine.params, cache, jnp.full((1, 1), token, jnp.int32), start, None)
+            logits, cache, start = forward(engine.params, cache, jnp.full((1, 1), token, jnp.int32), start, None)
             rows.append(logits)
         rows = np.asarray(jnp.stack(rows))
-    assert start == slots
+    assert start == cache_len
     np.testing.assert_array_equal(rows.argmax(-1), e["decode_logits_argmax"])
     np.testing.assert_array_equal(rows.argmax(-1)[:-1], e["decode_tokens"])
     np.testing.assert_allclose(rows[:, ::125], e["decode_logits_cols"], rtol=0, atol=1e-4)
@@ -108,20 +108,20 @@ def test_logits_of_cached_decoding(run):
 
 @pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_the_originals(golden_checkpoint, golden):
-    """First scores and picture words, both as far from the original's float32 as ours may be, on average and at most.
+    """First logits and image embeddings, both as far from the original's float32 as ours may be, on average and at most.
 
     The original's bfloat16 was computed on a CPU too. Logits are about 2.9 wide, words 1.
     """
     loaded = accessory.load(golden_checkpoint("ens", 1), sharding.make_mesh(), "bfloat16")
     run = jax.jit(lambda params, tokens, images: bind(loaded.graph, params)(tokens, images))
     prompt = golden("ens/inputs.npz")["prompt_tokens"].astype(np.int32)
-    logits, record = run(loaded.params, prompt, pictures("ens")[:1])
+    logits, intermediates = run(loaded.params, prompt, golden_images("ens")[:1])
     exact, theirs = golden("ens/expected.npz"), golden("ens/info_bf16_cpu.npz")
     first = np.asarray(logits)[0, -1]
     assert first.argmax() == exact["decode_logits_argmax"][0]
     for ours, reference, wide in (
         (first[::125], theirs["first_logits_cols"], exact["decode_logits_cols"][0]),
-        (record["words"][0], theirs["encode_image"], exact["encode_image"][:1]),
+        (intermediates["image_embeds"][0], theirs["encode_image"], exact["encode_image"][:1]),
     ):
         ours_off = np.abs(np.asarray(ours, np.float32) - wide)
         reference_off = np.abs(reference.astype(np.float32) - wide)
@@ -130,14 +130,14 @@ def test_bfloat16_is_no_further_from_float32_than_the_originals(golden_checkpoin
 
 
 @pytest.mark.parametrize(("kind", "mean", "relative", "same"), [("int8", 0.05, 0.02, 0.93), ("int4", 0.8, 0.36, 0.5)])
-def test_what_few_bits_cost_in_scores(kind, mean, relative, same, golden_checkpoint, golden):
+def test_what_quantization_costs_in_logits(kind, mean, relative, same, golden_checkpoint, golden):
     """Against the original's float32 on two whole conversations; figures in docs/quantization-and-offload.md."""
     model = sphinx_jax.load(golden_checkpoint("ens", 1), sharding.make_mesh(), "float32", quantize=kind)
     exact, tokens = golden("ens/expected.npz"), golden("ens/inputs.npz")["examples"]
     best = exact["train_logits_argmax"]
-    scores = np.asarray(model.logits(tokens[:, : best.shape[1]], pictures("ens")))
-    off = scores[..., ::125] - exact["train_logits_cols"]
+    logits = np.asarray(model.logits(tokens[:, : best.shape[1]], golden_images("ens")))
+    off = logits[..., ::125] - exact["train_logits_cols"]
     # Rounding shows, or nothing was rounded.
     assert 0.01 < np.abs(off).mean() <= mean
     assert np.linalg.norm(off) <= relative * np.linalg.norm(exact["train_logits_cols"])
-    assert (scores.argmax(-1) == best).mean() >= same
+    assert (logits.argmax(-1) == best).mean() >= same

@@ -33,19 +33,19 @@ def run(model, monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     return tmp_path / "red.png"
 
 
-def test_a_question_about_a_picture(run, model, picture):
-    expected = model.generate([QUESTION], [picture], max_new_tokens=60)[0]
-    code, out, err = run("--checkpoint", "x", "--image", picture, "--prompt", QUESTION, "--max-new-tokens", 60)
+def test_a_question_about_a_image(run, model, image):
+    expected = model.generate([QUESTION], [image], max_new_tokens=60)[0]
+    code, out, err = run("--checkpoint", "x", "--image", image, "--prompt", QUESTION, "--max-new-tokens", 60)
     assert (code, out) == (0, expected + "\n")
     assert "first token after" in err.splitlines()[-1] and "compiling took" in err.splitlines()[-1]
 
 
-def test_nothing_asked_shows_three_held_out_pictures_from_the_newest_run(run, model, tmp_path):
+def test_nothing_asked_shows_three_held_out_images_from_the_newest_run(run, model, tmp_path):
     easy_vqa = pytest.importorskip("sphinx_jax.data.easy_vqa")
     for age, name in enumerate(["new", "old"]):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -86,16 +86,16 @@ def test_easy_vqa_missing_is_one_line_before_anything_is_loaded(run, monkeypatch
     assert run.loaded == []
 
 
-def test_a_pipe_asks_line_by_line(run, model, picture, monkeypatch):
+def test_a_pipe_asks_line_by_line(run, model, image, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\nwhy?\n"))
-    chat = model.chat(picture, max_new_tokens=8)
+    chat = model.chat(image, max_new_tokens=8)
     expected = [chat.ask(QUESTION), chat.ask("why?")]
-    code, out, _ = run("--checkpoint", "x", "--image", picture, "--max-new-tokens", 8)
+    code, out, _ = run("--checkpoint", "x", "--image", image, "--max-new-tokens", 8)
     assert (code, out) == (0, "".join(f"{text}\n" for text in expected))
 
 
-def test_a_file_of_questions_can_be_taken_up_again(run, picture, tmp_path):
-    lines = [{"id": i, "image": str(picture), "prompt": QUESTION} for i in range(3)]
+def test_a_file_of_questions_can_be_resumed(run, image, tmp_path):
+    lines = [{"id": i, "image": str(image), "prompt": QUESTION} for i in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
     argv = (
         "--checkpoint",
@@ -146,20 +146,34 @@ def test_a_file_of_questions_can_be_taken_up_again(run, picture, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_loaded(run, tmp_path, argv, message):
-    (tmp_path / "text.txt").write_text("no picture")
+    (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "empty.jsonl").write_text("\n")
     code, out, err = run(*argv, *([] if "--checkpoint" in argv else ["--checkpoint", "x"]))
     assert code == 2 and out == "" and run.loaded == []
     assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1], err
 
 
-def test_mistakes_that_show_later_too(run, model, picture, tmp_path, monkeypatch):
+def test_mistakes_that_show_later_too(run, model, image, tmp_path, monkeypatch):
     code, _, err = run("--checkpoint", "x", "--prompt", "word " * 2000)
-    assert code == 2 and "context of 512" in err.splitlines()[-1]
+    assert code == 2 and "--max-model-len 512" in err.splitlines()[-1]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     for directory in (tmp_path, tmp_path / "missing"):
         assert common.run(infer.main, ["--checkpoint", str(directory), "--prompt", "x"]) == 2
+
+
+def test_a_file_without_one_answer_has_exit_code_1(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text("{broken\n")
+    assert run("--checkpoint", "x", "--batch", "in.jsonl", "--out", "out.jsonl")[0] == 1
+
+
+@pytest.mark.parametrize("out", ["no/such/directory.jsonl", "in.jsonl", "notes.txt", "."])
+def test_a_file_for_answers_that_cannot_be_is_said_before_anything_is_loaded(run, tmp_path, out):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": QUESTION}) + "\n")
+    (tmp_path / "notes.txt").write_text("mine\n")
+    code, _, err = run("--checkpoint", "x", "--batch", "in.jsonl", "--out", out)
+    assert code == 2 and run.loaded == [] and "--out" in err.splitlines()[-1]
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
 def test_help_has_examples_and_every_flag(capsys):
@@ -172,13 +186,13 @@ def test_help_has_examples_and_every_flag(capsys):
         assert flag in shown
 
 
-def test_as_a_command_from_a_checkpoint_on_a_mesh(model, picture, tmp_path):
+def test_as_a_command_from_a_checkpoint_on_a_mesh(model, image, tmp_path):
     """The one test that starts the real program: everything from the files on, on eight simulated devices."""
     model.save(tmp_path / "checkpoint")
-    command = [sys.executable, ROOT / "infer.py", "--checkpoint", tmp_path / "checkpoint", "--image", picture]
+    command = [sys.executable, ROOT / "infer.py", "--checkpoint", tmp_path / "checkpoint", "--image", image]
     command += ["--prompt", QUESTION, "--max-new-tokens", "60"]
     command += ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == model.generate([QUESTION], [picture], max_new_tokens=60)[0] + "\n"
+    assert done.stdout == model.generate([QUESTION], [image], max_new_tokens=60)[0] + "\n"
     assert "on 8 devices" in done.stderr

@@ -8,16 +8,20 @@ import sharding
 from sphinx_jax.checkpoints.loaded_model import Loaded
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
+from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.sphinx import Sphinx
 
 QUESTIONS = ["what is the colour of the shape?", "is there a circle?", "is it red?"]
 
 
+def to_host(keys, leaf):
+    return in_host_memory(tuple(key.key for key in keys), leaf)
+
+
 def offloaded(model: Sphinx) -> Sphinx:
     """The same model with its layers in host memory."""
-    keep = lambda keys, leaf: in_host_memory(tuple(key.key for key in keys), leaf)
-    params = jax.tree_util.tree_map_with_path(keep, model._params)
+    params = jax.tree_util.tree_map_with_path(to_host, model._params)
     loaded = Loaded(model.config, model.engine._programs.graph, params, model.tokenizer.model_bytes, model.mesh)
     return Sphinx(loaded, model.engine.max_model_len, offload=True)
 
@@ -28,14 +32,14 @@ def test_the_same_answers(shape, images, make_model):
     model = offloaded(whole)
     tokens = np.random.default_rng(0).integers(0, 500, (2, 9))
     np.testing.assert_allclose(model.logits(tokens, images[:2]), whole.logits(tokens, images[:2]), atol=1e-5)
-    pictures = [images[0], None, images[1]]
-    assert model.generate(QUESTIONS, pictures, max_new_tokens=6) == whole.generate(
-        QUESTIONS, pictures, max_new_tokens=6
+    prompt_images = [images[0], None, images[1]]
+    assert model.generate(QUESTIONS, prompt_images, max_new_tokens=6) == whole.generate(
+        QUESTIONS, prompt_images, max_new_tokens=6
     )
 
 
 def test_chat_and_programs(model):
-    """A chat reads on where it was; layers share their programs, which are compiled once."""
+    """A chat continues where it was; layers share their programs, which are compiled once."""
     whole, model = model, offloaded(model)
     ours, theirs = model.chat(max_new_tokens=5), whole.chat(max_new_tokens=5)
     assert [ours.ask(question) for question in QUESTIONS] == [theirs.ask(question) for question in QUESTIONS]
@@ -49,7 +53,7 @@ def device_bytes() -> int:
 
 
 def test_two_layers_on_the_device(monkeypatch, model):
-    """Measured whenever a layer arrives: what lies around the layers, the cache, and two layers at most."""
+    """Measured whenever a layer arrives: what is outside of the layers, the KV cache, and two layers at most."""
     language = DecoderConfig(
         dim=64, hidden_dim=256, num_layers=6, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512
     )
@@ -58,9 +62,8 @@ def test_two_layers_on_the_device(monkeypatch, model):
     mesh = sharding.make_mesh()
     graph, params = sharding.init_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), 0, mesh)
     layer = sum(leaf.nbytes for leaf in jax.tree.leaves(params["language"]["layers"][0]))
-    around = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - 6 * layer
-    keep = lambda keys, leaf: in_host_memory(tuple(key.key for key in keys), leaf)
-    params = jax.tree_util.tree_map_with_path(keep, params)
+    outside = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - 6 * layer
+    params = jax.tree_util.tree_map_with_path(to_host, params)
     few_layers = Sphinx(Loaded(config, graph, params, model.tokenizer.model_bytes, mesh), 64, offload=True)
     seen = []
     fetch = OffloadEngine._fetch
@@ -71,9 +74,9 @@ def test_two_layers_on_the_device(monkeypatch, model):
 
     monkeypatch.setattr(OffloadEngine, "_fetch", watched)
     assert few_layers.generate(["is there a circle?"], max_new_tokens=4)
-    state = few_layers.engine.new_state(1, 96)
+    state = few_layers.engine.new_state(StateShape(1, 96))
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert len(seen) >= 6 * 4
-    assert max(seen) >= around + 2 * layer, "two layers were never there together: nothing overlaps"
-    # Besides: the hidden states on their way, the table of stop strings.
-    assert max(seen) <= around + 2 * layer + cache + 2**17 < around + 3 * layer
+    assert max(seen) >= outside + 2 * layer, "two layers were never on the device together: nothing overlaps"
+    # Besides: the hidden states between layers, the table of stop strings.
+    assert max(seen) <= outside + 2 * layer + cache + 2**17 < outside + 3 * layer

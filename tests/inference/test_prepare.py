@@ -15,27 +15,27 @@ QUESTION = "what shape is in the image?"
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 
 @pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
-@pytest.mark.parametrize("with_picture", [True, False])
-def test_a_question_compiles_nothing_more_once_the_weights_are_there(picture, shape, with_picture):
+@pytest.mark.parametrize("has_image", [True, False])
+def test_a_question_compiles_nothing_more_once_the_weights_are_there(image, shape, has_image):
     mesh = sharding.make_mesh(**shape) if shape else None
-    image = picture if with_picture else None
+    own_image = image if has_image else None
     compiled = []
 
     def prepare(model):
-        model.prepare(QUESTION, with_picture, max_new_tokens=4)
+        model.compile_for(QUESTION, has_image, max_new_tokens=4)
         compiled.append(model.engine.compilations)
 
-    model = sphinx_jax.load(SHIPPED, mesh, prepare=prepare)
-    assert compiled == [model.engine.compilations] == [4 if with_picture else 3]
-    answer = list(model.stream(QUESTION, image, max_new_tokens=4))
+    model = sphinx_jax.load(SHIPPED, mesh, compile_for=prepare)
+    assert compiled == [model.engine.compilations] == [4 if has_image else 3]
+    answer = list(model.stream(QUESTION, own_image, max_new_tokens=4))
     assert [model.engine.compilations] == compiled
-    assert model.engine.images_encoded == with_picture
-    assert answer == list(sphinx_jax.load(SHIPPED, mesh).stream(QUESTION, image, max_new_tokens=4))
+    assert model.engine.images_encoded == has_image
+    assert answer == list(sphinx_jax.load(SHIPPED, mesh).stream(QUESTION, own_image, max_new_tokens=4))
 
 
 def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(monkeypatch):
@@ -43,7 +43,7 @@ def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(mon
 
     def prepare(model):
         try:
-            model.prepare(QUESTION * 20, False)
+            model.compile_for(QUESTION * 20, False)
         finally:
             wrong.set()
 
@@ -56,5 +56,5 @@ def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(mon
 
     monkeypatch.setattr(reader.Reader, "read", slow)
     with pytest.raises(UserError, match="--max-model-len"):
-        sphinx_jax.load(SHIPPED, max_model_len=20, prepare=prepare)
+        sphinx_jax.load(SHIPPED, max_model_len=20, compile_for=prepare)
     assert len(count) == 1

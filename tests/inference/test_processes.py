@@ -42,7 +42,7 @@ def in_two(*argv):
 @pytest.mark.parametrize(("closed", "said"), [("", "answer\n"), (">&-", ""), ("2>&-", "library\nanswer\n")])
 def test_only_answers_on_standard_output(closed, said):
     """What a library prints past Python goes to standard error, if there is one; nothing waits until the end."""
-    code = "import os; from sphinx_jax.cli import common; common.only_answers_on_stdout(); "
+    code = "import os; from sphinx_jax.cli import common; common.divert_native_stdout(); "
     code += "os.write(1, b'library\\n') if os.sys.stdout else 0; print('answer') if os.sys.stdout else 0; os._exit(0)"
     program = f'"{sys.executable}" -u -c "{code}" {closed}'
     done = subprocess.run(["sh", "-c", program], cwd=INFER.parent, capture_output=True, text=True)
@@ -54,13 +54,13 @@ def test_only_answers_on_standard_output(closed, said):
 def test_a_file_and_a_question_in_two_processes(tmp_path):
     records = easy_vqa.load("test")[:COUNT]
     questions = [record.questions[0].text for record in records]
-    pictures = [easy_vqa.image_file("test", record.id) for record in records]
-    asked = zip(range(COUNT), questions, pictures, strict=True)
-    lines = [json.dumps({"id": i, "prompt": question, "image": str(picture)}) for i, question, picture in asked]
-    lines[5] = lines[5].replace(str(pictures[5]), "gone.png")
+    images = [easy_vqa.image_file("test", record.id) for record in records]
+    rows = zip(range(COUNT), questions, images, strict=True)
+    lines = [json.dumps({"id": i, "prompt": question, "image": str(image)}) for i, question, image in rows]
+    lines[5] = lines[5].replace(str(images[5]), "gone.png")
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
     model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=256)
-    expected = model.generate(questions, pictures, max_new_tokens=8)
+    expected = model.generate(questions, images, max_new_tokens=8)
 
     out = tmp_path / "answers.jsonl"
     said, codes = in_two(
@@ -76,7 +76,7 @@ def test_a_file_and_a_question_in_two_processes(tmp_path):
     assert failed["id"] == 5 and "gone.png" in failed["error"]
     assert "11 answered, 0 answered before, 1 failed" in said[0][1] and "answered" not in said[1][1]
 
-    said, codes = in_two("--image", pictures[0], "--prompt", questions[0])
+    said, codes = in_two("--image", images[0], "--prompt", questions[0])
     assert codes == [0, 0], said
     assert [out for out, _ in said] == [f"{expected[0]}\n", ""]
 

@@ -1,4 +1,4 @@
-"""Models in few bits: what they weigh, what it costs, and that the mesh does not matter."""
+"""Quantized models: bytes, accuracy, and the same numbers on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,16 @@ from sphinx_jax.quantization import abstract_quantized_params
 def test_bytes_of_the_real_model(kind, most):
     """Encoders, embedding and head included, which stay as they are; on 8 devices each holds its eighth."""
     mesh = sharding.make_mesh(tensor=8)
-    make = lambda rngs: SphinxMoE(preset("sphinx-moe"), unstacked=True, rngs=rngs)
-    _, params = sharding.abstract_params(make, mesh, dtype=jnp.bfloat16)
-    few = abstract_quantized_params(params, kind)
-    total = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    assert total(few) <= most * total(params)
-    assert sharding.bytes_per_device(few) == pytest.approx(total(few) / 8, rel=0.01)
+    _, params = sharding.abstract_params(
+        lambda rngs: SphinxMoE(preset("sphinx-moe"), unstacked=True, rngs=rngs), mesh, dtype=jnp.bfloat16
+    )
+    quantized = abstract_quantized_params(params, kind)
+
+    def total(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    assert total(quantized) <= most * total(params)
+    assert sharding.bytes_per_device(quantized) == pytest.approx(total(quantized) / 8, rel=0.01)
 
 
 @pytest.mark.slow
@@ -31,13 +35,13 @@ def test_accuracy_of_nano():
     """Within half a point of float32 on 1,200 held-out questions in int8; docs/quantization-and-offload.md has int4."""
     records = [(record, question) for record in easy_vqa.load("test") for question in record.questions][:1200]
     questions = [question.text for _, question in records]
-    pictures = [easy_vqa.image_file("test", record.id) for record, _ in records]
+    images = [easy_vqa.image_file("test", record.id) for record, _ in records]
     mesh = sharding.make_mesh()
 
     def accuracy(**options):
         model = sphinx_jax.load(sphinx_jax.SHIPPED, mesh, max_model_len=256, **options)
-        answers = model.generate(questions, pictures, max_new_tokens=8)
-        return np.mean([said == question.answer for said, (_, question) in zip(answers, records, strict=True)])
+        answers = model.generate(questions, images, max_new_tokens=8)
+        return np.mean([given == question.answer for given, (_, question) in zip(answers, records, strict=True)])
 
     assert accuracy(quantize="int8") >= accuracy() - 0.005
     assert accuracy(quantize="int4") >= 0.97
@@ -45,11 +49,11 @@ def test_accuracy_of_nano():
 
 def test_every_mesh_rounds_alike():
     tokens = np.array([[1, 5, 9, 20, 33, 7]])
-    scores = [
+    logits = [
         np.asarray(sphinx_jax.load(sphinx_jax.SHIPPED, mesh, quantize="int8").logits(tokens))
         for mesh in (sharding.make_mesh(), sharding.make_mesh(tensor=2, expert=2, fsdp=2))
     ]
-    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be(tmp_path):

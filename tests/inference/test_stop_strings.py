@@ -7,7 +7,7 @@ import pytest
 
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.stop_strings import FIRST, STOPPED, TextStream, check_stops, cut, stop_table
+from sphinx_jax.inference.stop_strings import EOS_ONLY, FIRST, STOPPED, TextStream, check_stops, stop_table
 
 STOPS = ("\n###", " a cat", "aab", "ab", "日本", "###!")
 
@@ -65,15 +65,35 @@ def test_end_of_sequence_stops_and_without_stop_strings_nothing_else_does(tokeni
     assert (others[1:] != STOPPED).all()
 
 
-def test_a_stream_joined_is_the_text_cut(tokenizer):
+def cut(text, stops):
+    """`text` up to where the first stop string begins."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+@pytest.mark.parametrize("stops", [STOPS, ()], ids=["stops", "no stops"])
+def test_a_stream_joined_is_the_text_cut(tokenizer, stops):
+    """Whatever the chunking; and it counts the tokens up to the one that completes a stop string."""
     for number, answer in enumerate(random_answers(tokenizer)):
-        end = first_stop(tokenizer, answer, STOPS)
-        answer = answer[:end]
-        stream, step = TextStream(tokenizer, STOPS), 1 + number % 3
-        pieces = [stream.push(answer[: n + step]) for n in range(0, len(answer), step)]
+        end = first_stop(tokenizer, answer, stops)
+        stream, step = TextStream(tokenizer, stops), 1 + number % 3
+        pieces = [stream.push(answer[n : n + step]) for n in range(0, len(answer), step)]
         joined = "".join(pieces) + stream.finish()
-        assert joined == cut(tokenizer.decode(answer), STOPS)
-        assert not any(stop in joined for stop in STOPS)
+        assert joined == cut(tokenizer.decode(answer[:end]), stops)
+        assert stream.stopped == (end is not None) and stream.num_tokens == (end or len(answer))
+        assert not any(stop in joined for stop in stops)
+
+
+def test_text_is_certain_as_soon_as_no_stop_string_can_reach_it(tokenizer):
+    stream = TextStream(tokenizer, ("END",))
+    assert [stream.push([token]) for token in tokenizer.encode_wo_prefix_space("an E, not the ")][-1] != ""
+    emoji = tokenizer.encode_wo_prefix_space("\N{CAT FACE}")
+    assert len(emoji) > 1 and [stream.push([token]) for token in emoji] == [""] * (len(emoji) - 1) + ["\N{CAT FACE}"]
+
+
+def test_only_eos_ends_a_raw_prompt_on_the_device(tokenizer):
+    table = stop_table(tokenizer, tokenizer.vocab_size, STOPS[:1])
+    assert (np.delete(table[EOS_ONLY], tokenizer.eos_id) == EOS_ONLY).all()
+    assert table[EOS_ONLY, tokenizer.eos_id] == STOPPED
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string(tokenizer):
@@ -81,11 +101,6 @@ def test_a_stream_holds_back_what_may_become_a_stop_string(tokenizer):
     tokens = tokenizer.encode_wo_prefix_space("yes\n##")
     assert stream.push(tokens) == "yes"
     assert stream.finish() == "\n##"
-
-
-def test_the_first_of_several_stop_strings_cuts():
-    assert cut("one two three", ("three", "two")) == "one "
-    assert cut("one", ("two",)) == "one"
 
 
 def test_impossible_stop_strings_are_refused():

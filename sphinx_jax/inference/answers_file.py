@@ -1,0 +1,127 @@
+"""The file that answers are appended to: what it holds already, and what made it.
+
+Next to a regular file OUT, `OUT.run.json` records the settings and the questions that its answers belong to, so that a
+later start never mixes answers of different runs. Devices and pipes are written to and never read.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from sphinx_jax.errors import UserError
+
+
+def key_of(question_id: str | int) -> str:
+    """Tells 7 from "7"."""
+    return json.dumps(question_id)
+
+
+def digest_of(prompt: str, image: str | None) -> str:
+    """What a question asked, in 16 characters."""
+    content = json.dumps([prompt, image]).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+class AnswersFile:
+    """`--out`, checked when it is made: nothing is written before `open`.
+
+    Raises UserError where the path cannot be written, or is a regular file that holds something else than answers.
+    """
+
+    def __init__(self, path: Path):
+        self.name = path
+        try:
+            # A link is followed: replacing it would leave the file that it names stale.
+            self._path = path.resolve()
+            mode = os.stat(self._path).st_mode if self._path.exists() else None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--out {str(path)!r}: not the path of a file ({error}); choose another") from error
+        self._is_regular = mode is None or stat.S_ISREG(mode)
+        self._kept: list[bytes] = []
+        self.done: set[str] = set()
+        """Keys of the questions that are answered."""
+        if mode is not None and stat.S_ISDIR(mode):
+            raise UserError(f"--out {path}: is a directory; choose a file in it")
+        if mode is None and not self._path.parent.is_dir():
+            raise UserError(f"--out {path}: the directory {self._path.parent} does not exist; create it first")
+        if not os.access(self._path if mode is not None else self._path.parent, os.W_OK):
+            raise UserError(f"--out {path}: cannot be written; change its permissions or choose another file")
+        if mode is not None and self._is_regular:
+            self._read()
+
+    def _read(self) -> None:
+        """Keep the answers. Errors, and a last line cut short, are dropped: those questions are tried again."""
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise UserError(f"--out {self.name}: cannot read the file ({error.strerror})") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                is_known = isinstance(record, dict) and "id" in record and ("answer" in record or "error" in record)
+            except (ValueError, RecursionError):
+                record, is_known = {}, number == len(lines) and not line.endswith(b"\n")
+            if not is_known:
+                raise UserError(f"--out {self.name}: line {number} is no answer of an earlier run; choose another file")
+            if "answer" in record:
+                self._kept.append(line if line.endswith(b"\n") else line + b"\n")
+                self.done.add(key_of(record["id"]))
+
+    @property
+    def _run_file(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.run.json")
+
+    def check_run(self, settings: Mapping[str, Any], questions: Mapping[str, str]) -> None:
+        """Raises UserError if the answers that the file holds were made with other settings or for other questions.
+
+        `questions` gives the digest of each question by its key.
+        """
+        if not self.done or not self._run_file.exists():
+            return
+        try:
+            earlier = json.loads(self._run_file.read_text())
+            old_settings, old_questions = earlier["settings"], earlier["questions"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._run_file}: cannot be read ({error}); remove it and --out {self.name} to start over"
+            ) from error
+        now = json.loads(json.dumps(settings))
+        for name in sorted(now.keys() | old_settings.keys()):
+            if now.get(name) != old_settings.get(name):
+                raise UserError(
+                    f"--out {self.name}: its answers were made with {name} {old_settings.get(name)}, not "
+                    f"{now.get(name)}; choose another file, or remove this one"
+                )
+        for key in self.done:
+            if key in questions and questions[key] != old_questions.get(key, questions[key]):
+                raise UserError(
+                    f"--out {self.name}: the question with id {key} was another one; choose another file, or remove "
+                    "this one"
+                )
+
+    def open(self, settings: Mapping[str, Any], questions: Mapping[str, str]) -> TextIO:
+        """The file to append to, after the answers that stay; what it is made with is recorded.
+
+        Raises UserError if it cannot be opened.
+        """
+        try:
+            if not self._is_regular:
+                # A pipe that nobody reads would wait here for ever.
+                return os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "w", encoding="utf-8")
+            if self._path.exists():
+                partial = self._path.with_name(f".{self._path.name}.partial")
+                try:
+                    partial.write_bytes(b"".join(self._kept))
+                    os.replace(partial, self._path)
+                except OSError:
+                    partial.unlink(missing_ok=True)
+                    raise
+            record = {"settings": dict(settings), "questions": dict(questions)}
+            self._run_file.write_text(json.dumps(record, indent=1) + "\n")
+            return self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {self.name}: cannot be written ({error.strerror}); choose another file") from error

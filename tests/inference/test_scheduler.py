@@ -1,0 +1,265 @@
+"""The scheduler: whatever arrives, is cancelled or shares the batch, each request gets what it gets alone."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from sphinx_jax.errors import UserError
+from sphinx_jax.inference import generate
+from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.requests import Request
+from sphinx_jax.inference.sampling import SamplingParams
+from sphinx_jax.inference.scheduler import Scheduler
+
+CACHE_LEN, NEW = 128, 12
+PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
+
+
+def make_scheduler(engine, num_seqs=4, num_prefixes=4, prefix_len=64):
+    return Scheduler(engine, StateShape(num_seqs, CACHE_LEN, num_prefixes, prefix_len if num_prefixes else 0))
+
+
+def finish(scheduler):
+    """Steps until nothing is left; how many terminal events each sequence had."""
+    ended = {}
+    while scheduler.has_work:
+        for sequence in scheduler.step():
+            if sequence.finish is not None:
+                ended[sequence] = ended.get(sequence, 0) + 1
+    return ended
+
+
+def mixed_requests(model, images, count, seed=0):
+    """Greedy and sampled, with stop strings, log-probabilities, repetition penalty, images and none."""
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        params = SamplingParams(
+            max_new_tokens=int(random.integers(1, NEW)),
+            temperature=float(random.choice([0, 0, 0.7, 1.3])),
+            top_p=float(random.choice([0.5, 0.95, 1])),
+            top_k=int(random.choice([0, 0, 5])),
+            repetition_penalty=float(random.choice([1, 1, 1.5])),
+            seed=int(random.integers(100)),
+            stop=tuple(random.choice(["e", "a", "is", "ab", "the "], random.integers(3), replace=False)),
+            top_logprobs=int(random.choice([0, 0, 3])),
+        )
+        image = images[random.integers(len(images))] if random.random() < 0.6 else None
+        yield model.request(PROMPTS[random.integers(4)], image, params, raw=bool(random.random() < 0.2))
+
+
+@pytest.fixture(scope="module")
+def alone(model, images):
+    """What each request gives by itself, by its content."""
+    known = {}
+
+    def run(request: Request):
+        key = (tuple(request.tokens), request.image and request.image.digest, request.params, request.raw)
+        if key not in known:
+            scheduler = make_scheduler(model.engine, num_seqs=4, num_prefixes=0)
+            sequence = scheduler.submit(request)
+            finish(scheduler)
+            known[key] = sequence.completion
+        return known[key]
+
+    return run
+
+
+def assert_same(completion, expected):
+    assert (completion.text, completion.tokens, completion.finish) == (
+        expected.text,
+        expected.tokens,
+        expected.finish,
+    )
+    np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=1e-4)
+    assert [top.tokens[:1] for top in completion.top_logprobs] == [top.tokens[:1] for top in expected.top_logprobs]
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["one", "data2-tensor2"])
+def test_mixed_requests_give_what_each_gives_alone(mesh, model, make_model, images, alone):
+    """200 of them, arriving at random times, some streaming, some cancelled at random moments."""
+    scheduler, random = make_scheduler(make_model(**mesh).engine), np.random.default_rng(3)
+    waiting = list(mixed_requests(model, images, 200))
+    sequences, cancelled, events = [], set(), {}
+    while waiting or scheduler.has_work:
+        for _ in range(min(random.integers(0, 6), len(waiting))):
+            sequences.append(scheduler.submit(waiting.pop(), streams=bool(random.random() < 0.5)))
+        for sequence in scheduler.step():
+            events[sequence] = events.get(sequence, 0) + (sequence.finish is not None)
+        running = [s for s in sequences if s.finish is None]
+        if running and random.random() < 0.15:
+            sequence = running[random.integers(len(running))]
+            scheduler.cancel(sequence)
+            cancelled.add(sequence)
+    assert len(sequences) == 200 and len(cancelled) > 5
+    assert all(events[s] == 1 for s in sequences if s not in cancelled)
+    assert scheduler.tokens_reused > 0
+    for sequence in sequences:
+        expected = alone(sequence.request)
+        if sequence in cancelled:
+            assert sequence.finish == "cancelled" and expected.text.startswith(sequence.text)
+        else:
+            assert_same(sequence.completion, expected)
+
+
+def test_what_requests_share_is_prefilled_once(model, images):
+    """Four questions each about three images, mixed up: an image's tokens and what questions share are copied."""
+    engine, words = model.engine, model.config.num_image_tokens
+    requests = [model.request(q, image, SamplingParams(max_new_tokens=2)) for q in PROMPTS for image in images]
+    scheduler = make_scheduler(engine, num_seqs=16)
+    for request in requests:
+        scheduler.submit(request)
+    finish(scheduler)
+    prompts = sum(len(request.tokens) + words for request in requests)
+    assert scheduler.tokens_prefilled + scheduler.tokens_reused == prompts
+    # One question of each image is prefilled whole; of the others no image token and nothing of the template before
+    # the question.
+    template = next(
+        i for i, pair in enumerate(zip(requests[0].tokens, requests[3].tokens, strict=False)) if len(set(pair)) > 1
+    )
+    whole = sum(len(r.tokens) + words for r in requests[:3])
+    assert scheduler.tokens_prefilled <= whole + sum(len(r.tokens) - template for r in requests[3:])
+    assert engine.images_encoded >= 3
+
+
+def test_the_least_recently_used_prefix_is_replaced(model, images):
+    """Two places for three images in turn: each is prefilled anew; for two images none is."""
+    scheduler = make_scheduler(model.engine, num_seqs=1, num_prefixes=2)
+
+    def prefilled(image, prompt):
+        """Whether the image's tokens were computed."""
+        before, request = scheduler.tokens_reused, model.request(prompt, image, SamplingParams(max_new_tokens=1))
+        scheduler.submit(request)
+        finish(scheduler)
+        return scheduler.tokens_reused - before < model.config.num_image_tokens
+
+    first = [prefilled(image, PROMPTS[0]) for image in images]
+    again = [prefilled(image, PROMPTS[1]) for image in images]
+    assert first == again == [True] * 3
+    assert [prefilled(image, PROMPTS[2]) for image in (images[1], images[2], images[1])] == [False] * 3
+
+
+def test_several_answers_to_one_prompt_share_it(model, images):
+    scheduler = make_scheduler(model.engine)
+    request = model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=4, temperature=1))
+    seeds = [dataclasses.replace(request, params=dataclasses.replace(request.params, seed=i)) for i in range(4)]
+    sequences = [scheduler.submit(r) for r in seeds]
+    finish(scheduler)
+    # All but the last token of the prompt, which is computed for its logits.
+    assert scheduler.tokens_reused == 3 * (len(request.tokens) - 1 + model.config.num_image_tokens)
+    assert len({sequence.text for sequence in sequences}) > 1
+
+
+def test_running_sequences_wait_for_one_chunk_at_most(model, images, monkeypatch):
+    """While one streams, there is a decode call between any two chunks."""
+    calls = []
+    for name in ("prefill", "decode"):
+        original = getattr(Engine, name)
+        monkeypatch.setattr(
+            Engine, name, lambda self, *args, name=name, original=original: calls.append(name) or original(self, *args)
+        )
+    monkeypatch.setattr(model.engine, "prefill_tokens", 16)
+    # One decode step a call, however fast.
+    monkeypatch.setattr("sphinx_jax.inference.scheduler.STREAM_SECONDS", 0)
+    scheduler = make_scheduler(model.engine, num_prefixes=0)
+    streaming = scheduler.submit(model.request(PROMPTS[3], None, SamplingParams(max_new_tokens=60)), streams=True)
+    while not streaming.tokens:
+        scheduler.step()
+    calls.clear()
+    for prompt in PROMPTS[:3]:
+        scheduler.submit(model.request(prompt, images[0], SamplingParams(max_new_tokens=2)))
+    while streaming.finish is None:
+        scheduler.step()
+    assert calls.count("prefill") > 3
+    assert "prefill prefill" not in " ".join(calls)
+
+
+def test_a_cancelled_sequence_frees_its_slot_within_one_call(model):
+    scheduler = make_scheduler(model.engine, num_seqs=1, num_prefixes=0)
+    first = scheduler.submit(model.request(PROMPTS[0], None, SamplingParams(max_new_tokens=60)), streams=True)
+    second = scheduler.submit(model.request(PROMPTS[1], None, SamplingParams(max_new_tokens=2)), streams=True)
+    scheduler.step()
+    assert first.tokens and not second.tokens
+    scheduler.cancel(first)
+    scheduler.cancel(first)
+    assert first.finish == "cancelled"
+    scheduler.step()
+    assert second.tokens
+    finish(scheduler)
+
+
+def test_a_chat_continues_in_its_slot(model, images):
+    """The second turn prefills what is new: the first one's answer is in the KV cache but for its last token."""
+    scheduler = make_scheduler(model.engine, num_seqs=1, num_prefixes=0)
+    first = model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=5))
+    sequence = scheduler.submit(first)
+    finish(scheduler)
+    longer = Request([*first.tokens, *sequence.tokens, 7, 8, 9], first.image, SamplingParams(max_new_tokens=5))
+    before = scheduler.tokens_prefilled
+    second = scheduler.submit(longer)
+    finish(scheduler)
+    assert scheduler.tokens_prefilled - before == 4
+    (expected,) = generate.run_all(model.engine, [longer])
+    assert second.completion.tokens == expected.tokens
+    # About another image nothing is the same.
+    third = scheduler.submit(dataclasses.replace(longer, image=model.prepare_image(images[1])))
+    finish(scheduler)
+    assert third.reused == 0
+
+
+def test_a_device_error_ends_every_sequence_once_and_the_next_request_works(model, monkeypatch):
+    scheduler = make_scheduler(model.engine)
+    request = model.request(PROMPTS[0], None, SamplingParams(max_new_tokens=3))
+    failing = [scheduler.submit(request) for _ in range(6)]
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone\nmore")
+
+        patch.setattr(Engine, "decode", fail)
+        ended = scheduler.step()
+    assert sorted(s.finish for s in ended) == ["error"] * 4
+    assert "the device is gone" in ended[0].error and "\n" not in ended[0].error
+    # Those that had no slot yet are served, by a new state.
+    assert all(s.finish == "length" or s.finish == "stop" for s in finish(scheduler)) and failing[5].tokens
+    assert len(ended[0].tokens) == 1
+
+
+def test_a_request_that_cannot_be_served_is_refused_and_harms_no_other(model):
+    scheduler = make_scheduler(model.engine)
+    fine = scheduler.submit(model.request(PROMPTS[0], None, SamplingParams(max_new_tokens=3)))
+    with pytest.raises(UserError, match="cache positions"):
+        scheduler.submit(model.request(PROMPTS[0], None, SamplingParams(max_new_tokens=400)))
+    assert list(finish(scheduler)) == [fine]
+
+
+def test_one_thread_owns_a_scheduler(model):
+    scheduler = make_scheduler(model.engine)
+    scheduler.step()
+    raised = []
+
+    def use():
+        try:
+            scheduler.step()
+        except AssertionError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert raised
+
+
+def test_top_logprobs_are_the_largest_of_the_distribution(model):
+    params = SamplingParams(max_new_tokens=3, top_logprobs=5)
+    (answer,) = model.complete(PROMPTS[:1], None, params)
+    tokens = [*model.request(PROMPTS[0]).tokens, *answer.tokens]
+    logits = np.asarray(model.logits(np.array([tokens])), np.float64)[0, -4:-1, : model.tokenizer.vocab_size]
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for position, top in enumerate(answer.top_logprobs):
+        order = np.argsort(-expected[position])[:5]
+        assert top.tokens == order.tolist()
+        np.testing.assert_allclose(top.logprobs, expected[position][order], atol=1e-4)
