@@ -6,7 +6,7 @@ of their own they alone are differentiated, have optimizer state, and are saved 
 
 from typing import Any
 
-Params = dict[str | int, Any]
+Params = dict[Any, Any]
 
 SUFFIX = "_lora"
 

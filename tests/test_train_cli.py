@@ -157,15 +157,17 @@ def test_only_the_stage_is_trained(run, tmp_path):
 @pytest.mark.parametrize(
     ("image", "argv", "message"),
     [
-        ("gone.png", [], "none of the 30 pictures of type 'picture' that were looked for is there"),
+        ("gone.png", [], "of type 'picture', none of 30 images exists"),
         (None, ["--batch-size", "64"], "the largest type has 27 records, too few for one step of 64"),
         (None, ["--max-length", "20"], "at least 1 of 30 records cannot be used"),
     ],
 )
 def test_invalid_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, capsys, image, argv, message):
-    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
-    record = {"conversations": turns} if image is None else {"conversations": turns, "image": image}
-    (tmp_path / "records.json").write_text(json.dumps([record] * 30))
+    turns = [[{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": "This."}] for i in range(30)]
+    records = [{"conversations": pair} for pair in turns]
+    if image is not None:
+        records = [record | {"image": f"{i}-{image}"} for i, record in enumerate(records)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
     entry = {"path": str(tmp_path / "records.json"), "type": "picture"}
     (tmp_path / "data.yaml").write_text(json.dumps({"META": [entry]}))
     before = sorted(path.name for path in run.iterdir())

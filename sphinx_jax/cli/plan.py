@@ -16,6 +16,7 @@ from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.mesh_sweep import inference_meshes, training_meshes
 from sphinx_jax.memory_plan.report import Plan, mesh_text, print_json, print_plan, print_sweep
 from sphinx_jax.memory_plan.training import BatchShapes, sort_key, training_plan, training_sweep
+from sphinx_jax.training.step import AuxiliaryLoss
 from sphinx_jax.training.train_config import TrainConfig
 
 
@@ -61,13 +62,14 @@ def plan_training(
     mesh: MeshShape,
     train_config: TrainConfig,
     batch: Callable[[TrainConfig], BatchShapes],
+    auxiliary_loss: AuxiliaryLoss | None = None,
 ) -> int:
     """The same for one step of `train_config`; `batch` returns the shapes of a batch for a train config."""
     gpu = find_gpu(options.gpu_name)
     shapes = _meshes(options, mesh, lambda num_gpus: training_meshes(config, num_gpus))
 
     def plan(shape: MeshShape, train_config: TrainConfig) -> Plan:
-        return training_plan(name, config, gpu, shape, train_config, batch(train_config))
+        return training_plan(name, config, gpu, shape, train_config, batch(train_config), auxiliary_loss)
 
     if options.sweep:
         return _report(training_sweep(plan, shapes, train_config), options)

@@ -9,23 +9,18 @@ from sharding import is_primary_process
 from sphinx_jax import checkpoints
 from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
-from sphinx_jax.cli.train_options import (
-    Options,
-    check_options,
-    make_lora,
-    make_run_config,
-    make_steps,
-    make_train_config,
-)
+from sphinx_jax.cli.train_options import Options
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.easy_vqa import IMAGE_SIZE
 from sphinx_jax.data.skipped_records import SkippedRecords
-from sphinx_jax.data.tasks import EasyVqa, Task, YamlData, YamlOptions
+from sphinx_jax.data.tasks import EasyVqa, Task, YamlData
 from sphinx_jax.errors import UserError
-from sphinx_jax.memory_plan.training import shapes_of, training_batch
-from sphinx_jax.model import SphinxMoE
+from sphinx_jax.memory_plan.training import BatchShapes, shapes_of, training_batch
 from sphinx_jax.training import run_directory
-from sphinx_jax.training.train_config import check_batch
+from sphinx_jax.training.auxiliary_probe import auxiliary_probe
+from sphinx_jax.training.program import train_program
+from sphinx_jax.training.step import AuxiliaryLoss
+from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.trainer import train
 
 EXAMPLES = """examples:
@@ -45,7 +40,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str]) -> int:
     """Parse and run, or plan; returns the exit code."""
     options = common.parse(Options, argv, "train.py", f"{__doc__}\n\n{EXAMPLES}")
-    check_options(options)
+    options.check()
     if options.planning.plan:
         return plan(options)
     run(options)
@@ -61,38 +56,28 @@ def run(options: Options) -> None:
     out = run_directory.choose(options.out, options.preset)
     run_directory.check(out, options.resume, options.overwrite)
     if options.resume:
-        run_directory.check_adapters(out, make_lora(options), options.init)
-        run_directory.check_same(out, dataclasses.asdict(options))
+        run_directory.check_resume(out, options.preset, options.train, options.init)
     common.enable_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
     sharding.check_processes(mesh)
 
     # A frozen LoRA base is stored in the compute dtype; trainable parameters are float32.
-    dtype = options.dtype if options.stage == "lora" else "float32"
+    dtype = options.train.dtype if options.train.stage == "lora" else "float32"
     checkpoint = checkpoints.load(options.init, mesh, dtype, unstacked=False) if options.init else None
     config = checkpoint.config if checkpoint else preset(options.preset)
     skipped = SkippedRecords(options.max_skipped)
     tokenizer_bytes = checkpoint.tokenizer_bytes if checkpoint else run_directory.tokenizer_bytes(out, options.resume)
     task = make_task(options, config, tokenizer_bytes, skipped)
-    train_config = make_train_config(options, make_steps(options, task.examples))
-    check_batch(train_config, mesh)
+    train_config = options.train_config(task.examples)
+    program = train_program(config, train_config, mesh, make_auxiliary_loss(options, config))
     task.batches(train_config.batch_size, train_config.seed)  # raises UserError if the data cannot fill a batch
-    sharding.abstract_params(lambda rngs: SphinxMoE(config, rngs=rngs), mesh)
     run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
     if is_primary_process():
         skipped.log_to(out / "skipped.jsonl")
-        if train_config.lora:
+        if train_config.lora and options.init:
             checkpoints.lora.write_adapter_info(out, checkpoints.open(options.init), train_config.lora)
-    summary = train(
-        config,
-        task,
-        train_config,
-        mesh,
-        out,
-        initial=checkpoint.params if checkpoint else None,
-        run_config=make_run_config(options),
-        resume=options.resume,
-    )
+    initial_model = checkpoint.params if checkpoint else None
+    summary = train(program, task, out, run_config=options.run, resume=options.resume, initial_model=initial_model)
     if not is_primary_process():
         return
     if summary is None:
@@ -106,24 +91,32 @@ def run(options: Options) -> None:
 def plan(options: Options) -> int:
     """Print whether a step fits on --num-gpus GPUs of the kind --gpu; the exit code: 0 if it fits, else 1."""
     config = checkpoints.open(options.init).config if options.init else preset(options.preset)
-    train_config = make_train_config(options, options.steps or 900)
+    name, task, auxiliary_loss = str(options.init or options.preset), None, None
     if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
         task = make_task(options, config, None, SkippedRecords(options.max_skipped))
-        batch = lambda train_config: shapes_of(next(task.batches(train_config.batch_size, train_config.seed)))
-    else:
-        train_config = dataclasses.replace(train_config, aux_loss_weight=0.0)
-        batch = lambda train_config: training_batch(config, train_config, options.max_length)
-    name = str(options.init or options.preset)
-    return plan_training(options.planning, name, config, options.mesh, train_config, batch)
+        auxiliary_loss = make_auxiliary_loss(options, config)
+
+    def batch(train_config: TrainConfig) -> BatchShapes:
+        if task is None:
+            return training_batch(config, train_config, options.yaml.max_length)
+        return shapes_of(next(task.batches(train_config.batch_size, train_config.seed)))
+
+    return plan_training(options.planning, name, config, options.mesh, options.train, batch, auxiliary_loss)
 
 
 def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkippedRecords) -> Task:
     if options.data == "easy-vqa":
         return EasyVqa(config, tokenizer_bytes, validation_split=options.validation_split)
     if Path(options.data).suffix in (".yaml", ".yml"):
-        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(YamlOptions)}
-        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, YamlOptions(**values))
+        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, options.yaml)
     raise UserError(f"--data {options.data}: unknown; give easy-vqa or a .yaml file")
+
+
+def make_auxiliary_loss(options: Options, config: SphinxConfig) -> AuxiliaryLoss | None:
+    """The probe of easy-vqa. None with other data, and with LoRA, which freezes the encoders."""
+    if options.data != "easy-vqa" or options.train.lora or not options.aux_loss_weight:
+        return None
+    return auxiliary_probe(config.language.dim, options.aux_loss_weight)
 
 
 def report(summary: dict, out: Path) -> None:
@@ -131,7 +124,9 @@ def report(summary: dict, out: Path) -> None:
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Held-out accuracy, and that of a blind baseline:")
     for kind, accuracy in summary["held_out"].items():
         blind = summary.get("blind", {}).get(kind)
-        print(f"  {kind:8} {accuracy:6.1%}" + ("" if blind is None else f"   blind {blind:6.1%}"))
-    expert_load = ", ".join(f"{fraction:.1%}" for fraction in summary["expert_share"])
-    print(f"expert load, the fraction of tokens routed to each expert: {expert_load}")
+        value = "unknown: none held out could be used" if accuracy is None else f"{accuracy:6.1%}"
+        print(f"  {kind:8} {value}" + ("" if blind is None else f"   blind {blind:6.1%}"))
+    if summary["expert_share"] is not None:
+        expert_load = ", ".join(f"{fraction:.1%}" for fraction in summary["expert_share"])
+        print(f"expert load, the fraction of tokens routed to each expert: {expert_load}")
     print(f"try it: python infer.py --checkpoint {out}")

@@ -109,18 +109,19 @@ class EasyVqa:
 
 @dataclasses.dataclass(frozen=True)
 class YamlOptions:
-    """How one's own conversations are made into sequences."""
+    """How the conversations of a data.yaml become sequences and batches."""
 
     max_length: int = 256
-    """Longest sequence, image tokens included."""
+    """data.yaml: longest sequence of one conversation, in tokens, image tokens included."""
     image_transform: ImageTransform = "pad"
-    """Of training images; held-out images are padded, as in inference."""
+    """data.yaml: how training images become square: pad, or random crop. Held-out images are padded."""
     no_group_by_length: bool = False
-    """Batches of all lengths, instead of neighbours in length."""
+    """data.yaml: mix lengths within a batch instead of grouping conversations by length. Needed where the length
+    reveals the answer, as with class labels."""
     pack: bool = False
-    """Several conversations without images in one sequence, each attending to itself only."""
+    """data.yaml: pack several conversations without images into one sequence; attention stays within each of them."""
     workers: int = 2
-    """Threads that decode images and make batches."""
+    """data.yaml: threads that decode images and build batches."""
 
 
 class YamlData:

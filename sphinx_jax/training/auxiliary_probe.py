@@ -1,37 +1,39 @@
-"""An auxiliary probe loss for tiny models trained from scratch: classify an image's attributes from its embeddings.
+"""The auxiliary loss of easy-vqa, for tiny models trained from scratch: classify each image's shape and colour.
 
 The gradient of the answer tokens reaches untrained encoders slowly, through an untrained decoder. A linear probe on
 the mean image embedding, supervised with the attributes that the training questions name, reaches them directly.
 The probe exists in training only; the published models never need it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from sphinx_jax.training.step import AuxiliaryLoss, Batch, Metrics, Params
 
 PROBE_CLASSES = {"shape": 3, "colour": 8}
 """Attribute of an easy-vqa image -> number of classes."""
 
-Probe = dict[str, Float[Array, "dim classes"]]
 
+def auxiliary_probe(dim: int, weight: float) -> AuxiliaryLoss:
+    """The probe on image embeddings of `dim` channels, its loss multiplied by `weight`."""
 
-def abstract_probe(dim: int, mesh: Mesh) -> Probe:
-    """The probe's abstract parameters, replicated."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shape = lambda classes: jax.ShapeDtypeStruct((dim, classes), jnp.float32, sharding=replicated)
-    return {name: shape(classes) for name, classes in PROBE_CLASSES.items()}
+    def loss(params: Params, intermediates: dict[str, Any], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        value, metrics = aux_probe_loss(params, intermediates["image_embeds"], batch)
+        return weight * value, metrics
 
-
-def init_probe(shapes: Probe) -> Probe:
-    """Zeros: the first gradient already distinguishes the classes."""
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), shapes)
+    shapes = {name: jax.ShapeDtypeStruct((dim, classes), jnp.float32) for name, classes in PROBE_CLASSES.items()}
+    return AuxiliaryLoss(shapes, loss)
 
 
 def aux_probe_loss(
-    probe: Probe, image_embeds: Float[Array, "batch crops tokens dim"], batch: dict[str, Int[Array, "batch"]]
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    probe: dict[str, Float[Array, "dim _classes"]],
+    image_embeds: Float[Array, "batch crops tokens dim"],
+    batch: dict[str, Int[Array, "batch ..."] | Array],
+) -> tuple[Float[Array, ""], Metrics]:
     """Sum of the attributes' cross-entropies, label -1 meaning unknown; and the accuracy on each attribute."""
     pooled = image_embeds.mean(axis=(1, 2)).astype(jnp.float32)
     total, metrics = jnp.zeros(()), {}

@@ -31,7 +31,7 @@ class RunLog:
         console: Console | None = None,
     ):
         """`peak_flops`: peak FLOP/s of all devices together, None where unknown."""
-        self.console = console or Console(stderr=True, quiet=not is_primary_process())
+        self.console = console or Console(stderr=True, quiet=not is_primary_process(), markup=False, emoji=False)
         file = directory / "metrics.jsonl"
         # A resumed run repeats the steps after its checkpoint: drop their lines.
         kept = [line for line in _complete_lines(file) if json.loads(line)["step"] <= first_step]
@@ -52,7 +52,7 @@ class RunLog:
             TextColumn("left", table_column=_column(4)),
             TimeRemainingColumn(table_column=_column(7)),
             # Last and elastic: a narrow terminal truncates it.
-            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             speed_estimate_period=120,
             expand=True,
@@ -111,11 +111,12 @@ class RunLog:
         status += f"  accuracy {metrics['accuracy']:.3f}  balance {metrics['balance_loss']:.3f}"
         status += f"  grad {metrics['grad_norm']:.2g}  lr {metrics['lr']:.2g}"
         status += f"  memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB" if memory else ""
-        held_out = "".join(f"  {name} {value:.3f}" for name, value in metrics.get("held_out", {}).items())
+        accuracies = {name: value for name, value in metrics.get("held_out", {}).items() if value is not None}
+        held_out = "".join(f"  {name} {value:.3f}" for name, value in accuracies.items())
         status += f"  held out:{held_out}" if held_out else ""
         self._progress.update(self._task, status=status)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}  {status}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {step}  {status}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _tensorboard_writer(directory: Path) -> Any:
@@ -126,7 +127,8 @@ def _tensorboard_writer(directory: Path) -> Any:
     """
     loaded = "torch" in sys.modules
     if not loaded:
-        sys.modules["torch"] = None
+        # None makes the import statement raise ImportError.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         from tensorboardX import SummaryWriter
     finally:

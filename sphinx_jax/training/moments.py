@@ -5,7 +5,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 Moments = Literal["float32", "bfloat16", "factored"]
 
@@ -36,8 +35,8 @@ def cast_state(inner: optax.GradientTransformation, dtype: jax.typing.DTypeLike)
     def cast(state: Any, to: jax.typing.DTypeLike) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(grads, cast(state, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
@@ -51,7 +50,7 @@ def factored_moments(b1: float, b2: float) -> optax.GradientTransformation:
     step t has weight (1 - b2) / (1 - b2^t) (section 7.1 there).
     """
 
-    def decay(step: Array, b2: float) -> Array:
+    def decay(step: Any, b2: Any) -> Any:
         return b2 * (1 - b2**step) / (1 - b2 ** (step + 1))
 
     scale = optax.scale_by_factored_rms(decay_rate=b2, decay_rate_fn=decay)

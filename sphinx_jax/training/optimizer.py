@@ -1,27 +1,14 @@
-"""AdamW as in the original training: schedule, clipping, decayed parameters and trainable parameters."""
+"""AdamW as in the original training: clipping, decayed parameters and trainable parameters."""
 
-import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from sphinx_jax.training.moments import Moments, scale_by_moments
 
 Path = tuple[str | int, ...]
-
-
-def cosine_with_warmup(
-    epoch: float | Float[Array, ""], *, lr: float, min_lr: float, warmup_epochs: float, epochs: float
-) -> Float[Array, ""]:
-    """Learning rate at a fractional epoch: linear from 0 over the warm-up, then half a cosine down to `min_lr`."""
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    decayed = min_lr + (lr - min_lr) * 0.5 * (1 + jnp.cos(math.pi * progress))
-    warm = lr * epoch / warmup_epochs if warmup_epochs > 0 else lr
-    return jnp.where(epoch < warmup_epochs, warm, decayed)
 
 
 def decays(path: Path) -> bool:
@@ -58,19 +45,19 @@ def is_trainable(path: Path, stage: Stage) -> bool:
     return stage == "all" or part == "language" or member not in ENCODERS
 
 
-def map_with_path(function: Callable[[Path, Array], object], tree: object) -> object:
+def map_with_path(function: Callable[[Path, Any], Any], tree: Any) -> Any:
     """`function(path, leaf)` over nested dicts, the path as a tuple of keys."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(tuple(key.key for key in path), leaf), tree)
 
 
-def trainable_only(optimizer: optax.GradientTransformation, trainable: object) -> optax.GradientTransformation:
+def trainable_only(optimizer: optax.GradientTransformation, trainable: Any) -> optax.GradientTransformation:
     """`optimizer` on the parameters where the mask `trainable` is True; the others are frozen and have no state."""
     labels = jax.tree.map(lambda is_trainable: "trainable" if is_trainable else "frozen", trainable)
     return optax.partition({"trainable": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def adamw(
-    schedule: Callable[[Array], Array],
+    schedule: optax.Schedule,
     *,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,

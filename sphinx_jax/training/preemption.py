@@ -9,27 +9,36 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionGuard:
-    """While entered, SIGTERM sets `requested` instead of ending the process. Enter it in the main thread."""
+    """While entered, SIGTERM requests a stop instead of ending the process. Enter it in the main thread.
+
+    With several processes `jax.distributed` handles the signal: its coordination service tells all of them to stop at
+    the same step, without a collective per step.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._stop = False
+        self._num_calls = 0
 
     def __enter__(self) -> "PreemptionGuard":
-        self._previous_handler = signal.signal(signal.SIGTERM, self._request)
+        if jax.process_count() == 1:
+            self._previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous_handler)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
-    def _request(self, _: int, __: FrameType | None) -> None:
-        self.requested = True
+    def _request_stop(self, _: int, __: FrameType | None) -> None:
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        """Whether to stop now: the same answer in all processes, which must call this equally often."""
+        self._num_calls += 1
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._num_calls):
+            self._stop = True
+        return self._stop
 
 
-def any_process(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, reduced by logical or over all processes, which must call this at the same step.
-
-    Signals and clocks differ between processes, and what they do next must not.
-    """
-    if jax.process_count() == 1:
-        return flags
-    return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process; all must call this at the same step. Waits for the device."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -4,6 +4,18 @@ from pathlib import Path
 
 import jax
 
+from sphinx_jax.errors import UserError
+
+
+def parse_steps(text: str | None) -> range:
+    """The steps of FIRST:LAST, none by default. Raises UserError on another form."""
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {text}: must be FIRST:LAST, two steps, such as 20:22")
+    return range(int(first), int(last) + 1)
+
 
 class StepProfile:
     """Traces the steps in `steps` into `directory`; each is annotated "train" with its number."""

@@ -13,6 +13,7 @@ from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.training.train_config import TrainConfig
 
 
 def choose(out: Path | None, preset: str) -> Path:
@@ -37,31 +38,28 @@ def check(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out} holds a run already; continue it with --resume or replace it with --overwrite")
 
 
-def check_same(out: Path, options: dict[str, Any]) -> None:
-    """Raises UserError where the run to resume was started with options that give its train state other shapes."""
-    started = json.loads((out / "options.json").read_text())
-    for name in ("preset", "stage", "moments"):
-        if started[name] != options[name]:
-            raise UserError(
-                f"--resume: {out} was started with --{name} {started[name]}, not {options[name]}; give the same"
-            )
+def check_resume(out: Path, preset: str, train_config: TrainConfig, base: Path | None) -> None:
+    """Raises UserError where the run to resume was started with options that give its train state other shapes.
+
+    A LoRA run needs the same adapters on the same checkpoint `base`.
+    """
+    options = json.loads((out / "options.json").read_text())
+    started = options | options["train"]
+    for name, value in (("preset", preset), ("stage", train_config.stage), ("moments", train_config.moments)):
+        if started[name] != value:
+            raise UserError(f"--resume: {out} was started with --{name} {started[name]}, not {value}; give the same")
+    if train_config.lora is None:
+        return
+    info = lora.read_adapter_info(out)
+    if info.lora != train_config.lora:
+        flags, given_flags = map(_lora_flags, (info.lora, train_config.lora))
+        raise UserError(f"--resume: {out} was started with {flags}, not with {given_flags}; give the same")
+    if base is not None and lora.fingerprint(checkpoints.open(base)) != info.fingerprint:
+        raise UserError(f"--resume: {out} adapts {info.base}, and --init {base} is another checkpoint")
 
 
-def check_adapters(out: Path, adapters: LoraConfig | None, base: Path | None) -> None:
-    """Raises UserError unless the run to resume has these adapters (None: none) on the checkpoint `base`."""
-    recorded = lora.read_adapter_info(out) if lora.is_lora(out) else None
-
-    def flags(config: LoraConfig | None) -> str:
-        if config is None:
-            return "no adapters"
-        sizes = f"--lora-rank {config.rank} --lora-alpha {config.alpha:g}"
-        return f"--stage lora {sizes} --lora-target-modules {config.target_modules}"
-
-    started = recorded and recorded.lora
-    if started != adapters:
-        raise UserError(f"--resume: {out} was started with {flags(started)}, not with {flags(adapters)}; give the same")
-    if recorded and lora.fingerprint(checkpoints.open(base)) != recorded.fingerprint:
-        raise UserError(f"--resume: {out} adapts {recorded.base}, and --init {base} is another checkpoint")
+def _lora_flags(config: LoraConfig) -> str:
+    return f"--lora-rank {config.rank} --lora-alpha {config.alpha:g} --lora-target-modules {config.target_modules}"
 
 
 def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:

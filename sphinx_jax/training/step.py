@@ -11,26 +11,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import IGNORE_INDEX
+from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
 from sphinx_jax.kernels.argmax import argmax
 from sphinx_jax.lora_params import join
 from sphinx_jax.model import bind
-from sphinx_jax.training.auxiliary_probe import aux_probe_loss
 
 Batch = dict[str, Array]
 Params = dict[str, Any]
 Metrics = dict[str, Array]
-
-NO_FROZEN_PARAMS: Params = {}
+LossFunction = Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]
 
 
 class TrainState(NamedTuple):
     """The donated argument of the train step.
 
-    `params` holds "model" and "aux_probe" (empty where not used). With LoRA it holds "adapters" and "aux_probe", and
-    the frozen model is a separate argument of the step.
+    `params` holds "model", and "aux_probe" with an auxiliary loss. With LoRA it holds "adapters" instead of "model",
+    and the frozen model is a separate argument of the step.
     """
 
-    step: Int[Array, ""]
+    step: Any
+    """int32 scalar: the number of finished steps."""
     params: Params
     opt_state: Any
 
@@ -95,21 +95,30 @@ def answer_correctness(
     return exists & (count(loss_mask & ~correct) == 0), exists
 
 
+class AuxiliaryLoss(NamedTuple):
+    """A loss on the intermediates of the forward pass, added to the training loss; its parameters start at zero."""
+
+    params: dict[str, jax.ShapeDtypeStruct]
+    """Abstract, replicated."""
+    loss: Callable[[Params, dict[str, Any], Batch], tuple[Float[Array, ""], Metrics]]
+    """params, the model's intermediates, batch -> weighted loss, metrics."""
+
+
 def make_loss(
     graph: nnx.GraphDef,
     config: SphinxConfig,
     *,
-    trainable: Any = None,
-    aux_loss_weight: float = 0.0,
+    trainable: Params | None = None,
+    auxiliary_loss: AuxiliaryLoss | None = None,
     remat: str = "none",
-    dtype: Any = None,
-) -> Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]:
-    """The training loss of a batch: next-token loss, load-balancing loss, and with a weight the auxiliary probe loss.
+    dtype: jax.typing.DTypeLike | None = None,
+) -> LossFunction:
+    """The training loss of a batch: next-token loss, load-balancing loss, and the auxiliary loss if there is one.
 
     The batch holds `tokens` and `labels` int[B, T]; optionally `segment_ids` int[B, T] and `images`
-    float[B, S, S, 3]; and for the auxiliary probe loss `shape` and `colour` int[B].
-    `params` holds "model", "aux_probe", and with LoRA "adapters". `trainable` is a mask of the model's parameters
-    (None: all trainable); no gradient is computed for the others.
+    float[B, S, S, 3]; and what the auxiliary loss reads.
+    `params` holds "model", with LoRA "adapters", and with an auxiliary loss "aux_probe". `trainable` is a mask of the
+    model's parameters (None: all trainable); no gradient is computed for the others.
     `dtype` is the compute dtype; parameters of another dtype are cast once.
     """
 
@@ -126,73 +135,80 @@ def make_loss(
         token_loss = losses.sum(where=loss_mask) / jnp.maximum(loss_mask.sum(), 1)
         answer_correct, answer_exists = answer_correctness(correct, loss_mask)
         routing = intermediates["layers"]["routing"]
-        balance = routing.balance_loss.mean()
+        balance_loss = routing.balance_loss.mean()
         metrics = {
             "loss": token_loss,
-            "balance_loss": balance,
+            "balance_loss": balance_loss,
             "accuracy": answer_correct.sum() / jnp.maximum(answer_exists.sum(), 1),
             "expert_share": routing.expert_load.mean(axis=0),
         }
-        total = token_loss + config.balance_weight * balance
-        if aux_loss_weight:
-            aux_loss, aux_metrics = aux_probe_loss(params["aux_probe"], intermediates["image_embeds"], batch)
-            total, metrics = total + aux_loss_weight * aux_loss, metrics | aux_metrics
+        total = token_loss + config.balance_weight * balance_loss
+        if auxiliary_loss:
+            value, auxiliary_metrics = auxiliary_loss.loss(params["aux_probe"], intermediates, batch)
+            total, metrics = total + value, metrics | auxiliary_metrics
         return total, metrics
 
     return loss
 
 
 def make_train_step(
-    loss: Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]],
-    optimizer: optax.GradientTransformation,
-    shardings: Params,
-    grad_accum_steps: int = 1,
+    loss: LossFunction, optimizer: optax.GradientTransformation, shardings: Params, grad_accum_steps: int = 1
 ) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
     """state, batch, frozen params -> next state, metrics.
 
     `grad_accum_steps` > 1 splits the batch into so many microbatches and averages their gradients.
-    `frozen_params` complete those of the state for the loss; only the latter are differentiated. Gradients are
+    The frozen params complete those of the state for the loss; only the latter are differentiated. Gradients are
     constrained to the `shardings` of the latter: with fsdp XLA reduce-scatters them instead of all-reducing.
     """
 
-    def step(state: TrainState, batch: Batch, frozen_params: Params = NO_FROZEN_PARAMS) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, frozen_params: Params) -> tuple[TrainState, Metrics]:
         loss_and_grads = jax.value_and_grad(lambda params, part: loss(params | frozen_params, part), has_aux=True)
 
         def gradients(microbatch: Batch) -> tuple[Params, Metrics]:
-            (_, metrics), grads = loss_and_grads(state.params, microbatch)
+            with jax.named_scope("loss"):
+                (_, metrics), grads = loss_and_grads(state.params, microbatch)
             return jax.lax.with_sharding_constraint(grads, shardings), metrics
 
         if grad_accum_steps == 1:
             grads, metrics = gradients(batch)
         else:
+            # [batch, ...] -> [grad_accum_steps, batch / grad_accum_steps, ...]; the sums start at zero in float32.
             microbatches = jax.tree.map(lambda x: x.reshape(grad_accum_steps, -1, *x.shape[1:]), batch)
             abstract = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], microbatches))
 
             def accumulate(total: Any, microbatch: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradients(microbatch)), None
 
-            summed, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, abstract), microbatches)
-            grads, metrics = jax.tree.map(lambda x: x / grad_accum_steps, summed)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+            total, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, abstract), microbatches)
+            grads, metrics = jax.tree.map(lambda x: x / grad_accum_steps, total)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
 
 
 def make_eval_step(
-    graph: nnx.GraphDef, dtype: jnp.dtype
-) -> Callable[[Params, Batch], tuple[Bool[Array, "batch text"], Bool[Array, "batch text"], Array]]:
-    """model params, batch -> `answer_correctness` of the batch, and the expert load of each layer [layers, experts].
+    graph: nnx.GraphDef, dtype: jax.typing.DTypeLike
+) -> Callable[
+    [Params, Batch], tuple[Bool[Array, "batch text"], Bool[Array, "batch text"], Float[Array, "layers experts"]]
+]:
+    """params, batch -> `answer_correctness` of the batch, and the expert load of each layer; `dtype`: compute dtype."""
 
-    `dtype` is the compute dtype.
-    """
-
-    def evaluate(params: Params, batch: Batch):
-        weights = jax.tree.map(lambda p: p.astype(dtype), params)
+    def step(params: Params, batch: Batch):
+        weights = jax.tree.map(lambda p: p.astype(dtype), join(params["model"], params.get("adapters", {})))
         logits, intermediates = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("segment_ids"))
         _, correct, loss_mask = next_token_losses(logits, batch["labels"])
         return *answer_correctness(correct, loss_mask), intermediates["layers"]["routing"].expert_load
 
-    return evaluate
+    return step
+
+
+def normalise_images(batch: Batch) -> Batch:
+    """The batch with its uint8 images as float32, normalised with CLIP's statistics, on the device."""
+    if "images" not in batch:
+        return batch
+    pixels = batch["images"].astype(jnp.float32) / 255
+    return batch | {"images": (pixels - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)}

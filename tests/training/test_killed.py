@@ -154,7 +154,11 @@ def call(tmp_path, *argv):
 
 def test_nonfinite_loss_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
     """At any step: here at one that is not logged, after an update that was far too large."""
-    monkeypatch.setattr(train_config, "cosine_with_warmup", lambda step, **_: jnp.where(step == 6, 1e30, 1e-3))
+
+    def diverging(*_):
+        return lambda step: jnp.where(step == 6, 1e30, 1e-3)
+
+    monkeypatch.setattr(train_config.optax, "warmup_cosine_decay_schedule", diverging)
     assert call(tmp_path, "--steps", 60, "--lr", "1e-3", "--save-every", 4, "--log-every", 50) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     report = json.loads((tmp_path / "run" / "diverged.json").read_text())

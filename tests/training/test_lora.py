@@ -1,4 +1,4 @@
-"""Adapters against autodiff of merged weights, and runs of them: what they save, how they go on, what they become."""
+"""LoRA adapters against autodiff of merged weights, and LoRA runs: saving, resuming, merging and exporting."""
 
 import dataclasses
 import json
@@ -29,9 +29,12 @@ LORA = LoraConfig(rank=3, alpha=1.5)
 
 
 def deltas(tree, scale):
-    """scale x a b of each adapter by plain numpy, by the name of its matrix."""
+    """scale x a b of each adapter by numpy, by the name of its matrix."""
     attention, ffn = tree["language"]["layers"]["attention"], tree["language"]["layers"]["ffn"]
-    product = lambda at, spec: scale * np.einsum(spec, np.asarray(at["a"], np.float64), np.asarray(at["b"], np.float64))
+
+    def product(factors, spec):
+        return scale * np.einsum(spec, *(np.asarray(factors[name], np.float64) for name in "ab"))
+
     return {
         "wqkv": product(attention["wqkv_lora"], "ldr,lrkgh->ldkgh"),
         "wo": product(attention["wo_lora"], "lkghr,lrd->lkghd"),
@@ -49,16 +52,16 @@ def with_deltas(base, added):
     return base | {"language": base["language"] | {"layers": layers}}
 
 
-def drawn(lora=None, seed=0):
-    """The model's graph, and parameters of a fitting scale by numpy."""
+def random_params(lora=None, seed=0):
+    """The model's graph, and random parameters of deviation 0.2 by numpy."""
     graph, shapes = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, lora=lora, rngs=rngs), sharding.make_mesh())
     draw = np.random.default_rng(seed).normal
     return graph, jax.tree.map(lambda p: jnp.asarray(0.2 * draw(size=p.shape), jnp.float32), shapes)
 
 
-def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
-    """Merged in numpy; of W + s a b the gradients are s W' b^T and s a^T W'."""
-    (graph, params), plain = drawn(LORA), drawn()[0]
+def test_gradient_follows_from_the_merged_weights():
+    """By the chain rule: for W + s a b with gradient G of W + s a b, they are s G b^T and s a^T G."""
+    (graph, params), plain = random_params(LORA), random_params()[0]
     base, other = lora_params.split(params)
     tokens = np.random.default_rng(0).integers(1, 512, (3, 20))
     batch = {"tokens": tokens, "labels": tokens}
@@ -83,9 +86,9 @@ def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
             np.testing.assert_allclose(ours[factor], expected, rtol=1e-4, atol=1e-6, err_msg=f"{name} {factor}")
 
 
-def test_the_optimizer_holds_moments_of_adapters_only():
-    """SPHINX-MoE on eight devices: bytes counted from the published shapes; the rank is split over no axis."""
-    train_config = TrainConfig(steps=10, batch_size=8, stage="lora", lora=LoraConfig(16, 32.0), dtype="bfloat16")
+def test_optimizer_state_is_of_adapters_only():
+    """SPHINX-MoE on eight devices: bytes from the published shapes; the rank is not sharded."""
+    train_config = TrainConfig(batch_size=8, stage="lora", lora_rank=16, lora_alpha=32.0, dtype="bfloat16")
     program = train_program(config.sphinx_moe(), train_config, sharding.make_mesh(tensor=4, fsdp=2))
     dim, hidden, rank, tensor, fsdp = 4096, 14336, 16, 4, 2
     qkv, heads = 48 * 128, 32 * 128
@@ -107,9 +110,9 @@ def call(tmp_path_factory):
 
 
 def save_base(path, seed):
-    """A model with a tokenizer of digits and the words of the template."""
+    """A model with a tokenizer of the digits and the prompt template."""
     texts = [f"{i} plus {i % 7}?" for i in range(200)] + [Conversation.from_pairs([("plus", "9")]).text()] * 9
-    checkpoints.save(path, CONFIG, drawn(seed=seed)[1], train_tokenizer(texts, SMALL.vocab_size))
+    checkpoints.save(path, CONFIG, random_params(seed=seed)[1], train_tokenizer(texts, SMALL.vocab_size))
     return path
 
 
@@ -118,7 +121,7 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("runs") / "base", seed=0)
 
 
-def asked(base, out, *more):
+def lora_argv(base, out, *more):
     stage = ("--stage", "lora", "--lora-rank", 3, "--lora-alpha", 6)
     return ("--init", base, *stage, "--steps", 4, "--save-every", 2, "--out", out, *more)
 
@@ -126,7 +129,7 @@ def asked(base, out, *more):
 @pytest.fixture(scope="module")
 def run(call, base):
     out = base.with_name("adapted")
-    assert call(*asked(base, out)) == 0
+    assert call(*lora_argv(base, out)) == 0
     return out
 
 
@@ -141,18 +144,18 @@ def test_only_adapters_are_saved(run):
     assert 3 * adapters_size < state < 3 * adapters_size + 100_000
 
 
-def test_resumed_bit_for_bit_and_the_same_on_a_mesh(call, run, base, tmp_path):
+def test_resume_is_exact_and_a_mesh_gives_the_same(call, run, base, tmp_path):
     shutil.copytree(run, tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
-    assert call(*asked(base, tmp_path / "killed", "--resume")) == 0
+    assert call(*lora_argv(base, tmp_path / "killed", "--resume")) == 0
     assert losses(tmp_path / "killed") == losses(run) and len(losses(run)) == 4
     mesh = ("--mesh.tensor", 2, "--mesh.expert", 2, "--mesh.fsdp", 2)
-    assert call(*asked(base, tmp_path / "mesh", *mesh)) == 0
+    assert call(*lora_argv(base, tmp_path / "mesh", *mesh)) == 0
     np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(run), rtol=1e-3)
 
 
-def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
-    """The difference to the base is scale x a b by numpy, and nothing else; the model is the one that was trained."""
+def test_merged_on_load_and_on_export(run, base, tmp_path):
+    """The difference to the base is scale x a b by numpy, and nothing else; logits are those of the trained model."""
     before, after = (checkpoints.load(path, sharding.make_mesh(), unstacked=False).params for path in (base, run))
     saved = checkpoints.open(run).adapters[0].factors
     tree = {}
@@ -183,15 +186,13 @@ def test_merged_when_it_is_read_and_when_it_is_exported(run, base, tmp_path):
     )
 
 
-def test_on_attention_alone(call, base, tmp_path, capsys):
-    """Nothing else is saved, and nothing else of the base changes, read or exported."""
+def test_attention_adapters(call, base, tmp_path, capsys):
+    """No other adapters are saved, and no other matrix of the base changes on load or export."""
     out = tmp_path / "run"
-    assert call(*asked(base, out, "--lora-target-modules", "attention")) == 0
-    shapes = lambda path: {
-        key: [x.shape for x in pair] for key, pair in checkpoints.open(path).adapters[0].factors.items()
-    }
+    assert call(*lora_argv(base, out, "--lora-target-modules", "attention")) == 0
     layers, dim, rank, groups = SMALL.num_layers, SMALL.dim, 3, SMALL.num_kv_heads
-    assert {key[-1]: value for key, value in shapes(out).items()} == {
+    factors = checkpoints.open(out).adapters[0].factors
+    assert {key[-1]: [x.shape for x in pair] for key, pair in factors.items()} == {
         "wqkv": [(layers, dim, rank), (layers, rank, groups, 4, 4)],
         "wo": [(layers, groups, 2, 4, rank), (layers, rank, dim)],
     }
@@ -201,13 +202,13 @@ def test_on_attention_alone(call, base, tmp_path, capsys):
     assert common.run(convert.main, [str(out), str(tmp_path / "out"), "--format", "accessory"]) == 0
     exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(), unstacked=False).params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), exported, after)
-    assert call(*asked(base, out, "--resume")) == 2
+    assert call(*lora_argv(base, out, "--resume")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "--lora-target-modules attention, not with" in last and last.endswith("modules all; give the same")
 
 
 @pytest.mark.parametrize(("targets", "rank", "mib"), [("attention", 8, 18), ("attention", 16, 36), ("all", 8, 418)])
-def test_bytes_of_the_published_models_adapters(targets, rank, mib):
+def test_adapter_bytes_of_the_published_model(targets, rank, mib):
     """As docs/fine-tuning.md states them: 32 layers, queries with keys and values 6144 wide, 8 experts of 14336."""
     abstract = loaded_model.abstract_adapters(config.sphinx_moe(), LoraConfig(rank, 1.0, targets))
     attention = 4096 + 6144 + 4096 + 4096
@@ -217,31 +218,36 @@ def test_bytes_of_the_published_models_adapters(targets, rank, mib):
     assert 4 * numbers / 2**20 == mib
 
 
-def test_bad_input_is_one_sentence(call, run, base, tmp_path, capsys):
-    def said(code):
+def test_invalid_input_is_one_sentence(call, run, base, tmp_path, capsys):
+    def message(code):
         assert code == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "--stage lora adapts a checkpoint" in said(call("--stage", "lora", "--out", tmp_path / "a"))
-    assert "--lora-rank belongs to --stage lora" in said(call("--lora-rank", 4, "--out", tmp_path / "a"))
-    assert "--lora-rank must be 1 or more" in said(call(*asked(base, tmp_path / "a", "--lora-rank", 0)))
-    assert "was started with --stage lora --lora-rank 3" in said(call(*asked(base, run, "--resume", "--lora-rank", 4)))
-    assert "not with no adapters" in said(call("--init", base, "--out", run, "--resume"))
+    assert "--stage lora adapts a checkpoint" in message(call("--stage", "lora", "--out", tmp_path / "a"))
+    assert "--lora-rank belongs to --stage lora" in message(call("--lora-rank", 4, "--out", tmp_path / "a"))
+    assert "--lora-rank must be 1 or more" in message(call(*lora_argv(base, tmp_path / "a", "--lora-rank", 0)))
+    assert "was started with --lora-rank 3" in message(call(*lora_argv(base, run, "--resume", "--lora-rank", 4)))
+    assert "was started with --stage lora, not all" in message(call("--init", base, "--out", run, "--resume"))
 
-    load = lambda path: said(common.run(lambda _: sphinx_jax.load(path), []))
+    def load(path):
+        return message(common.run(lambda _: sphinx_jax.load(path), []))
+
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(base, tmp_path / "base")
-    record = tmp_path / "run" / "lora.json"
-    moved = lambda to: record.write_text(json.dumps(json.loads(record.read_text()) | {"base": str(to)}))
-    moved(tmp_path / "base")
+    info = tmp_path / "run" / "lora.json"
+
+    def set_base(path):
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"base": str(path)}))
+
+    set_base(tmp_path / "base")
     sphinx_jax.load(tmp_path / "run")
     shutil.rmtree(tmp_path / "base")
     save_base(tmp_path / "base", seed=1)
     assert "which has changed since" in load(tmp_path / "run")
-    other = call(*asked(tmp_path / "base", tmp_path / "run", "--resume"))
-    assert "is another checkpoint" in said(other)
-    moved(tmp_path / "gone")
-    assert "which is not there; put that checkpoint back" in load(tmp_path / "run")
+    other = call(*lora_argv(tmp_path / "base", tmp_path / "run", "--resume"))
+    assert "is another checkpoint" in message(other)
+    set_base(tmp_path / "gone")
+    assert "which does not exist; restore that checkpoint" in load(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapters")
-    moved(base)
+    set_base(base)
     assert "is a run that has not ended" in load(tmp_path / "run")

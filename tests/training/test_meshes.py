@@ -31,7 +31,7 @@ def gradient(params, shape, rules):
     batch = {"tokens": TOKENS, "labels": TOKENS}
     with sharding.mesh_context(mesh, rules):
         step = jax.jit(jax.value_and_grad(make_loss(graph, CONFIG), has_aux=True))
-        (loss, _), grads = jax.device_get(step({"model": placed, "aux_probe": {}}, batch))
+        (loss, _), grads = jax.device_get(step({"model": placed}, batch))
     return loss, grads
 
 

@@ -20,6 +20,8 @@ from sphinx_jax.training import run_directory
 def test_resume_with_other_options(tmp_path, changes, message):
     options = Options()
     run_directory.prepare(tmp_path / "run", dataclasses.asdict(options), overwrite=False)
-    run_directory.check_same(tmp_path / "run", dataclasses.asdict(options))
+    run_directory.check_resume(tmp_path / "run", options.preset, options.train, None)
+    preset = changes.pop("preset", options.preset)
+    train_config = dataclasses.replace(options.train, **changes)
     with pytest.raises(UserError, match=f"was started with {message}; give the same"):
-        run_directory.check_same(tmp_path / "run", dataclasses.asdict(dataclasses.replace(options, **changes)))
+        run_directory.check_resume(tmp_path / "run", preset, train_config, None)

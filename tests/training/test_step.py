@@ -63,7 +63,7 @@ def test_gradient_accumulation_equals_one_batch():
     results = []
     for accum_steps in (1, 4):
         step = jax.jit(make_train_step(loss, optimizer, {"w": device}, accum_steps))
-        state, metrics = step(TrainState(jnp.array(0), params, optimizer.init(params)), data)
+        state, metrics = step(TrainState(jnp.array(0), params, optimizer.init(params)), data, {})
         results.append((state.params["w"], metrics["loss"], metrics["grad_norm"]))
     for one, many in zip(*results, strict=True):
         np.testing.assert_allclose(one, many, rtol=1e-5)
