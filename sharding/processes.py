@@ -54,7 +54,7 @@ class Processes:
 NO_PROCESSES = Processes()
 
 
-def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300) -> int:
+def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300.0) -> int:
     """Initialise jax.distributed if the options or SLURM name several processes; returns their number.
 
     Call it before the first use of jax's devices, which are those of all processes from then on. Raises LayoutError if

@@ -1,6 +1,6 @@
 """SphinxMoE: the vision encoders and the decoder as one model."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +11,8 @@ from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.language.decoder import Decoder
 from sphinx_jax.language.kv_cache import segment_mask, segment_positions
 from sphinx_jax.vision.ensemble import Ensemble
+
+Module = TypeVar("Module")
 
 
 class SphinxMoE(nnx.Module):
@@ -80,6 +82,6 @@ class SphinxMoE(nnx.Module):
         return self.language.logits(hidden[:, num_image_tokens:]), intermediates
 
 
-def bind(graph: nnx.GraphDef, params: dict[str, Any]) -> SphinxMoE:
+def bind(graph: nnx.GraphDef[Module], params: dict[str, Any]) -> Module:
     """The module of `graph` with `params` (nested dicts of arrays) as its parameters."""
     return nnx.merge(graph, nnx.State(params))

@@ -82,7 +82,9 @@ def test_weights_sum_to_one_and_experts_are_the_top_k():
 def test_ties_select_the_first_experts():
     """As `lax.top_k` and numpy's stable sort."""
     logits = np.random.default_rng(0).integers(0, 3, (4, 50, 8)).astype(np.float32)
-    np.testing.assert_array_equal(route(logits, 2).experts, np.argsort(-logits, axis=-1, kind="stable")[..., :2])
+    np.testing.assert_array_equal(
+        route(jnp.asarray(logits), 2).experts, np.argsort(-logits, axis=-1, kind="stable")[..., :2]
+    )
 
 
 def test_golden_dense_reference(golden):

@@ -50,7 +50,7 @@ def test_unreachable_coordinator(free_port):
     with pytest.raises(LayoutError, match=f"--coordinator localhost:{free_port}: nothing answers there"):
         sharding.start_processes(Processes(f"localhost:{free_port}", 2, 1), seconds=0.2)
     with pytest.raises(LayoutError, match=r"--coordinator nowhere\.invalid:1: nothing answers there"):
-        sharding.start_processes(Processes("nowhere.invalid:1", 2, 1), seconds=60)
+        sharding.start_processes(Processes("nowhere.invalid:1", 2, 1), seconds=60.0)
 
 
 def test_occupied_port(free_port):
