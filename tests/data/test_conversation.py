@@ -195,3 +195,13 @@ def test_a_conversation_without_an_answer_has_no_loss(mixtral):
 def test_malformed_records_are_named(source, complaint):
     with pytest.raises(UserError, match=f"^file.json, record 3.*{complaint}"):
         Conversation.from_record(source, "file.json, record 3")
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is it?\n<image>", "<image> What is it? <image>"])
+def test_image_marks_are_dropped_in_inference_as_in_training(question, mixtral):
+    plain = Conversation.from_pairs([("What is it?", None)])
+    assert Conversation.from_pairs([(question, None)]).prompt_tokens(mixtral) == plain.prompt_tokens(mixtral)
+    record = [{"from": "human", "value": question}, {"from": "gpt", "value": "A cat."}]
+    assert Conversation.from_record(record, "") == Conversation.from_pairs([(question, "A cat.")])
+    later = Conversation.from_pairs([("One?", "1"), (question, None)])
+    assert later == Conversation.from_pairs([("One?", "1"), ("What is it?", None)])
