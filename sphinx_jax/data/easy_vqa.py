@@ -67,7 +67,7 @@ class Records(Sequence[Record]):
 def load(split: Split) -> Records:
     """All records of "train" (4,000 images) or "test" (1,000).
 
-    "tuning" and "validation" are the training images in two parts, 3,600 and 400, always the same: choices are made on
+    "tuning" and "validation" are the training images in two parts, 3,600 and 400, always the same: choices are based on
     them, so that the test images are evaluated once. Raises UserError if easy-vqa is not installed or damaged.
     """
     if split == "train" or split == "test":

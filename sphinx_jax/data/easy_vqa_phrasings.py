@@ -296,7 +296,7 @@ FILLERS = (
     *("single", "only", "even", "very", "as well", "in your opinion", "at all", "if possible", "for example", "next"),
     *("finally", "first", "we wonder", "let us see", "somehow", "quite", "maybe", "everyone", "old", "nice", "given"),
 )
-"""Put between two words of one trained phrasing in six: the model learns to ignore words that it does not know."""
+"""Inserted into one trained phrasing in six, so that the model ignores what it does not know."""
 
 SYNONYMS = {
     "image": ("image", "picture", "photo", "drawing"),
@@ -306,7 +306,7 @@ SYNONYMS = {
     "gray": ("gray", "grey"),
     "what is": ("what is", "what's"),
 }
-"""Texts that stand for each other, in trained and held-back phrasings alike."""
+"""Texts of the same meaning, substituted at random in trained and held-back phrasings alike."""
 
 _ENDINGS, _ENDING_WEIGHTS = (
     ("?", "", "??", " ?", ".", "?!", "???", "!"),

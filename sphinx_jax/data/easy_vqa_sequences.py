@@ -28,7 +28,7 @@ _SURFACE_PROBABILITY = 0.5
 
 
 class SegmentTokenizer:
-    """Tokenises conversations without the prefix that all share: BOS and the template's beginning."""
+    """Tokenises conversations without the prefix that is common to all: BOS and the template's beginning."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
