@@ -196,10 +196,15 @@ def _item(record: Any, where: str, root: str | None) -> Item:
 
 def _read_text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: cannot read {what}: it is not a regular file")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text; save it as UTF-8"
         raise UserError(f"{path}: cannot read {what}: {reason}") from error
+    if text.startswith("version https://git-lfs"):
+        raise UserError(f"{path}: cannot read {what}: it is a git-lfs pointer; run git lfs pull")
+    return text
 
 
 def _parse(text: str, where: str) -> Any:

@@ -103,17 +103,22 @@ def _read_file(path: str | Path, name: str) -> bytes:
 def _decode(image: Image.Image, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(_too_many_pixels(name))
+    if not image.width * image.height:
+        raise UserError(f"{name}: the image has no pixels, its size is {image.width} x {image.height}")
     try:
         transparency = _transparent_colour(image)
         image.load()
-        operation = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image, transparency)
-        return rgb if operation is None else rgb.transpose(operation)
     except Image.DecompressionBombError as error:
         raise UserError(_too_many_pixels(name)) from error
     except Exception as error:
         # Pillow's own texts name objects of Python; they stay in the traceback.
         raise UserError(f"{name}: the image is damaged or truncated; get it again") from error
+    operation = _UPRIGHT.get(_orientation(image))
+    try:
+        rgb = _to_rgb(image, transparency)
+    except Exception as error:
+        raise UserError(f"{name}: its colour mode {image.mode} cannot be converted to RGB; save it as RGB") from error
+    return rgb if operation is None else rgb.transpose(operation)
 
 
 def _too_many_pixels(name: str) -> str:
@@ -201,6 +206,8 @@ def _to_rgb(image: Image.Image, transparency: int | tuple[int, ...] | bytes | No
         image = Image.fromarray(scaled)
     elif image.mode in ("I", "F"):
         image = Image.fromarray(_grey_to_8_bit(np.nan_to_num(np.asarray(image, np.float64))))
+    elif image.mode == "La":
+        image = image.convert("LA")
     elif transparency is not None:
         image = image.copy()
         image.info["transparency"] = transparency

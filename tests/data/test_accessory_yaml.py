@@ -1,6 +1,7 @@
 """`data.yaml` against the original's order, images and groups; and every malformed input."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -177,6 +178,8 @@ def test_a_malformed_yaml_is_named(tmp_path, text, complaint):
         ),
         ("a.json", b'[{"image": 3, "conversations": [{"from": "gpt", "value": "x"}]}]', 'record 0: "image" must be'),
         ("a.jsonl", b'{"conversations": [{"from": "gpt", "value": "x"}]}\n{"conv', "a.jsonl, line 2: not valid JSON"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "a.json: .*git-lfs pointer; run git lfs pull"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "a.jsonl, line 1: not valid JSON"),
         ("a.csv", b"a,b", "a.csv: records must be in a .json or .jsonl file"),
     ],
 )
@@ -186,6 +189,15 @@ def test_malformed_records_are_named(tmp_path, name, content, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         read(write(tmp_path, [{"type": "t", "path": str(tmp_path / name)}]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "a.json"])
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path, name):
+    (tmp_path / "data.yaml").write_text(f"META: [{{path: {tmp_path / 'a.json'}, type: t}}]")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: cannot read .*: it is not a regular file"):
+        read(tmp_path / "data.yaml")
 
 
 def test_a_missing_yaml_is_named(tmp_path):

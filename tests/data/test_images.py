@@ -464,6 +464,30 @@ def test_a_pipe_does_not_hang(tmp_path):
         load_image(tmp_path / "pipe.png")
 
 
+@pytest.mark.parametrize("mode", ["La", "LA", "PA", "RGBa", "HSV", "YCbCr", "CMYK", "LAB", "1", "I;16", "I", "F"])
+def test_pil_images_of_every_mode_become_rgb(mode):
+    try:
+        image = two_halves().convert({"La": "LA", "RGBa": "RGBA", "I;16": "I"}.get(mode, mode)).convert(mode)
+    except ValueError:
+        image = Image.new(mode, (6, 8))
+    assert (load_image(image).mode, load_image(image).size) == ("RGB", (6, 8))
+
+
+def test_a_mode_that_cannot_be_converted_is_named(monkeypatch):
+    def fail(*_):
+        raise ValueError("conversion not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match="the image: its colour mode CMYK cannot be converted to RGB"):
+        load_image(Image.new("CMYK", (6, 8)))
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_an_error(size):
+    with pytest.raises(UserError, match="the image has no pixels"):
+        load_image(Image.new("RGB", size))
+
+
 def test_pixels_are_counted_before_decoding(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(images, "MAX_PIXELS", 40)
