@@ -19,6 +19,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.images import load_image, padded_resize
 from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.data.tokenizer_files import load_tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import generate
 from sphinx_jax.inference.batch_file import Progress, answer_file
@@ -71,7 +72,9 @@ def load(
 
     # Transformed parameters are not what the programs of the abstract model are compiled for.
     callback = on_abstract_model if compile_for and not (quantize or offload) else None
-    loaded = checkpoints.load(path, mesh, dtype, unstacked=True, transform=transform, on_abstract_model=callback)
+    source = checkpoints.open(path)
+    check_tokenizer(source)
+    loaded = checkpoints.load(source, mesh, dtype, unstacked=True, transform=transform, on_abstract_model=callback)
     if abstract:
         model = abstract[0]
         model.set_params(loaded.params)
@@ -85,11 +88,10 @@ class Sphinx:
     """`config`, `tokenizer` and `mesh` of a loaded model, and what it can do."""
 
     def __init__(self, loaded: Loaded, max_model_len: int = MAX_MODEL_LEN, offload: bool = False):
-        if loaded.tokenizer_bytes is None:
-            raise UserError("the checkpoint has no tokenizer.model; copy the model's own next to the weights")
         self.config: SphinxConfig = loaded.config
         self.mesh: Mesh = loaded.mesh
-        self.tokenizer = Tokenizer(loaded.tokenizer_bytes)
+        self.tokenizer = tokenizer_of(loaded)
+        self._assets = assets_of(loaded)
         self._params = loaded.params
         self.path: Path | None = None
         """The checkpoint that it was loaded from."""
@@ -262,7 +264,7 @@ class Sphinx:
         leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
         if any(isinstance(leaf, Quantized) for leaf in leaves):
             raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")
-        checkpoints.save(path, self.config, self._params, self.tokenizer.model_bytes, format, shards)
+        checkpoints.save(path, self.config, self._params, self._assets, format, shards)
 
     def request(
         self, prompt: str, image: ImageLike | None = None, params: SamplingParams = GREEDY, *, raw: bool = False
@@ -272,7 +274,33 @@ class Sphinx:
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
             tokens = Conversation.from_pairs([(prompt, None)]).prompt_tokens(self.tokenizer)
+        # A chat template has no end signal: its answers end with a token.
+        raw = raw or self.tokenizer.chat_template is not None
         return Request(tokens, None if image is None else self.prepare_image(image), params, raw)
+
+
+def assets_of(loaded: Loaded) -> dict[str, bytes]:
+    """The files of the model's tokenizer by name."""
+    own = {} if loaded.tokenizer_bytes is None else {"tokenizer.model": loaded.tokenizer_bytes}
+    return own | dict(loaded.assets)
+
+
+def tokenizer_of(loaded: Loaded) -> Tokenizer:
+    """The model's tokenizer. Raises UserError if it has none, or that of another model."""
+    return load_tokenizer(
+        assets_of(loaded),
+        loaded.config.language.vocab_size,
+        loaded.where,
+        text_only=loaded.config.vision is None,
+        expected_tokens=loaded.expected_tokens,
+    )
+
+
+def check_tokenizer(source: checkpoints.CheckpointSource) -> None:
+    """Raises UserError, before any weight is read, if the checkpoint has no tokenizer or that of another model."""
+    load_tokenizer(
+        source.assets, source.config.language.vocab_size, str(source.path), expected_tokens=source.expected_tokens
+    )
 
 
 def sampling_params(params: SamplingParams, options: dict[str, Any]) -> SamplingParams:

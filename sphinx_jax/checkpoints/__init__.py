@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sharding import make_mesh
 from sphinx_jax.checkpoints import lora, reader
+from sphinx_jax.checkpoints.assets import Assets, as_assets, has_tokenizer
 from sphinx_jax.checkpoints.formats import accessory, mixtral, native
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model
 from sphinx_jax.checkpoints.source import CheckpointSource, match
@@ -50,14 +51,14 @@ def open(path: str | os.PathLike) -> CheckpointSource:
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike | CheckpointSource,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     unstacked: bool = True,
     transform: reader.Transform | None = None,
     on_abstract_model: reader.AbstractModelCallback | None = None,
 ) -> Loaded:
-    """The model of a checkpoint of any format on `mesh` (None: all devices).
+    """The model of a checkpoint of any format, or of one opened before, on `mesh` (None: all devices).
 
     `dtype` is "bfloat16", "float32", or None for as stored. `unstacked` makes the decoder's layers a list, for
     decoding, instead of stacked, for training. `transform(path, array)` replaces each parameter as soon as it is
@@ -65,34 +66,38 @@ def load(
     and with abstract parameters. Raises UserError that lists everything missing, unexpected, mis-shaped or damaged;
     then nothing is loaded.
     """
-    return reader.load(open(path), mesh, dtype, unstacked, transform, on_abstract_model)
+    source = path if isinstance(path, CheckpointSource) else open(path)
+    return reader.load(source, mesh, dtype, unstacked, transform, on_abstract_model)
 
 
 def save(
     path: str | os.PathLike,
     config: SphinxConfig,
     params: Params,
-    tokenizer_bytes: bytes | None = None,
+    tokenizer: bytes | Assets | None = None,
     format: str = "native",
     shards: int | None = None,
 ) -> None:
-    """Write a model in memory. `shards`: the number of files of a published format (None: as few as usual).
+    """Write a model in memory. `tokenizer` is a SentencePiece file, or a checkpoint's `assets`.
+
+    `shards`: the number of files of a published format (None: as few as usual).
 
     Raises UserError if `path` exists and is not empty, or the format cannot hold the model.
     """
-    _check_options(format, shards, tokenizer_bytes)
+    assets = as_assets(tokenizer)
+    _check_options(format, shards, assets)
     if format == "native":
-        native.save(path, config, params, tokenizer_bytes or b"")
+        native.save(path, config, params, assets)
     else:
-        _FOREIGN_FORMATS[format].save(path, config, params, tokenizer_bytes, shards)
+        _FOREIGN_FORMATS[format].save(path, config, params, assets, shards)
 
 
-def _check_options(format: str, shards: int | None, tokenizer_bytes: bytes | None) -> None:
+def _check_options(format: str, shards: int | None, assets: Assets) -> None:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     if shards is not None and (format == "native" or shards < 1):
         raise UserError(f"--shards {shards} does not go with format {format}; leave it out or give another number")
-    if format == "native" and tokenizer_bytes is None:
+    if format == "native" and not has_tokenizer(assets):
         raise UserError("a native checkpoint needs a tokenizer; copy the model's tokenizer.model next to its weights")
 
 
@@ -110,13 +115,13 @@ def convert(
     """
     check_destination(Path(path))
     opened = open(source)
-    tokenizer_bytes = opened.tokenizer_bytes
-    _check_options(format, shards, tokenizer_bytes)
+    assets = opened.assets
+    _check_options(format, shards, assets)
     if format == "native":
         loaded = reader.load(opened, None, dtype, False)
-        native.save(path, loaded.config, loaded.params, tokenizer_bytes or b"")
+        native.save(path, loaded.config, loaded.params, assets)
         return
     matched = match(opened, unstacked=True)
     _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True)
     with reader.CheckpointReader(opened, matched, abstract, dtype) as params:
-        _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, tokenizer_bytes, shards)
+        _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, assets, shards)

@@ -4,6 +4,7 @@ The only place where this package depends on the model: everything else knows na
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ _DTYPES = ("bfloat16", "float32")
 class Loaded:
     """A loaded model: `model.bind(graph, params)` makes it callable.
 
-    `tokenizer_bytes` is the checkpoint's SentencePiece file, None if it has none.
+    `tokenizer_bytes` is the checkpoint's SentencePiece file, None if it has none. `assets` are its tokenizer's files
+    by name, with the generation config and the chat template, `where` the directory, and `expected_tokens` the size of
+    the tokenizer that goes with a model that this program did not write.
     """
 
     config: SphinxConfig
@@ -33,6 +36,9 @@ class Loaded:
     params: Params
     tokenizer_bytes: bytes | None
     mesh: Mesh
+    assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    where: str = "the checkpoint"
+    expected_tokens: int | None = None
 
 
 def model_mesh(config: SphinxConfig) -> Mesh:

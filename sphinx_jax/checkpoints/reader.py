@@ -55,11 +55,13 @@ def load(
     mesh = mesh or model_mesh(source.config)
     matched = match(source, unstacked)
     graph, abstract = abstract_model(source.config, mesh, dtype, unstacked)
-    tokenizer_bytes = source.tokenizer_bytes
+    assets = source.assets
 
     def loaded_model(by_path: dict[ParamPath, Any]) -> Loaded:
         params = jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
-        return Loaded(source.config, graph, params, tokenizer_bytes, mesh)
+        tokenizer_bytes = assets.get("tokenizer.model")
+        path, tokens = str(source.path), source.expected_tokens
+        return Loaded(source.config, graph, params, tokenizer_bytes, mesh, assets, path, tokens)
 
     with ThreadPoolExecutor(1) as executor, CheckpointReader(source, matched, abstract, dtype) as reader:
         callback = executor.submit(on_abstract_model or (lambda _: None), loaded_model(reader.targets))

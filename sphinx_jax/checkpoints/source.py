@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sphinx_jax.checkpoints.assets import read_assets
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.config import SphinxConfig
@@ -63,6 +64,10 @@ class CheckpointSource:
     is_ignored: Callable[[str], bool] = ignore_none
     files: tuple[MappedFile, ...] = ()
     adapters: tuple[Adapters, ...] = ()
+    expected_tokens: int | None = None
+    """Tokens of the tokenizer that goes with the model; None for models that this program wrote."""
+    asset_directory: Path | None = None
+    """Where tokenizer and generation config are, if not in `path`."""
 
     @property
     def dtype(self) -> str:
@@ -75,9 +80,18 @@ class CheckpointSource:
 
     @property
     def tokenizer_bytes(self) -> bytes | None:
-        """The SentencePiece file of the directory, None if there is none."""
-        file = self.path / "tokenizer.model"
-        return file.read_bytes() if file.is_file() else None
+        """The SentencePiece file, None if there is no tokenizer. Raises UserError if there is another kind alone."""
+        assets = self.assets
+        if "tokenizer.model" not in assets and "tokenizer.json" in assets:
+            raise UserError(
+                f"{self.path} has tokenizer.json alone, and this needs tokenizer.model: copy the model's own"
+            )
+        return assets.get("tokenizer.model")
+
+    @property
+    def assets(self) -> dict[str, bytes]:
+        """Tokenizer, generation config and chat template by file name. Raises UserError if one cannot be read."""
+        return read_assets(self.asset_directory or self.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def describe(source: checkpoints.CheckpointSource) -> list[str]:
         f"{source.path}",
         f"format      {source.format}" + (f", {shards} shards" if shards > 1 else ""),
         f"dtype       {', '.join(f'{name} ({count} tensors)' for name, count in dtypes.most_common())}",
-        f"tokenizer   {'tokenizer.model' if source.tokenizer_bytes else 'none'}",
+        f"tokenizer   {tokenizer_name(source)}",
         f"language    {source.config.language}",
         f"vision      {source.config.vision}",
         "",
@@ -106,6 +106,11 @@ def describe(source: checkpoints.CheckpointSource) -> list[str]:
     for (name, shape, dtype, is_used), count in counts.items():
         lines.append(f"  {count:>5} x {name}  {list(shape)}  {dtype}" + ("" if is_used else "  (not used)"))
     return lines
+
+
+def tokenizer_name(source: checkpoints.CheckpointSource) -> str:
+    """The file of the checkpoint's tokenizer."""
+    return next((name for name in ("tokenizer.model", "tokenizer.json") if name in source.assets), "none")
 
 
 def _model_part(mapping: ParamMapping) -> str:

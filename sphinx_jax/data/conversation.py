@@ -138,7 +138,11 @@ class Conversation:
         return f"{self.text()} {self.template.assistant}:"
 
     def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of `prompt()`, with BOS."""
+        """Token ids of `prompt()`, with BOS; of the tokenizer's chat template where it has one."""
+        if tokenizer.chat_template is not None:
+            roles = {"human": "user", "assistant": "assistant"}
+            messages = [{"role": roles[role], "content": text} for role, text in self.turns]
+            return tokenizer.chat_tokens(messages)
         return tokenizer.encode(self.prompt(), bos=True, eos=False)
 
     def example(self, tokenizer: Tokenizer) -> Example:

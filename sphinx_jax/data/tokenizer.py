@@ -1,11 +1,12 @@
 """Text to token ids and back: SentencePiece with byte fallback, as Llama and Mixtral use it."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from sphinx_jax.data.chat_template import ChatTemplate
 from sphinx_jax.errors import UserError
 
 
@@ -38,12 +39,24 @@ class Tokenizer:
         self.eos_id = self._pieces.eos_id()
         self.unk_id = self._pieces.unk_id()
         self.vocab_size = self._pieces.vocab_size()
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
+        """The tokens that end an answer; a fine-tune may add its own (`tokenizer_files`)."""
+        self.chat_template: ChatTemplate | None = None
+        """How a text-only model that was trained with one writes a conversation."""
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"{name}: this tokenizer has no <s> or no </s>; use the checkpoint's own tokenizer.model")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Token ids of a whole text. The tokenizer puts a space before it, as in training."""
         return [self.bos_id] * bos + self._ids(text) + [self.eos_id] * eos
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation as the chat template writes it, with one BOS; messages: {"role", "content"}."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template")
+        bos = self.chat_template.special_tokens.get("bos_token")
+        text = self.chat_template.render(messages)
+        return self.encode(text.removeprefix(bos) if bos else text, bos=True, eos=False)
 
     def encode_segment(self, text: str) -> list[int]:
         """Token ids of text that follows other text after a space (which `text` may include or omit)."""
@@ -76,7 +89,7 @@ class Tokenizer:
                 return pieces.decode([token]).encode()
             return (piece.removeprefix("\u2581") if first else piece).replace("\u2581", " ").encode()
 
-        return [added(token) for token in range(self.vocab_size)]
+        return [added(token) for token in range(pieces.vocab_size())]
 
     def _ids(self, text: str) -> list[int]:
         try:

@@ -53,7 +53,12 @@ class Chat:
         """
         earlier = ((turn.question, turn.answer) for turn in self.turns)
         conversation = Conversation.from_pairs([*earlier, (question, None)])
-        request = Request(conversation.prompt_tokens(self._engine.tokenizer), self.image, self._params)
+        request = Request(
+            conversation.prompt_tokens(self._engine.tokenizer),
+            self.image,
+            self._params,
+            self._engine.tokenizer.chat_template is not None,
+        )
         parts = []
         try:
             for text in generate.stream(self._scheduler, request):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sharding import is_primary_process
 from sphinx_jax.checkpoints import reader
+from sphinx_jax.checkpoints.assets import Assets, as_assets, extra_tokens_entry, write_assets
 from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_types, check_vision, mistral_values
 from sphinx_jax.checkpoints.io import torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
@@ -84,7 +85,7 @@ def open_directory(path: Path) -> CheckpointSource:
     if llama_type not in _CROPS:
         raise UserError(f"{path / 'meta.json'}: unknown llama_type {llama_type!r}; known are {', '.join(_CROPS)}")
     files = [torch_files.read(file) for file in _shard_files(path)]
-    config = _read_config(path, llama_type, files[0])
+    config, expected_tokens = _read_config(path, llama_type, files[0])
 
     style: Style = "base" if llama_type == "mixtral" else "sparse"
     return CheckpointSource(
@@ -95,6 +96,7 @@ def open_directory(path: Path) -> CheckpointSource:
         mappings=lambda unstacked: _param_mappings(config, style, unstacked),
         is_ignored=is_ignored_vision_name if config.vision else ignore_none,
         files=tuple(files),
+        expected_tokens=expected_tokens,
     )
 
 
@@ -121,7 +123,7 @@ def _shard_files(path: Path) -> list[Path]:
     return [by_number[i] for i in range(count)]
 
 
-def _read_config(path: Path, llama_type: str, first: MappedFile) -> SphinxConfig:
+def _read_config(path: Path, llama_type: str, first: MappedFile) -> tuple[SphinxConfig, int]:
     file = ConfigFile(path / "config.json", read_json(path / "config.json"))
     file.check_unsupported("rope_scaling")
     embedding = first.tensors.get(f"{_PREFIX}tok_embeddings.weight")
@@ -134,7 +136,8 @@ def _read_config(path: Path, llama_type: str, first: MappedFile) -> SphinxConfig
     language = file.mistral_decoder()
     views = _CROPS[llama_type]
     vision = None if views is None else _read_vision(path / "vision.json", *views)
-    return SphinxConfig(language, vision, balance_weight=file.number("load_balancing_weight", 0.1))
+    config = SphinxConfig(language, vision, balance_weight=file.number("load_balancing_weight", 0.1))
+    return config, file.count("tokenizer_vocab_size", language.vocab_size)
 
 
 def _read_vision(file: Path, image_size: int, num_crops: Literal[1, 5]) -> VisionConfig:
@@ -165,16 +168,14 @@ def save(
     path: str | os.PathLike,
     config: SphinxConfig,
     params: Params,
-    tokenizer_bytes: bytes | None = None,
+    tokenizer: bytes | Assets | None = None,
     shards: int | None = None,
 ) -> None:
     """Write a model in memory; see `write`."""
-    write(Path(path), config, InMemoryParams(params), tokenizer_bytes, shards)
+    write(Path(path), config, InMemoryParams(params), as_assets(tokenizer), shards)
 
 
-def write(
-    path: Path, config: SphinxConfig, params: ParamReader, tokenizer_bytes: bytes | None, shards: int | None = None
-) -> None:
+def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets, shards: int | None = None) -> None:
     """The sparse layout in `shards` files (None: 1), without the tensors that no forward pass uses.
 
     Raises UserError if the layout cannot express `config`, if `shards` does not divide the key/value heads,
@@ -195,13 +196,13 @@ def write(
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
         writers = []
         if is_primary_process():
+            extra = extra_tokens_entry(assets, language.vocab_size)
             balance = {"load_balancing_weight": config.balance_weight, "rope_scaling": None}
-            write_json(partial / "config.json", mistral_values(language) | balance)
+            write_json(partial / "config.json", mistral_values(language) | balance | extra)
             write_json(partial / "meta.json", {"llama_type": llama_type})
             if config.vision:
                 write_json(partial / "vision.json", _vision_values(config.vision))
-            if tokenizer_bytes is not None:
-                (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
+            write_assets(partial, assets)
             for i in range(shards):
                 file = partial / f"consolidated.{i:02d}-of-{shards:02d}.model.pth"
                 writers.append(stack.enter_context(torch_files.Writer(file, declared)))

@@ -6,6 +6,7 @@ Both hold the language model alone. Tensors are not sharded: a set of several fi
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from sharding import is_primary_process
 from sphinx_jax.checkpoints import reader
+from sphinx_jax.checkpoints.assets import HF_CONFIG, Assets, as_assets, extra_tokens_entry, read_hf_config, write_assets
 from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decoder, head_dim_override
 from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
@@ -56,6 +58,26 @@ _DEFAULTS = {
 }
 _DEFAULT_ROPE_THETA = 1e6
 
+# Keys of a model's own config.json that an export writes anew, or that do not describe what it writes.
+_NOT_KEPT = frozenset(
+    (
+        *("rope_scaling", "rope_parameters", "dtype", "num_experts", "attention_bias", "auto_map", "_name_or_path"),
+        *("transformers_version", "tokenizer_vocab_size"),
+    )
+)
+
+# Of Mixtral-8x7B's tokenizer: BOS before a text, no EOS after it.
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "legacy": True,
+    "clean_up_tokenization_spaces": False,
+}
+
 # Never parameters of transformers' Mixtral, which ignores them: biases of attention, and buffers of older versions.
 _BIAS = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias")
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -91,7 +113,8 @@ def _open_hugging_face(path: Path) -> CheckpointSource:
     tensors = _canonical_names(_merge(files))
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
     style: Style = "hugging_face_fused" if is_fused else "hugging_face"
-    renamed = _tied_names(tensors, read_json(path / "config.json"))
+    config = ConfigFile(path / "config.json", read_json(path / "config.json"))
+    renamed = _tied_names(tensors, config.values)
     _warn_of_biases(path, tensors)
 
     def mappings(unstacked: bool) -> list[ParamMapping]:
@@ -106,6 +129,7 @@ def _open_hugging_face(path: Path) -> CheckpointSource:
         mappings=mappings,
         is_ignored=lambda name: bool(_BIAS.fullmatch(name) or _BUFFER.fullmatch(name)),
         files=tuple(files),
+        expected_tokens=config.count("tokenizer_vocab_size", language.vocab_size),
     )
 
 
@@ -122,6 +146,7 @@ def _open_mistral(path: Path) -> CheckpointSource:
         shards=[tensors],
         mappings=lambda unstacked: language_mappings(language, style, unstacked=unstacked),
         files=tuple(files),
+        expected_tokens=language.vocab_size,
     )
 
 
@@ -238,16 +263,14 @@ def save(
     path: str | os.PathLike,
     config: SphinxConfig,
     params: Params,
-    tokenizer_bytes: bytes | None = None,
+    tokenizer: bytes | Assets | None = None,
     shards: int | None = None,
 ) -> None:
     """Write the language part of a model in memory; see `write`."""
-    write(Path(path), config, InMemoryParams(params), tokenizer_bytes, shards)
+    write(Path(path), config, InMemoryParams(params), as_assets(tokenizer), shards)
 
 
-def write(
-    path: Path, config: SphinxConfig, params: ParamReader, tokenizer_bytes: bytes | None, shards: int | None = None
-) -> None:
+def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets, shards: int | None = None) -> None:
     """The language part as a Hugging Face directory of `shards` files (None: of about 5 GB each).
 
     Raises UserError if `path` exists and is not empty.
@@ -258,9 +281,8 @@ def write(
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
         writers: dict[str, safetensors_files.Writer] = {}
         if is_primary_process():
-            write_json(partial / "config.json", _hugging_face_values(config, declared["lm_head.weight"][1]))
-            if tokenizer_bytes is not None:
-                (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
+            write_json(partial / "config.json", _hugging_face_values(config, declared["lm_head.weight"][1], assets))
+            write_assets(partial, _tokenizer_assets(assets))
             if _SINGLE not in file_of.values():
                 total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in declared.values())
                 write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
@@ -284,27 +306,40 @@ def _assign_files(declared: Mapping[str, tuple[tuple[int, ...], np.dtype]], shar
     return {tensor: names[n] for tensor, n in zip(declared, numbers, strict=True)}
 
 
-def _hugging_face_values(config: SphinxConfig, dtype: np.dtype) -> dict[str, Any]:
+def _tokenizer_assets(assets: Assets) -> dict[str, bytes]:
+    """The files of a Hugging Face directory. A SentencePiece file alone gets the settings of Mixtral's tokenizer."""
+    written = {name: data for name, data in assets.items() if name != HF_CONFIG}
+    if set(written) == {"tokenizer.model"}:
+        written["tokenizer_config.json"] = (json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n").encode()
+    return written
+
+
+def _hugging_face_values(config: SphinxConfig, dtype: np.dtype, assets: Assets) -> dict[str, Any]:
+    """config.json: what the model's own one had, with the sizes and settings of `config`."""
     language = config.language
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": language.dim,
-        "intermediate_size": language.hidden_dim,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_heads,
-        "num_key_value_heads": language.num_kv_heads,
-        "num_local_experts": language.num_experts,
-        "num_experts_per_tok": language.experts_per_token,
-        "head_dim": language.head_dim,
-        "vocab_size": language.vocab_size,
-        "rms_norm_eps": language.norm_eps,
-        "rope_theta": language.rope_theta,
-        "router_aux_loss_coef": config.balance_weight,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "sliding_window": language.sliding_window,
-        "torch_dtype": dtype.name,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    kept = {key: value for key, value in read_hf_config(assets).items() if key not in _NOT_KEPT}
+    return (
+        {"bos_token_id": 1, "eos_token_id": 2}
+        | kept
+        | extra_tokens_entry(assets, language.vocab_size)
+        | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "hidden_size": language.dim,
+            "intermediate_size": language.hidden_dim,
+            "num_hidden_layers": language.num_layers,
+            "num_attention_heads": language.num_heads,
+            "num_key_value_heads": language.num_kv_heads,
+            "num_local_experts": language.num_experts,
+            "num_experts_per_tok": language.experts_per_token,
+            "head_dim": language.head_dim,
+            "vocab_size": language.vocab_size,
+            "rms_norm_eps": language.norm_eps,
+            "rope_theta": language.rope_theta,
+            "router_aux_loss_coef": config.balance_weight,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "sliding_window": language.sliding_window,
+            "torch_dtype": dtype.name,
+        }
+    )

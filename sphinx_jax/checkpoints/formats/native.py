@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import is_primary_process, make_mesh
 from sphinx_jax.checkpoints import reader
+from sphinx_jax.checkpoints.assets import Assets, as_assets, write_assets
 from sphinx_jax.checkpoints.formats.config_files import check_decoder, check_types, check_vision
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model, layers_are_unstacked
 from sphinx_jax.checkpoints.mapping.language import EMBEDDING, HEAD, unpadded_shape, vocab_index
@@ -34,7 +35,11 @@ _CHUNK_BYTES = 1 << 27
 
 
 def save(
-    path: str | os.PathLike, config: SphinxConfig, params: Params, tokenizer_bytes: bytes, overwrite: bool = False
+    path: str | os.PathLike,
+    config: SphinxConfig,
+    params: Params,
+    tokenizer: bytes | Assets,
+    overwrite: bool = False,
 ) -> None:
     """Write a native checkpoint. Every process of a multi-process run calls this.
 
@@ -53,7 +58,7 @@ def save(
         if is_primary_process():
             values = {"format": _FORMAT, "version": _VERSION, "model": config.to_dict(), "stacked": stacked}
             write_json(partial / "config.json", values)
-            (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
+            write_assets(partial, as_assets(tokenizer))
         save_args = jax.tree_util.tree_map_with_path(options, params)
         # Weights hardly compress, and compressing takes longer than writing.
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
@@ -104,8 +109,8 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = 
 def open_directory(path: Path) -> CheckpointSource:
     """The directory's config and its open parameters. Reads no weights. Raises UserError."""
     config, stacked = _read_config(path)
-    for name in ("tokenizer.model", "params"):
-        if not (path / name).exists():
+    for name, others in (("tokenizer.model", ("tokenizer.json",)), ("params", ())):
+        if not any((path / other).exists() for other in (name, *others)):
             raise UserError(f"{path} is damaged: {name} is missing; copy the whole directory again")
     return CheckpointSource(
         format="native",
