@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from sphinx_jax.data.images import printable
 from sphinx_jax.errors import UserError
 
 
@@ -39,7 +40,7 @@ class AnswersFile:
             self._path = path.resolve()
             mode = os.stat(self._path).st_mode if self._path.exists() else None
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--out {str(path)!r}: not the path of a file ({error}); choose another") from error
+            raise UserError(f"--out {printable(path)}: not the path of a file ({error}); choose another") from error
         self._is_regular = mode is None or stat.S_ISREG(mode)
         self._kept: list[bytes] = []
         self.done: set[str] = set()

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from sharding import broadcast_each_from_primary, broadcast_from_primary, is_primary_process
-from sphinx_jax.data.images import load_image
+from sphinx_jax.data.images import load_image, printable
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import generate
 from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of
@@ -64,7 +64,7 @@ def read_questions(source: Path) -> list[Question]:
         data = source.read_bytes().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--batch {str(source)!r:.300}: cannot read the file ({reason})") from error
+        raise UserError(f"--batch {printable(source)}: cannot read the file ({reason})") from error
     if _is_array(data):
         raise UserError(
             f"--batch {source}: the file is one JSON array; write one object on each line, as `jq -c '.[]'` does"
@@ -129,6 +129,8 @@ def open_named_image(name: str, folder: Path) -> Path | Image.Image:
         if data is None:
             raise UserError(f"the image {name!r:.40}... is no data URI in base64: write data:image/png;base64,...")
         return load_image(data, "the image of the data URI")
+    if "://" in name:
+        return load_image(name)  # Raises: URLs are not read.
     try:
         here = Path(name)
         return here if here.exists() else folder / here
@@ -204,10 +206,10 @@ def answer_file(
 
 def check_files(source: Path, out: Path) -> tuple[list[Question], AnswersFile]:
     """The questions, and the file for the answers. Raises UserError on whichever cannot be used; nothing is written."""
-    questions, answers = read_questions(source), AnswersFile(out)
+    questions = read_questions(source)
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the file of questions itself; choose another")
-    return questions, answers
+    return questions, AnswersFile(out)
 
 
 def _digests(questions: Iterable[Question]) -> dict[str, str]:

@@ -59,7 +59,7 @@ COMPLAINTS = [
     '"image"',
     "not JSON",
     "xxx",
-    "a\\x00b.png",
+    "a\\0b.png",
     ".png",
     "missing.png",
     "not JSON",

@@ -103,7 +103,10 @@ def test_nothing_is_compiled_twice(model, images):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    ask = lambda prompts, images_of, **options: model.generate(prompts, images_of, max_new_tokens=NEW, **options)
+
+    def ask(prompts, prompt_images, **options):
+        return model.generate(prompts, prompt_images, max_new_tokens=NEW, **options)
+
     new = list(np.random.default_rng(2).normal(size=(6, 32, 32, 3)).astype(np.float32))
     ask(PROMPTS, with_images(new[:2]))
     list(model.stream(PROMPTS[0], new[2], max_new_tokens=NEW))
@@ -188,13 +191,13 @@ def test_repeated_tokens_are_penalised(model, images):
 
 def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(model, make_model, images):
     options = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
-    images_of = with_images(images)
-    together = model.generate(PROMPTS, images_of, seed=7, **options)
-    alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, images_of, strict=True)]
+    prompt_images = with_images(images)
+    together = model.generate(PROMPTS, prompt_images, seed=7, **options)
+    alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, prompt_images, strict=True)]
     assert together == alone
-    assert together == make_model(**MESHES[2]).generate(PROMPTS, images_of, seed=7, **options)
-    assert "".join(model.stream(PROMPTS[0], images_of[0], seed=7, **options)) == together[0]
-    several = model.generate(PROMPTS[:1] * 4, images_of[:1] * 4, seed=[7, 8, 9, 7], **options)
+    assert together == make_model(**MESHES[2]).generate(PROMPTS, prompt_images, seed=7, **options)
+    assert "".join(model.stream(PROMPTS[0], prompt_images[0], seed=7, **options)) == together[0]
+    several = model.generate(PROMPTS[:1] * 4, prompt_images[:1] * 4, seed=[7, 8, 9, 7], **options)
     assert several[0] == several[3] == together[0]
     assert len(set(several)) == 3
 

@@ -108,7 +108,7 @@ def test_logits_of_cached_decoding(run):
 
 @pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_the_originals(golden_checkpoint, golden):
-    """First logits and image embeddings, both as far from the original's float32 as ours may be, on average and at most.
+    """First logits and image embeddings, on average and at most: as far from the original's float32 as its own may be.
 
     The original's bfloat16 was computed on a CPU too. Logits are about 2.9 wide, words 1.
     """

@@ -39,7 +39,7 @@ def test_a_question_compiles_nothing_more_once_the_weights_are_there(image, shap
 
 
 def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(monkeypatch):
-    wrong, read, count = threading.Event(), reader.Reader.read, []
+    wrong, read, count = threading.Event(), reader.CheckpointReader.read, []
 
     def prepare(model):
         try:
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_the_question_is_said_before_the_weights_are_read(mon
         time.sleep(0.1)
         return read(reader, path)
 
-    monkeypatch.setattr(reader.Reader, "read", slow)
+    monkeypatch.setattr(reader.CheckpointReader, "read", slow)
     with pytest.raises(UserError, match="--max-model-len"):
         sphinx_jax.load(SHIPPED, max_model_len=20, compile_for=prepare)
     assert len(count) == 1

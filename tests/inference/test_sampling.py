@@ -15,7 +15,9 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "sampling.npz")
 
 @pytest.mark.parametrize("case", range(7))
 def test_nucleus_is_the_originals(case):
-    take = lambda name: GOLDEN[f"case{case}_{name}"]
+    def take(name):
+        return GOLDEN[f"case{case}_{name}"]
+
     # The cases made from probabilities have logits that are their logarithms.
     with np.errstate(divide="ignore"):
         logits = take("logits") if f"case{case}_logits" in GOLDEN else np.log(take("probs"))

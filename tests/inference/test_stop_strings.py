@@ -23,7 +23,9 @@ def random_answers(tokenizer, count=400):
     pieces = sorted({token for text in texts for token in tokenizer.encode_wo_prefix_space(text)})
     pieces += [tokenizer.bos_id, tokenizer.unk_id, 3 + 0xE6, 3 + 0x97, 3 + 0xA5]
     random = np.random.default_rng(0)
-    some = lambda: random.choice(pieces, random.integers(0, 9)).tolist()
+
+    def some():
+        return random.choice(pieces, random.integers(0, 9)).tolist()
 
     def stop_in_parts():
         stop = STOPS[random.integers(len(STOPS))]
