@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -23,6 +23,7 @@ from sphinx_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Task(Protocol):
     """Training batches, held-out batches, and the accuracy on these."""
 

@@ -75,8 +75,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def answer_correctness(
-    correct: Bool[Array, "batch text-1"], loss_mask: Bool[Array, "batch text-1"]
-) -> tuple[Bool[Array, "batch text"], Bool[Array, "batch text"]]:
+    correct: Bool[Array, "batch targets"], loss_mask: Bool[Array, "batch targets"]
+) -> tuple[Bool[Array, "batch targets+1"], Bool[Array, "batch targets+1"]]:
     """For answer 1, 2, ... of each sequence (second axis): whether all its tokens are correct, and whether it exists.
 
     An answer is a run of positions with a loss. It is correct if every token has the highest logit given the true
@@ -86,7 +86,7 @@ def answer_correctness(
     answer_index = jnp.cumsum(starts, axis=1)
     batch_index = jnp.arange(loss_mask.shape[0])[:, None]
 
-    def count(flags: Bool[Array, "batch text-1"]) -> Int[Array, "batch text"]:
+    def count(flags: Bool[Array, "batch targets"]) -> Int[Array, "batch answers"]:
         """Positions of each answer where `flags` is set."""
         zeros = jnp.zeros((loss_mask.shape[0], loss_mask.shape[1] + 1), jnp.int32)
         return zeros.at[batch_index, answer_index].add(flags)

@@ -21,11 +21,12 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
     So are the means along one dimension of a parameter (factored moments).
     """
     replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
 
     def keys(path: tuple) -> tuple:
         return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
-    by_path = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    by_path = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
 
     def with_sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # A moment's path ends with its parameter's path, after a prefix from the optimizer.
@@ -34,7 +35,6 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
         sharding = replicated if param is None else _moment_sharding(param, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
     moments = jax.tree_util.tree_map_with_path(with_sharding, jax.eval_shape(optimizer.init, abstract))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, moments)
 

@@ -102,7 +102,8 @@ def train(
     profile = StepProfile(out / "profile", parse_steps(run_config.profile))
     learning_rate = schedule(train_config)
     flops = functools.cache(lambda text_len, has_images: step_flops(program, text_len, has_images).total)
-    run_log = RunLog(out, train_config.steps, first_step=step_count, peak_flops=peak_flops(mesh, train_config.dtype))
+    peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size, train_config.dtype)
+    run_log = RunLog(out, train_config.steps, first_step=step_count, peak_flops=peak)
     last_save, stop, evaluation = time.monotonic(), False, None
 
     def due(every: int | None) -> bool:

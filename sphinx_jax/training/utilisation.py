@@ -1,7 +1,6 @@
 """FLOPs of a training step, and the peak FLOP/s of its devices, for model FLOPs utilisation (MFU)."""
 
 import jax
-from jax.sharding import Mesh
 
 from sphinx_jax.costs import Cost, Workload, forward_flops
 from sphinx_jax.hardware import gpu_of_device
@@ -29,7 +28,7 @@ def step_flops(program: TrainProgram, text_len: int, has_images: bool, *, includ
     return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0))
 
 
-def peak_flops(mesh: Mesh, dtype: ComputeDtype) -> float | None:
+def peak_flops(device_kind: str, num_devices: int, dtype: ComputeDtype) -> float | None:
     """Peak FLOP/s of all devices together: known for the GPUs of `sphinx_jax.hardware` in bfloat16, else None."""
-    gpu = gpu_of_device(mesh.devices.flat[0].device_kind)
-    return gpu.bf16_flops * mesh.size if gpu and dtype == "bfloat16" else None
+    gpu = gpu_of_device(device_kind)
+    return gpu.bf16_flops * num_devices if gpu and dtype == "bfloat16" else None

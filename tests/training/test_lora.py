@@ -63,7 +63,7 @@ def test_gradient_follows_from_the_merged_weights():
     """By the chain rule: for W + s a b with gradient G of W + s a b, they are s G b^T and s a^T G."""
     (graph, params), plain = random_params(LORA), random_params()[0]
     base, other = lora_params.split(params)
-    tokens = np.random.default_rng(0).integers(1, 512, (3, 20))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 512, (3, 20)))
     batch = {"tokens": tokens, "labels": tokens}
     dense = jax.jit(jax.value_and_grad(lambda p: make_loss(plain, CONFIG)({"model": p}, batch)[0]))
     adapted = jax.jit(jax.value_and_grad(lambda a: make_loss(graph, CONFIG)({"model": base, "adapters": a}, batch)[0]))

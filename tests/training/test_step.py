@@ -36,7 +36,7 @@ def test_an_answer_is_correct_if_all_its_tokens_are():
 def test_aux_probe_loss_ignores_unknown_labels():
     image_embeds = np.random.default_rng(1).normal(size=(3, 1, 4, 5)).astype(np.float32)
     probe = {
-        name: np.random.default_rng(2).normal(size=(5, n)).astype(np.float32)
+        name: jnp.asarray(np.random.default_rng(2).normal(size=(5, n)), jnp.float32)
         for name, n in [("shape", 3), ("colour", 8)]
     }
     batch = {"shape": np.array([2, -1, 0]), "colour": np.array([-1, -1, -1])}
