@@ -7,6 +7,7 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -28,14 +29,36 @@ FORMATS = ("native", *_FOREIGN_FORMATS)
 """The formats that can be written. "mixtral" is Hugging Face's layout and holds the language part alone."""
 
 
+_RECOGNISED = [
+    (re.compile(pattern), advice)
+    for pattern, advice in (
+        (
+            r"adapter_(config\.json|model\..*)",
+            "adapters of PEFT: merge them into their base with peft's merge_and_unload",
+        ),
+        (r".*\.gguf", "a model of llama.cpp: download the model's safetensors instead"),
+        (r"(tf_model|.*\.h5|flax_model\.msgpack).*", "weights of another framework: download the safetensors instead"),
+        (r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", "and lacks the index of its files: download it too"),
+    )
+]
+"""Files of checkpoints that are not read, by their names, and what to do instead."""
+
+
 def open(path: str | os.PathLike) -> CheckpointSource:
     """The checkpoint in a directory, of any format. Reads no weights.
 
     Raises UserError if there is none, or if the files are visibly damaged.
     """
     path = Path(path).absolute()
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory; give the one that holds the checkpoint's files")
+    try:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a directory; give the one that holds the checkpoint's files")
+        return _open(path)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r:.300}: {error.strerror}; make it readable, or give another") from error
+
+
+def _open(path: Path) -> CheckpointSource:
     if lora.is_lora(path):
         return lora.open_directory(path, open)
     if native.is_native(path):
@@ -44,9 +67,15 @@ def open(path: str | os.PathLike) -> CheckpointSource:
         return accessory.open_directory(path)
     if mixtral.is_mixtral(path):
         return mixtral.open_directory(path)
+    names = sorted(file.name for file in path.iterdir())
+    for pattern, advice in _RECOGNISED:
+        for name in names:
+            if pattern.fullmatch(name):
+                raise UserError(f"{path} holds {name}, {advice}")
     raise UserError(
         f"{path} holds no known checkpoint: no params folder (native), consolidated.XX-of-YY.model.pth (Accessory), "
-        "model.safetensors or its index (Hugging Face), or consolidated.* (Mistral)"
+        "model.safetensors, pytorch_model.bin or an index of either (Hugging Face), or consolidated.* (Mistral); give "
+        "the directory that has them"
     )
 
 

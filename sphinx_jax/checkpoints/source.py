@@ -12,11 +12,14 @@ import numpy as np
 
 from sphinx_jax.checkpoints.assets import read_assets
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
+from sphinx_jax.checkpoints.io.names import shorten
+from sphinx_jax.checkpoints.io.placeholders import check_real_file
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
 _MAX_LISTED_PROBLEMS = 30
+_MAX_JSON_BYTES = 1 << 26
 
 
 class Tensor(Protocol):
@@ -117,7 +120,7 @@ def match(source: CheckpointSource, unstacked: bool) -> MatchedMappings:
     matched = [(mapping, _file_slices(mapping, source.shards, problems)) for mapping in mappings]
     expected = {mapping.name for mapping in mappings}
     extra = {name for shard in source.shards for name in shard if name not in expected and not source.is_ignored(name)}
-    problems += [f"{name} is unexpected" for name in sorted(extra)]
+    problems += [f"{shorten(name)} is unexpected" for name in sorted(extra)]
     if not problems and len(source.shards) > 1:
         problems = _shard_mismatches(mappings, source.shards)
     if problems:
@@ -133,7 +136,9 @@ def _summarise(problems: list[str]) -> list[str]:
     if len(problems) <= _MAX_LISTED_PROBLEMS:
         return problems
     counts = Counter(re.sub(r"\.\d+\.", ".*.", problem) for problem in problems)
-    return [pattern if count == 1 else f"{pattern} ({count} times)" for pattern, count in counts.items()]
+    summary = [pattern if count == 1 else f"{pattern} ({count} times)" for pattern, count in counts.items()]
+    more = len(summary) - 2 * _MAX_LISTED_PROBLEMS
+    return summary if more <= 0 else [*summary[: 2 * _MAX_LISTED_PROBLEMS], f"and {more} more"]
 
 
 def _file_slices(mapping: ParamMapping, shards: list[Mapping[str, Tensor]], problems: list[str]) -> list[FileSlice]:
@@ -181,11 +186,17 @@ def _shard_mismatches(mappings: list[ParamMapping], shards: list[Mapping[str, Te
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if there is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not file.is_file() and file.exists():
+            raise UserError(f"cannot read {file}: it is not a regular file; put the checkpoint's own file there")
+        if file.is_file() and file.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{file} is too large for a config or an index; download it again")
+        data = file.read_bytes()
+        check_real_file(file, data[:1024])
+        values = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise UserError(f"cannot read {file}: {error.strerror}; download it again, or make it readable") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+        raise UserError(f"{file} is not JSON ({error}); download it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(values).__name__}")
     return values

@@ -1,9 +1,11 @@
 """From devices to files: parameters converted to published tensors, one at a time."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +52,17 @@ class InMemoryParams:
 
 def check_destination(path: Path, overwrite: bool = False) -> None:
     """Raises UserError if `path` is a file, or a directory that is not empty unless `overwrite` is set."""
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        raise UserError(f"{path} exists already; choose another directory or remove it")
+    try:
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
+            raise UserError(f"{path} exists already; choose another directory or remove it")
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise UserError(f"cannot write {path}: {parent} is a file; choose another directory")
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write {path}: {parent} is not writable; choose another directory")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {str(path)!r:.300}: {reason}; choose another directory") from error
 
 
 @contextlib.contextmanager
@@ -63,15 +74,21 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_destination(path, overwrite)
     partial = path.with_name(f".{path.name}.partial")
-    if is_primary_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier("directory created")
+    created = _missing_parents(path)
     try:
-        yield partial
-    except BaseException:
         if is_primary_process():
             shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier("directory created")
+        yield partial
+    except BaseException as error:
+        if is_primary_process():
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in created:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        if (reason := _cannot_write(error)) is not None:
+            raise UserError(f"cannot write {path}: {reason}; free some space, or choose another directory") from error
         raise
     barrier("directory written")
     if is_primary_process():
@@ -84,6 +101,28 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             partial.rename(path)
     barrier("directory renamed")
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """The directories above `path` that do not exist yet, the innermost first."""
+    try:
+        return [parent for parent in path.parents if not parent.exists()]
+    except OSError:
+        return []
+
+
+def _cannot_write(error: BaseException) -> str | None:
+    """Why the file system refused to write, None if that is not what went wrong."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # Orbax and TensorStore pass on the system's error as text.
+    found = _SYSTEM_ERROR.search(str(error)) if isinstance(error, Exception) else None
+    return found[0] if found else None
+
+
+_SYSTEM_ERROR = re.compile(
+    "|".join(os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO))
+)
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,12 +68,17 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(describe(checkpoints.open(command.path))))
         return 0
     source, destination = command.source, command.destination
-    if command.step is not None or is_unfinished_run(source):
-        step = export_step(source, destination, command.step, command.format, command.shards, command.dtype)
-        print(f"wrote the weights of step {step} to {destination}")
-    else:
-        checkpoints.convert(source, destination, command.format, command.shards, command.dtype)
-        print(f"wrote {destination}")
+    # SIGTERM as Ctrl-C: a destination that is half written is removed.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if command.step is not None or is_unfinished_run(source):
+            step = export_step(source, destination, command.step, command.format, command.shards, command.dtype)
+            print(f"wrote the weights of step {step} to {destination}")
+        else:
+            checkpoints.convert(source, destination, command.format, command.shards, command.dtype)
+            print(f"wrote {destination}")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -24,6 +24,7 @@ from sphinx_jax.checkpoints.assets import HF_CONFIG, Assets, as_assets, extra_to
 from sphinx_jax.checkpoints.formats.config_files import ConfigFile, check_decoder, head_dim_override
 from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from sphinx_jax.checkpoints.io.mapped_file import MappedFile
+from sphinx_jax.checkpoints.io.names import shorten
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params
 from sphinx_jax.checkpoints.mapping.language import Style, language_mappings
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
@@ -36,7 +37,11 @@ log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_CONSOLIDATED = re.compile(r"consolidated(\.\d+)?\.(pth|pt|safetensors)")
+_WEIGHTS = ((_SINGLE, _INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""The single file, and the index of several, of each kind of weights."""
+_CONSOLIDATED = re.compile(r"consolidated(\.\d+|-\d+-of-\d+)?\.(pth|pt|safetensors)")
+_NUMBERED = re.compile(r"consolidated-\d+-of-(\d+)\.safetensors")
+_MAX_FILES = 10_000
 
 # The released model's coefficient; Mistral's own config has none.
 _BALANCE_WEIGHT = 0.02
@@ -89,7 +94,7 @@ def is_mixtral(path: Path) -> bool:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    return (path / _INDEX).exists() or (path / _SINGLE).exists()
+    return any(_is_present(path / name) for names in _WEIGHTS for name in names)
 
 
 def load(
@@ -109,7 +114,7 @@ def open_directory(path: Path) -> CheckpointSource:
 
 def _open_hugging_face(path: Path) -> CheckpointSource:
     language, balance_weight = _hugging_face_config(path / "config.json")
-    files = [safetensors_files.read(file) for file in _hugging_face_files(path)]
+    files = [_read_file(file) for file in _hugging_face_files(path)]
     tensors = _canonical_names(_merge(files))
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
     style: Style = "hugging_face_fused" if is_fused else "hugging_face"
@@ -136,7 +141,8 @@ def _open_hugging_face(path: Path) -> CheckpointSource:
 def _open_mistral(path: Path) -> CheckpointSource:
     language = _mistral_config(path / "params.json")
     paths = sorted(file for file in path.iterdir() if _CONSOLIDATED.fullmatch(file.name))
-    files = [(safetensors_files if f.suffix == ".safetensors" else torch_files).read(f) for f in paths]
+    _check_complete(path, paths)
+    files = [_read_file(file) for file in paths]
     tensors = _merge(files)
     style: Style = "mistral_sparse" if any(".block_sparse_moe." in name for name in tensors) else "base"
     return CheckpointSource(
@@ -148,6 +154,16 @@ def _open_mistral(path: Path) -> CheckpointSource:
         files=tuple(files),
         expected_tokens=language.vocab_size,
     )
+
+
+def _check_complete(path: Path, files: list[Path]) -> None:
+    """Raises UserError if a file of consolidated-0000X-of-0000Y.safetensors is missing."""
+    found = {match[0]: int(match[1]) for file in files if (match := _NUMBERED.fullmatch(file.name))}
+    for total in set(found.values()):
+        expected = [f"consolidated-{i:05d}-of-{total:05d}.safetensors" for i in range(1, min(total, _MAX_FILES) + 1)]
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing[:20])}; download every file of the set")
 
 
 def _canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -182,19 +198,39 @@ def _warn_of_biases(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _hugging_face_files(path: Path) -> list[Path]:
-    """The safetensors files that the index names, or the single one. Raises UserError if any is missing."""
-    if (path / _SINGLE).exists():
-        return [path / _SINGLE]
-    weight_map = read_json(path / _INDEX).get("weight_map")
+    """The files of the weights: the single one, or those that an index names. Raises UserError if any is missing.
+
+    Safetensors go before torch's files, and a single file before an index, as in transformers.
+    """
+    for single, index in _WEIGHTS:
+        if _is_present(path / single):
+            return [path / single]
+        if _is_present(path / index):
+            return _indexed_files(path, index)
+    raise UserError(f"{path} holds no weights; download it again")
+
+
+def _indexed_files(path: Path, index: str) -> list[Path]:
+    weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{path / _INDEX} lacks 'weight_map', from the names of tensors to files")
+        raise UserError(f"{path / index} lacks 'weight_map', from the names of tensors to files; download it again")
     names = sorted(set(weight_map.values()))
-    # A name with a directory in it could point anywhere.
-    outside = [name for name in names if Path(name).name != name]
-    missing = [name for name in names if name not in outside and not (path / name).is_file()]
+    # A name with a directory in it could point anywhere, and some are no names of files.
+    outside = [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > 255]
+    missing = [name for name in names if name not in outside and not _is_present(path / name)]
     if outside or missing:
-        raise UserError(f"{path} lacks {', '.join(outside + missing)}, which {_INDEX} names; download every file")
+        listed = ", ".join(map(shorten, (outside + missing)[:20]))
+        raise UserError(f"{path} lacks {listed}, which {index} names; download every file")
     return [path / name for name in names]
+
+
+def _is_present(file: Path) -> bool:
+    """Whether there is a file of this name, be it a dangling link, of which its reader says more."""
+    return file.exists() or file.is_symlink()
+
+
+def _read_file(file: Path) -> MappedFile:
+    return (safetensors_files if file.suffix == ".safetensors" else torch_files).read(file)
 
 
 def _merge(files: list[MappedFile]) -> Mapping[str, np.ndarray]:
@@ -203,7 +239,9 @@ def _merge(files: list[MappedFile]) -> Mapping[str, np.ndarray]:
     for file in files:
         duplicates = sorted(tensors.keys() & file.tensors.keys())
         if duplicates:
-            raise UserError(f"{file.path} holds {duplicates[0]}, which another file of the set holds too; remove one")
+            raise UserError(
+                f"{file.path} holds {shorten(duplicates[0])}, which another file of the set holds too; remove one"
+            )
         tensors |= file.tensors
     return tensors
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from sphinx_jax.checkpoints.io.placeholders import check_real_file, check_regular
 from sphinx_jax.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -24,12 +25,15 @@ class MappedFile:
     def __init__(self, path: Path):
         self.path = path
         self.tensors: dict[str, np.ndarray] = {}
+        check_regular(path)
         try:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read {path}: {reason}; download it again, or make it readable") from error
         self._bytes = np.frombuffer(self._map, np.uint8)
+        check_real_file(path, self.read(0, 1024))
 
     @property
     def size(self) -> int:

@@ -1,5 +1,6 @@
-"""Files that stand for others: pointers of git-lfs, and pages that a server sent in place of a file."""
+"""Files that are not what their name says: pointers of git-lfs, web pages, dangling links, pipes."""
 
+import stat
 from pathlib import Path
 
 from sphinx_jax.errors import UserError
@@ -18,3 +19,17 @@ def check_real_file(file: Path, head: bytes) -> None:
             f"{file} is a web page, not the file itself: log in (for a gated model, accept its terms) and download it "
             "again"
         )
+
+
+def check_regular(file: Path) -> None:
+    """Raises UserError if a file is missing, a dangling link, or something that cannot be mapped, like a pipe."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        if file.is_symlink():
+            raise UserError(
+                f"{file} is a link to {file.readlink()}, which is missing: download the checkpoint again"
+            ) from error
+        raise UserError(f"cannot read {file}: {error.strerror}; download it again, or make it readable") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"cannot read {file}: it is not a regular file; put the checkpoint's own file there")

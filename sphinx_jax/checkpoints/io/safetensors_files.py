@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sphinx_jax.checkpoints.io.mapped_file import DTYPES, MappedFile
+from sphinx_jax.checkpoints.io.names import shorten
 from sphinx_jax.errors import UserError
 
 _CODES = {
@@ -29,25 +30,58 @@ _CODES = {
 }
 
 
+# Of a header: 160,000 tensors' worth. Larger ones are no checkpoint of ours and fill memory when they are parsed.
+_MAX_HEADER_BYTES = 1 << 24
+
+
 def read(path: Path) -> MappedFile:
-    """The tensors of a safetensors file; only its header is read. Raises UserError if it is damaged."""
+    """The tensors of a safetensors file; only its header is read. Raises UserError if it is damaged.
+
+    As the format demands, the tensors fill the file after the header without gaps or overlaps.
+    """
     file = MappedFile(path)
     data = 8 + int.from_bytes(file.read(0, 8), "little")
     try:
         if data > file.size:
             raise ValueError("the header is cut off")
-        header = json.loads(file.read(8, data))
+        if data > _MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {data:,} bytes")
+        header = json.loads(file.read(8, data), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
+        spans = []
         for name, info in header.items():
             shape, (start, stop) = tuple(info["shape"]), info["data_offsets"]
+            if any(type(number) is not int for number in (*shape, start, stop)):
+                raise ValueError(f"{shorten(name)} has sizes that are not integers")
+            if info["dtype"] not in _CODES:
+                raise UserError(
+                    f"{path} holds {shorten(name)} as {info['dtype']!s:.20}, which is not supported: load a version of "
+                    "the model in bfloat16, float16 or float32"
+                )
             dtype = DTYPES[_CODES[info["dtype"]]]
             if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
-                raise ValueError(f"{name} of shape {shape} and {dtype} does not fill its bytes {start} to {stop}")
+                raise ValueError(f"{shorten(name)} of {dtype} does not fill its bytes {start} to {stop}")
             strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
             file.tensors[name] = file.view(data + start, dtype, shape, strides)
+            spans.append((start, stop, name))
+        end = 0
+        for start, stop, name in sorted(spans):
+            if start != end:
+                raise ValueError(f"{shorten(name)} begins at {start}, not at {end} where the one before it ends")
+            end = stop
+        if data + end != file.size:
+            raise ValueError(f"{file.size - data - end} bytes follow the last tensor")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is truncated or is not a safetensors file ({error}); download it again") from error
     return file
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a header. Raises ValueError if a name occurs twice, of which readers differ in what they read."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
 
 
 class Writer:
