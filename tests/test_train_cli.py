@@ -185,7 +185,7 @@ def test_own_labels(tmp_path, capsys):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.draw(tmp_path / "patterns")
-    (tmp_path / "patterns" / "rows" / "17.png").write_bytes(b"no picture")
+    (tmp_path / "patterns" / "rows" / "17.png").write_bytes(b"no image")
     assert example.main(str(tmp_path / "patterns")) == 0
     out = tmp_path / "patterns" / "run"
     summary = json.loads((out / "summary.json").read_text())
@@ -193,7 +193,7 @@ def test_own_labels(tmp_path, capsys):
     assert "blind" not in summary
     assert "1 of 1600 records were skipped" in capsys.readouterr().out
     (line,) = (out / "skipped.jsonl").read_text().splitlines()
-    assert "rows/17.png: not a picture" in json.loads(line)["reason"]
+    assert "rows/17.png: not an image" in json.loads(line)["reason"]
     # On training images, through the public interface.
     model = sphinx_jax.load(out)
     images = [tmp_path / "patterns" / label / "0.png" for label in ("rows", "columns")]
