@@ -55,7 +55,9 @@ def open(path: str | os.PathLike) -> CheckpointSource:
             raise UserError(f"{path} is not a directory; give the one that holds the checkpoint's files")
         return _open(path)
     except OSError as error:
-        raise UserError(f"cannot read {str(path)!r:.300}: {error.strerror}; make it readable, or give another") from error
+        raise UserError(
+            f"cannot read {str(path)!r:.300}: {error.strerror}; make it readable, or give another"
+        ) from error
 
 
 def _open(path: Path) -> CheckpointSource:

@@ -52,6 +52,8 @@ class InMemoryParams:
 
 def check_destination(path: Path, overwrite: bool = False) -> None:
     """Raises UserError if `path` is a file, or a directory that is not empty unless `overwrite` is set."""
+    if "\0" in str(path):
+        raise UserError(f"cannot write {str(path)!r:.300}: it holds a NUL; choose another directory")
     try:
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
             raise UserError(f"{path} exists already; choose another directory or remove it")
@@ -60,9 +62,8 @@ def check_destination(path: Path, overwrite: bool = False) -> None:
             raise UserError(f"cannot write {path}: {parent} is a file; choose another directory")
         if not os.access(parent, os.W_OK):
             raise UserError(f"cannot write {path}: {parent} is not writable; choose another directory")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {str(path)!r:.300}: {reason}; choose another directory") from error
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r:.300}: {error.strerror}; choose another directory") from error
 
 
 @contextlib.contextmanager

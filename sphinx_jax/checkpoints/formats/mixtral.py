@@ -216,7 +216,11 @@ def _indexed_files(path: Path, index: str) -> list[Path]:
         raise UserError(f"{path / index} lacks 'weight_map', from the names of tensors to files; download it again")
     names = sorted(set(weight_map.values()))
     # A name with a directory in it could point anywhere, and some are no names of files.
-    outside = [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > 255]
+    outside = [
+        name
+        for name in names
+        if Path(name).name != name or name in ("", "..") or "\0" in name or len(name.encode()) > 255
+    ]
     missing = [name for name in names if name not in outside and not _is_present(path / name)]
     if outside or missing:
         listed = ", ".join(map(shorten, (outside + missing)[:20]))

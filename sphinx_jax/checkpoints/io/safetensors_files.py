@@ -4,6 +4,7 @@ The format (https://huggingface.co/docs/safetensors) is eight bytes of header le
 dtypes, shapes and offsets, then the data.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -104,8 +105,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+            self._file.close()
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)

@@ -4,6 +4,7 @@ The pickle inside a file is a program. The unpickler here allows tensors and pla
 name is an error before anything is called.
 """
 
+import contextlib
 import enum
 import pickle
 import pickletools
@@ -324,10 +325,16 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._add("version", b"3\n")
-        self._zip.close()
-        self._file.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._add("version", b"3\n")
+                self._zip.close()
+        finally:
+            # A file that is not complete gets no directory, not even from the archive's destructor.
+            self._zip.fp = None
+            with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+                self._file.close()
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._add(f"data/{self._keys[name]}", np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
