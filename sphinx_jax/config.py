@@ -180,7 +180,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SphinxConfig:
-    """The whole model. `balance_weight` scales the router's load-balancing loss in training."""
+    """The full model. `balance_weight` scales the router's load-balancing loss in training."""
 
     language: DecoderConfig = DecoderConfig()
     vision: VisionConfig | None = VisionConfig()
