@@ -72,7 +72,7 @@ def test_qformer_tokens_come_first(tiny, images):
     np.testing.assert_array_equal(change[:, :, 5:], 0.0)
 
 
-def test_between_markers(tiny):
+def test_add_markers(tiny):
     graph, params = tiny
     image_embeds = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 3, DIM)), jnp.float32)
     out = np.asarray(nnx.merge(graph, nnx.State(params)).add_markers(image_embeds)).reshape(2, 5, 5, DIM)
