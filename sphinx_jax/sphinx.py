@@ -68,7 +68,8 @@ def load(
 
     def on_abstract_model(loaded: Loaded) -> None:
         abstract.append(Sphinx(loaded, max_model_len))
-        compile_for(abstract[0])
+        if compile_for is not None:
+            compile_for(abstract[0])
 
     # Transformed parameters are not what the programs of the abstract model are compiled for.
     callback = on_abstract_model if compile_for and not (quantize or offload) else None

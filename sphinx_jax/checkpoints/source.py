@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _MAX_LISTED_PROBLEMS = 30
 _MAX_JSON_BYTES = 1 << 26
 
 
+@runtime_checkable
 class Tensor(Protocol):
     """A stored tensor: a numpy view of a mapped file, or an object that reads when it is indexed."""
 

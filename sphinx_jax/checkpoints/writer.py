@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from sphinx_jax.errors import UserError
 ParamPath = tuple[str | int, ...]
 
 
+@runtime_checkable
 class ParamReader(Protocol):
     """A source of parameters to write. `unstacked`: the decoder's layers are a list, not stacked."""
 

@@ -42,7 +42,7 @@ HELD_OUT = (0, 1, 4)
 def main(argv: Sequence[str]) -> int:
     """Load, answer as the options say, and print how long it took; returns the exit code."""
     start = time.perf_counter()
-    options = common.parse(Options, argv, "infer.py", __doc__)
+    options = common.parse(Options, argv, "infer.py", __doc__ or "")
     check_options(options)
     if options.planning.plan:
         return plan(options)
@@ -138,12 +138,14 @@ def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options)
 
 def compile_for(options: Options) -> Callable[[Sphinx], None]:
     """Compiles what the question takes while the weights are read."""
-    max_new_tokens = options.sampling.max_new_tokens
-    return lambda model: model.compile_for(options.prompt, options.image is not None, max_new_tokens=max_new_tokens)
+    prompt, max_new_tokens = options.prompt, options.sampling.max_new_tokens
+    assert prompt is not None
+    return lambda model: model.compile_for(prompt, options.image is not None, max_new_tokens=max_new_tokens)
 
 
 def answer(model: Sphinx, options: Options) -> float:
     """Print the answer to one question as it comes; when its first text came."""
+    assert options.prompt is not None
     first = None
     image = sharding.broadcast_from_primary(lambda: options.image and model.prepare_image(options.image))
     for text in model.stream(options.prompt, image, options.sampling):
@@ -166,6 +168,7 @@ def chat(model: Sphinx, options: Options) -> None:
 
 def answer_batch(model: Sphinx, options: Options) -> int:
     """Answer a file of questions, with a progress bar; the exit code is 1 if no line of it has an answer."""
+    assert options.batch is not None and options.out is not None
     progress = model.answer_file(
         options.batch,
         options.out,

@@ -16,7 +16,7 @@ from sphinx_jax.data.images import printable
 from sphinx_jax.errors import UserError
 
 
-def key_of(question_id: str | int) -> str:
+def key_of(question_id: str | int | None) -> str:
     """Tells 7 from "7"."""
     return json.dumps(question_id)
 

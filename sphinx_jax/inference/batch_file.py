@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -32,8 +32,6 @@ AHEAD = 32
 """Lines whose images are opened while the model works."""
 
 THREADS = 2
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +240,7 @@ def _request(
     return question, request
 
 
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """function(item) for each item in order, computed by threads a little before it is answering for."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = collections.deque()

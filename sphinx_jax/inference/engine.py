@@ -6,7 +6,7 @@ anyone noticing. What the programs are is in `programs` and `steps`; `scheduler`
 
 import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ class Engine:
         """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype
         self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
-        self._compiled: dict[tuple, Callable] = {}
+        self._compiled: dict[tuple, Any] = {}
         self._image_embeds: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
         self._stop_table: Array | None = None
         self.compile_seconds = 0.0
@@ -173,7 +173,8 @@ class Engine:
         if self._stop_table is None:
             signals = (DEFAULT_TEMPLATE.response_end_signal,)
             table = stop_table(self.tokenizer, self.config.language.padded_vocab_size, signals)
-            self._stop_table = jax.device_put(table, self._programs.replicated)
+            self._stop_table = jax.device_put(jax.numpy.asarray(table), self._programs.replicated)
+        assert self._stop_table is not None
         return self._stop_table
 
     # Images
@@ -185,6 +186,7 @@ class Engine:
 
     def encode(self, images: Sequence[PreparedImage]) -> list[Float[Array, "crops tokens dim"]]:
         """The embeddings of each image. An image seen before, in this call or an earlier one, is not encoded again."""
+        assert self.config.vision is not None, "a model without encoders has no images"
         wanted = {image.digest: image for image in images}
         found = {digest: self._image_embeds[digest] for digest in wanted if digest in self._image_embeds}
         new = [digest for digest in wanted if digest not in found]

@@ -195,6 +195,7 @@ class OffloadEngine(Engine):
             jax.block_until_ready(x)
             if self._next is None or self._next[0] != i:
                 self._fetch(i)
+            assert self._next is not None
             (_, layer), self._next = self._next, None
             x = run(i, layer, x)
             # After the last comes the first, for the next token.

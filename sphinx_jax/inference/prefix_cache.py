@@ -6,7 +6,7 @@ else. So a prompt that begins like one that was prefilled starts where the two p
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Int
@@ -50,7 +50,7 @@ class PrefixCache:
         self._by_image: dict[bytes | None, dict[int, int]] = collections.defaultdict(dict)
 
     def longest(
-        self, tokens: Int[np.ndarray, "prompt"], image: bytes | None, groups: Sequence[int]
+        self, tokens: Int[np.ndarray, "prompt"], image: bytes | None, groups: Collection[int]
     ) -> tuple[int, int] | None:
         """(tokens, place) of the prefix in one of `groups` that shares most tokens with a prompt; None if none does."""
         best = (0, -1)

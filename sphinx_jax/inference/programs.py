@@ -39,15 +39,16 @@ class Programs:
 
     def abstract_state(self, shape: StateShape) -> steps.State:
         """Shapes and shardings of the state that `new_state` makes."""
+        rules = sharding.DEFAULT_RULES
         return steps.abstract_state(
-            self._config.language, *dataclasses.astuple(shape), self._dtype, self._mesh, sharding.DEFAULT_RULES
+            self._config.language, **dataclasses.asdict(shape), dtype=self._dtype, mesh=self._mesh, rules=rules
         )
 
     def new_state(self, shape: StateShape) -> Program:
         """() -> state with free batch slots."""
 
         def make() -> steps.State:
-            return steps.make_state(self._config.language, *dataclasses.astuple(shape), self._dtype)
+            return steps.make_state(self._config.language, **dataclasses.asdict(shape), dtype=self._dtype)
 
         return Program(make, (), sharding.shardings_of(self.abstract_state(shape)))
 

@@ -26,7 +26,7 @@ class PreparedImage(NamedTuple):
 
     @classmethod
     def of(cls, pixels: Pixels) -> "PreparedImage":
-        return cls(pixels, hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16).digest())
+        return cls(pixels, hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest())
 
     def normalised(self) -> Float[np.ndarray, "size size 3"]:
         """With CLIP's mean and deviation taken out."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,16 +63,19 @@ GREEDY = SamplingParams()
 class SamplingArrays(NamedTuple):
     """The settings of a batch of sequences, on the device or to be sent there: other settings need no other program."""
 
-    temperature: Float[Array | np.ndarray, "batch"]
-    top_p: Float[Array | np.ndarray, "batch"]
-    top_k: Int[Array | np.ndarray, "batch"]
-    repetition_penalty: Float[Array | np.ndarray, "batch"]
+    temperature: Float[Array, "batch"]
+    top_p: Float[Array, "batch"]
+    top_k: Int[Array, "batch"]
+    repetition_penalty: Float[Array, "batch"]
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> "SamplingArrays":
         """The settings of several sequences."""
         dtypes = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "repetition_penalty": np.float32}
-        return cls(*(np.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()))
+        columns: dict[str, Any] = {
+            name: np.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()
+        }
+        return cls(**columns)
 
 
 def penalize(

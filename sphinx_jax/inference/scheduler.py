@@ -24,7 +24,7 @@ from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.prefix_cache import NOTHING_CACHED, CachedTokens, PrefixCache
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.requests import Request, TopLogprobs
-from sphinx_jax.inference.sequence import Sequence
+from sphinx_jax.inference.sequence import NO_SLOT, Sequence
 from sphinx_jax.inference.steps import MAX_STEPS, Sampled, State
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Scheduler:
         if sequence.finish is not None:
             return
         sequence.end("cancelled")
-        if sequence.slot is None:
+        if sequence.slot == NO_SLOT:
             self._waiting.remove(sequence)
         else:
             self._free(sequence)
@@ -150,7 +150,7 @@ class Scheduler:
     def _fail(self, reason: str) -> list[Sequence]:
         failed = [*self._running.values(), *self._prefilling.values()]
         for sequence in failed:
-            sequence.slot = None
+            sequence.slot = NO_SLOT
             sequence.end("error", reason)
         self._reset()
         return failed
@@ -305,6 +305,7 @@ class Scheduler:
     def _prefill(self, picks: list[Pick]) -> list[Sequence]:
         """Run a chunk; the sequences whose prompts end in it, with their first token."""
         engine = self._engine
+        assert self._state is not None
         chunk, embeds, places = build_chunk(engine, self._state, picks)
         wants_top = any(pick.sequence.request.params.top_logprobs for pick in picks)
         self._state, sampled = engine.prefill(self._state, chunk, embeds, wants_top)
@@ -341,6 +342,7 @@ class Scheduler:
         self._cancelled.clear()
         wants_top = any(sequence.request.params.top_logprobs for sequence in self._running.values())
         start = time.perf_counter()
+        assert self._state is not None
         self._state, sampled = self._engine.decode(self._state, cancelled, num_steps, until, kv_len, wants_top)
         sampled = jax.device_get(sampled)
         changed = []
@@ -372,6 +374,7 @@ class Scheduler:
         """Give a sequence the first `count` tokens of a row; end it if the device or a stop string ended it."""
         top = []
         if number := sequence.request.params.top_logprobs:
+            assert sampled.top_tokens is not None and sampled.top_logprobs is not None
             columns = zip(sampled.top_tokens[row, :count], sampled.top_logprobs[row, :count], strict=True)
             top = [TopLogprobs(ids[:number].tolist(), values[:number].tolist()) for ids, values in columns]
         sequence.append(sampled.tokens[row, :count].tolist(), sampled.logprobs[row, :count].tolist(), top)
@@ -392,4 +395,4 @@ class Scheduler:
             filled = np.concatenate([filled, np.asarray(sequence.tokens[:-1], np.int32)])
         self._cached[slot] = CachedTokens(filled, sequence.image_digest)
         self._freed[slot] = None
-        sequence.slot = None
+        sequence.slot = NO_SLOT

@@ -6,6 +6,8 @@ from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.inference.requests import Completion, FinishReason, Request, TopLogprobs
 from sphinx_jax.inference.stop_strings import TextStream
 
+NO_SLOT = -1
+
 
 class Sequence:
     """What the scheduler knows of one request. Its consumers read `take_text`, `finish` and `completion`."""
@@ -18,7 +20,7 @@ class Sequence:
         self.top_logprobs: list[TopLogprobs] = []
         self.finish: FinishReason | None = None
         self.error: str | None = None
-        self.slot: int | None = None
+        self.slot = NO_SLOT
         """Its batch slot, while it has one."""
         self.prefilled = 0
         """Tokens of the prompt that are in the KV cache."""

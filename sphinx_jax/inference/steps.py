@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
@@ -76,23 +75,23 @@ class Chunk(NamedTuple):
     are multiples of their number, and `data_parallel.assign` says which request goes where.
     """
 
-    slot: Int[np.ndarray | Array, "batch"]
-    tokens: Int[np.ndarray | Array, "batch text"]
-    length: Int[np.ndarray | Array, "batch"]
+    slot: Int[Array, "batch"]
+    tokens: Int[Array, "batch text"]
+    length: Int[Array, "batch"]
     """How many of `tokens` are real, 1 or more; the rest is padding on the right."""
-    start: Int[np.ndarray | Array, "batch"]
+    start: Int[Array, "batch"]
     """Positions of the KV cache that are filled before this chunk."""
-    source: Int[np.ndarray | Array, "batch"]
+    source: Int[Array, "batch"]
     """Prefix of the pool that these positions are copied from; past the last: they are in the slot already."""
-    target: Int[np.ndarray | Array, "batch"]
+    target: Int[Array, "batch"]
     """Prefix of the pool that the first positions are stored in; past the last: none."""
-    last: Bool[np.ndarray | Array, "batch"]
+    last: Bool[Array, "batch"]
     """The prompt ends in this chunk, so that its first token is sampled."""
-    limit: Int[np.ndarray | Array, "batch"]
-    stop: Int[np.ndarray | Array, "batch"]
+    limit: Int[Array, "batch"]
+    stop: Int[Array, "batch"]
     """First state of the stop automaton."""
-    seeds: UInt32[np.ndarray | Array, "batch 2"]
-    seen: Bool[np.ndarray | Array, "batch vocab"]
+    seeds: UInt32[Array, "batch 2"]
+    seen: Bool[Array, "batch vocab"]
     sampling: SamplingArrays
 
 

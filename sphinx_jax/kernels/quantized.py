@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float
 
 QuantizedDtype = Literal["int8", "int4"]
 
@@ -29,9 +29,10 @@ class Quantized:
     first half of a group, the high four bits the second half.
     """
 
-    # Quoted, and so not checked at run time: trees of shapes, shardings or specs are instances of this class as well.
-    values: "Int8[Array, '*shape'] | UInt8[Array, '*packed_shape']"
-    scales: "Float[Array, '*group_shape']"
+    # Of arrays: int8[*shape] or packed uint8[*packed_shape], and float[*group_shape]. Not checked at run time: trees of
+    # shapes, shardings or specs are instances of this class as well.
+    values: Any
+    scales: Any
     axis: int = dataclasses.field(metadata={"static": True})
 
     @property
