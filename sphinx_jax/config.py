@@ -220,7 +220,8 @@ _NESTED: dict[str, type] = {
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
-    optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    optional = {name for name, default in defaults.items() if default is None}
     if not isinstance(values, dict) or set(values) | optional != known:
         got = set(values) if isinstance(values, dict) else {repr(values)}
         raise UserError(
@@ -231,6 +232,8 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     for name, value in values.items():
         if name in _NESTED and value is not None:
             value = _build(_NESTED[name], value, f"{where}.{name}")
+        if isinstance(defaults.get(name), float) and type(value) is int:
+            value = float(value)
         built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)
 

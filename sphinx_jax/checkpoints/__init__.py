@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from sharding import make_mesh
@@ -141,18 +142,21 @@ def convert(
 ) -> None:
     """Write a checkpoint of any format in another one, in `dtype` (None: as stored).
 
-    Accessory and Mixtral checkpoints are written parameter by parameter; for a native one, the whole model is
-    loaded first. Raises UserError as `load` and `save` do.
+    Checkpoints are written parameter by parameter, so that memory holds the largest one, not the model. Raises
+    UserError as `load` and `save` do.
     """
     check_destination(Path(path))
     opened = open(source)
     assets = opened.assets
     _check_options(format, shards, assets)
-    if format == "native":
+    if format == "native" and jax.process_count() > 1:
         loaded = reader.load(opened, None, dtype, False)
         native.save(path, loaded.config, loaded.params, assets)
         return
     matched = match(opened, unstacked=True)
     _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True)
     with reader.CheckpointReader(opened, matched, abstract, dtype) as params:
-        _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, assets, shards)
+        if format == "native":
+            native.write(Path(path), opened.config, params, params.targets, assets)
+        else:
+            _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, assets, shards)

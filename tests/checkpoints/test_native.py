@@ -68,6 +68,15 @@ def test_orbax_alone_can_read_it(weights, ours, same, config, tmp_path):
     same(restored, exact)
 
 
+def test_orbax_alone_can_read_a_converted_one(accessory_directory, weights, ours, same, tmp_path):
+    checkpoints.convert(accessory_directory(), tmp_path / "n", "native")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(tmp_path / "n" / "params")
+    layers = restored["language"]["layers"]
+    restored["language"]["layers"] = {int(i): layer for i, layer in layers.items()}
+    same(restored, ours(weights(), True))
+
+
 def test_published_to_native_and_back(golden_checkpoint, same, tmp_path):
     published = checkpoints.load(golden_checkpoint("ens", 2), sharding.make_mesh())
     native.save(tmp_path / "n", published.config, published.params, published.tokenizer_bytes)

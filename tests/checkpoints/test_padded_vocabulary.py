@@ -86,11 +86,11 @@ def test_files_hold_no_padding_and_load_on_any_mesh(params, tokenizer_bytes, tmp
 
 def test_loss_is_that_of_the_vocabulary_alone(params):
     graph = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, rngs=rngs), sharding.make_mesh())[0]
-    tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 16))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (2, 16)))
     params = jax.device_put(params, jax.devices()[0])
 
     def losses(params, width):
-        return next_token_losses(bind(graph, params)(tokens)[0][..., :width], jnp.asarray(tokens))[0]
+        return next_token_losses(bind(graph, params)(tokens)[0][..., :width], tokens)[0]
 
     padded, unpadded = losses(params, 312), losses(params, VOCAB)
     np.testing.assert_allclose(padded, unpadded, rtol=1e-6)

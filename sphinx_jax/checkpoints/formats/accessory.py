@@ -149,8 +149,10 @@ def _read_vision(file: Path, image_size: int, num_crops: Literal[1, 5]) -> Visio
     for section, given in values.items():
         if section not in known or not isinstance(given, dict) or given.keys() - known[section].keys():
             raise UserError(f"{file}: {section!r} is not an encoder, or has sizes that no encoder of that name has")
+    for field, (section, names) in _VISION_FILE.items():
+        sizes = {names[key]: value for key, value in values.get(section, {}).items()}
+        check_types(file, f"vision.{field}", getattr(VisionConfig(), field), sizes)
     config = _vision_config(values, published)
-    check_types(file, "vision", config)
     return check_vision(file, config)
 
 

@@ -139,20 +139,24 @@ def check_vision(file: Path, config: VisionConfig) -> VisionConfig:
     return config
 
 
-def check_types(file: Path, section: str, config: Any) -> None:
-    """Check that a config and its nested configs hold values of the types of the published ones.
+def check_types(file: Path, section: str, published: Any, values: Any) -> None:
+    """Check that the values of a config, and of those nested in it, have the types of the `published` config's.
 
-    Raises UserError that names the file and the value.
+    Keys that are missing or unknown are left to others. Raises UserError that names the file and the value.
     """
-    published = type(config)()
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), getattr(published, field.name)
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: {section} must be an object, not {values!r:.60}")
+    for field in dataclasses.fields(published):
+        if field.name not in values:
+            continue
+        value, default = values[field.name], getattr(published, field.name)
         if dataclasses.is_dataclass(default):
             if value is not None:
-                check_types(file, f"{section}.{field.name}", value)
+                check_types(file, f"{section}.{field.name}", default, value)
             continue
         if isinstance(default, tuple):
-            is_valid = isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+            is_list = isinstance(value, list | tuple) and len(value) > 0
+            is_valid = is_list and all(type(v) is int and v > 0 for v in value)
         elif default is None:
             is_valid = value is None or (type(value) is int and value > 0)
         elif isinstance(default, int):
@@ -162,4 +166,6 @@ def check_types(file: Path, section: str, config: Any) -> None:
         else:
             is_valid = value in ("gelu", "quick_gelu")
         if not is_valid:
-            raise UserError(f"{file}: {field.name!r} of {section} cannot be {value!r}; a published one is {default!r}")
+            raise UserError(
+                f"{file}: {field.name!r} of {section} cannot be {value!r:.60}; a published one is {default!r}"
+            )

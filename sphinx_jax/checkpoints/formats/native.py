@@ -5,7 +5,9 @@ joined with dots. The decoder's layers are stored stacked or unstacked, as the w
 either way.
 """
 
+import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model, 
 from sphinx_jax.checkpoints.mapping.language import EMBEDDING, HEAD, unpadded_shape, vocab_index
 from sphinx_jax.checkpoints.mapping.param_mapping import Index, ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, Tensor, read_json
-from sphinx_jax.checkpoints.writer import new_directory, write_json
+from sphinx_jax.checkpoints.writer import ParamReader, new_directory, write_json
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
 _FORMAT, _VERSION = "sphinx-jax", 1
 _LAYERS = ("language", "layers")
+
+# Of a dict in the metadata of a tree, as Orbax numbers the kinds of keys.
+_DICT_KEY = 2
 
 # Small enough that a device's slice reads little of its neighbours', large enough for a disk.
 _CHUNK_BYTES = 1 << 27
@@ -64,6 +69,60 @@ def save(
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", args=ocp.args.PyTreeSave(params, save_args=save_args))
+
+
+def write(
+    path: Path, config: SphinxConfig, params: ParamReader, paths: Iterable[tuple[str | int, ...]], assets: Assets
+) -> None:
+    """Write a native checkpoint parameter by parameter, so that memory holds one of them. One process.
+
+    Orbax reads it too, as numpy arrays: no sharding is recorded.
+    """
+    with new_directory(path.absolute()) as partial:
+        values = {"format": _FORMAT, "version": _VERSION, "model": config.to_dict(), "stacked": not params.unstacked}
+        write_json(partial / "config.json", values)
+        write_assets(partial, assets)
+        (partial / "params").mkdir()
+        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{partial}/params/"}}
+        tree = {}
+        for keys in paths:
+            array = np.asarray(params.read(keys))[vocab_index(config.language, keys) or ...]
+            _write_array(store | {"path": f"{_name(keys)}/"}, array)
+            names = tuple(map(str, keys))
+            tree[str(names)] = {
+                "key_metadata": [{"key": name, "key_type": _DICT_KEY} for name in names],
+                "value_metadata": {
+                    "value_type": "np.ndarray",
+                    "skip_deserialize": False,
+                    "write_shape": list(array.shape),
+                },
+            }
+            del array
+        layout = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+        write_json(partial / "params" / "_METADATA", {"tree_metadata": tree, **layout, "custom_metadata": None})
+
+
+def _write_array(store: dict[str, Any], array: np.ndarray) -> None:
+    """One array, chunk by chunk: TensorStore holds a copy of what it writes."""
+    chunk = _chunk_shape(array)
+    spec = {"driver": "zarr", "kvstore": store, "metadata": {"chunks": list(chunk), "compressor": None}}
+    opened = tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result()
+    for corner in itertools.product(*(range(0, size, step) for size, step in zip(array.shape, chunk, strict=True))):
+        ends = zip(corner, chunk, array.shape, strict=True)
+        box = tuple(slice(start, min(start + step, size)) for start, step, size in ends)
+        opened[box].write(array[box]).result()
+
+
+def _chunk_shape(array: np.ndarray) -> tuple[int, ...]:
+    """Runs of whole rows, at most an eighth of the array where that is worth a chunk of its own."""
+    limit = min(_CHUNK_BYTES, max(1 << 20, array.nbytes // 8))
+    shape, inner = list(array.shape), array.nbytes
+    for dim, size in enumerate(array.shape):
+        inner //= max(1, size)
+        shape[dim] = max(1, min(size, limit // max(1, inner)))
+        if inner <= limit:
+            break
+    return tuple(shape)
 
 
 def _without_padding(config: SphinxConfig, params: Params) -> Params:
@@ -135,11 +194,11 @@ def _read_config(path: Path) -> tuple[SphinxConfig, bool]:
         )
     if not isinstance(described.get("stacked"), bool):
         raise UserError(f'{file} lacks "stacked": true or false')
+    check_types(file, "model", SphinxConfig(), described.get("model"))
     try:
         config = SphinxConfig.from_dict(described.get("model") or {})
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    check_types(file, "model", config)
     check_decoder(file, config.language)
     if config.vision:
         check_vision(file, config.vision)
