@@ -1,4 +1,4 @@
-"""Makes torchvision, which timm and transformers import, importable with a CPU build of torch."""
+"""Makes torchvision, which the timm extra brings and transformers imports, importable with a CPU build of torch."""
 
 import importlib.util
 

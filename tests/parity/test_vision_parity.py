@@ -102,7 +102,7 @@ def test_convnext():
 
 def test_convnext_of_timm():
     """The trunk of open_clip, with its own names."""
-    timm = pytest.importorskip("timm.models.convnext", reason="the reference: install sphinx-jax[parity]")
+    timm = pytest.importorskip("timm.models.convnext", reason="the reference: install sphinx-jax[timm]")
     config = ConvNextConfig(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), image_size=64)
     theirs = timm.ConvNeXt(depths=config.depths, dims=config.dims, num_classes=0, norm_eps=1e-5)
     published = rename(random_weights(theirs), "llma.openclip_convnext_xxl.")
