@@ -50,7 +50,7 @@ def describe(folder: Path) -> Path:
 def main(folder: str = "patterns") -> int:
     if not Path(folder).exists():
         draw(Path(folder))
-    argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "240"]
+    argv = ["--init", str(SHIPPED), "--data", str(describe(Path(folder))), "--out", f"{folder}/run", "--steps", "480"]
     # Grouped by length, each batch would hold one label.
     argv += ["--no-group-by-length", "--max-length", "96", "--batch-size", "32", "--lr", "1e-3"]
     return common.run(train.main, argv)
