@@ -123,7 +123,7 @@ def train(
                 store.save(state, batches.get_state())
                 store.close()
                 raise
-            examples = [task.name(i) for i in batch.pop("examples")]
+            examples = [task.name(i) for i in batch.pop("examples").tolist()]
             with profile.before(step_count + 1):
                 state, metrics = train_step(state, shard_batch(batch, mesh), frozen_params)
             step_count += 1

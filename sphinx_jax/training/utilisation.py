@@ -22,8 +22,8 @@ def step_flops(program: TrainProgram, text_len: int, has_images: bool, *, includ
     remat_passes = include_remat and train_config.remat == "block"
     decoder_trainable = any(jax.tree.leaves(program.trainable["model"]["language"]))
     passes = {
-        "language": (3 if decoder_trainable else 2) + remat_passes,
-        "vision": 3 + remat_passes if train_config.stage == "all" else 1,
+        "language": (3.0 if decoder_trainable else 2.0) + remat_passes,
+        "vision": 3.0 + remat_passes if train_config.stage == "all" else 1.0,
     }
     return sum((cost * passes[part] for part, cost in forward.items()), Cost(0.0, 0.0))
 

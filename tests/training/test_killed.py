@@ -168,7 +168,7 @@ def test_nonfinite_loss_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
     task = YamlData(tmp_path / "data.yaml", tiny, None, SkippedRecords(0.0), YamlOptions(max_length=100))
     batches = task.batches(4, seed=0)
     batch = [next(batches) for _ in range(7)][-1]
-    assert report["examples"] == [task.name(i) for i in batch["examples"]]
+    assert report["examples"] == [task.name(i) for i in batch["examples"].tolist()]
     assert report["examples"][0] in message
 
 
