@@ -5,6 +5,7 @@ joined with dots. The decoder's layers are stored stacked or unstacked, as the w
 either way.
 """
 
+import gc
 import itertools
 import os
 from collections.abc import Iterable
@@ -98,6 +99,8 @@ def write(
                 },
             }
             del array
+            # jax gives back host memory that it shares with numpy at the next collection only.
+            gc.collect(0)
         layout = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
         write_json(partial / "params" / "_METADATA", {"tree_metadata": tree, **layout, "custom_metadata": None})
 
