@@ -117,8 +117,8 @@ def _write_array(store: dict[str, Any], array: np.ndarray) -> None:
 
 
 def _chunk_shape(array: np.ndarray) -> tuple[int, ...]:
-    """Runs of whole rows, at most an eighth of the array where that is worth a chunk of its own."""
-    limit = min(_CHUNK_BYTES, max(1 << 20, array.nbytes // 8))
+    """Runs of whole rows, at most a 64th of the array where that is worth a chunk of its own."""
+    limit = min(_CHUNK_BYTES, max(1 << 20, array.nbytes // 64))
     shape, inner = list(array.shape), array.nbytes
     for dim, size in enumerate(array.shape):
         inner //= max(1, size)
