@@ -221,6 +221,8 @@ class Scheduler:
         return group_of(slot, self._engine.groups, self.shape.num_seqs)
 
     def _free_groups(self) -> set[int]:
+        if self._engine.groups == 1:
+            return {0}
         return {self._group(slot) for slot in self._freed}
 
     def _should_wait(self, sequence: Sequence, picked: list[Sequence]) -> bool:

@@ -7,6 +7,7 @@ loop looks up without leaving the device. The table has one shape, so a request'
 """
 
 import codecs
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,11 +92,17 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("sphinx_jax.replace_each_byte", _replace_each_byte)
 
 
+@functools.lru_cache(maxsize=4)
+def _token_bytes(tokenizer: Tokenizer) -> tuple[list[bytes], list[bytes]]:
+    """What each token adds to the text, as its first token and later: made once, as it takes milliseconds."""
+    return tokenizer.token_bytes(first=True), tokenizer.token_bytes()
+
+
 class Detokenizer:
     """Tokens in, text out, in time linear in their number: bytes of an unfinished character are held back."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._first, self._rest = tokenizer.token_bytes(first=True), tokenizer.token_bytes()
+        self._first, self._rest = _token_bytes(tokenizer)
         self._is_first = True
         self._decoder = codecs.getincrementaldecoder("utf-8")("sphinx_jax.replace_each_byte")
 
