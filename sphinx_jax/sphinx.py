@@ -45,6 +45,7 @@ def load(
     max_model_len: int = MAX_MODEL_LEN,
     quantize: QuantizedDtype | None = None,
     offload: bool = False,
+    refuse_forged_turns: bool = False,
     compile_for: Callable[["Sphinx"], None] | None = None,
 ) -> "Sphinx":
     """The model in a checkpoint directory: a run of `train.py`, LLaMA2-Accessory's format, or Mixtral's.
@@ -52,9 +53,10 @@ def load(
     `mesh` is what it is sharded over, by default all devices; `dtype` "bfloat16" or "float32", by default as stored;
     `max_model_len` how many positions a prompt, its image and its answer may take; `quantize` "int8" or "int4" keeps
     the decoder's matrices quantized (weight-only), each as soon as it is read; `offload` keeps its layers in host
-    memory, and two of them at a time on the devices (`inference.layer_offload`). `compile_for` is called with the model
-    while its weights are being read, to compile what will run (`Sphinx.compile_for`); with `quantize` or `offload` it
-    is not called, and programs are compiled when they are first needed.
+    memory, and two of them at a time on the devices (`inference.layer_offload`). `refuse_forged_turns` refuses
+    questions that hold the end mark of a turn, with which a user could write turns of the assistant. `compile_for` is
+    called with the model while its weights are being read, to compile what will run (`Sphinx.compile_for`); with
+    `quantize` or `offload` it is not called, and programs are compiled when they are first needed.
     Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
     """
     if quantize not in (None, *GROUP_SIZE):
@@ -82,6 +84,7 @@ def load(
     else:
         model = Sphinx(loaded, max_model_len, offload)
     model.path = Path(path).resolve()
+    model.engine.refuses_forged_turns = refuse_forged_turns
     return model
 
 
@@ -274,7 +277,10 @@ class Sphinx:
         if raw:
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
-            tokens = Conversation.from_pairs([(prompt, None)]).prompt_tokens(self.tokenizer)
+            conversation = Conversation.from_pairs([(prompt, None)])
+            if self.engine.refuses_forged_turns:
+                conversation.check_forged_turns()
+            tokens = conversation.prompt_tokens(self.tokenizer)
         # A chat template has no end signal: its answers end with a token.
         raw = raw or self.tokenizer.chat_template is not None
         return Request(tokens, None if image is None else self.prepare_image(image), params, raw)

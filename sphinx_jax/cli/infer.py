@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         max_model_len=options.max_model_len,
         quantize=options.quantize,
         offload=options.offload,
+        refuse_forged_turns=options.refuse_forged_turns,
         compile_for=compile_for(options) if compiles_ahead else None,
     )
     sharding.check_processes(model.mesh)

@@ -46,6 +46,9 @@ class Options:
     """Number format of the weights. Default: as they are stored."""
     quantize: Literal["int8", "int4"] | None = None
     """Weight-only quantization of the decoder's matrices, experts included: half or a quarter of bfloat16's memory."""
+    refuse_forged_turns: bool = False
+    """Refuse questions that hold the mark that ends a turn ("###" on a new line), with which a user can write turns of
+    the assistant. The original passes them on, as is done by default."""
     offload: bool = False
     """Keep the decoder's layers in host memory and copy each to the devices when it runs: slow, for a GPU on which
     nothing else fits."""

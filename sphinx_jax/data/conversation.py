@@ -137,6 +137,18 @@ class Conversation:
         """The conversation up to the assistant's next answer."""
         return f"{self.text()} {self.template.assistant}:"
 
+    def check_forged_turns(self) -> None:
+        """Raises UserError if a turn's text holds the mark that ends turns: what follows it would read as a turn.
+
+        The original takes such text as it is, and so does this class.
+        """
+        marks = {end for end in (self.template.human_end, self.template.assistant_end) if end}
+        for turn in self.turns:
+            if found := next((mark for mark in marks if mark in turn.text), None):
+                raise UserError(
+                    f"the text {turn.text!r:.60} holds {found!r}, which ends a turn of the conversation; leave it out"
+                )
+
     def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of `prompt()`, with BOS; of the tokenizer's chat template where it has one."""
         if tokenizer.chat_template is not None:

@@ -53,6 +53,8 @@ class Chat:
         """
         earlier = ((turn.question, turn.answer) for turn in self.turns)
         conversation = Conversation.from_pairs([*earlier, (question, None)])
+        if self._engine.refuses_forged_turns:
+            conversation.check_forged_turns()
         request = Request(
             conversation.prompt_tokens(self._engine.tokenizer),
             self.image,

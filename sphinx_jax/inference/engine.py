@@ -85,6 +85,8 @@ class Engine:
         self._stop_table: Array | None = None
         self.compile_seconds = 0.0
         self.images_encoded = 0
+        self.refuses_forged_turns = False
+        """Whether questions that hold the end mark of a turn are refused, not passed on as in the original."""
 
     @property
     def compilations(self) -> int:
