@@ -49,7 +49,7 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
     Scores and softmax are float32. Keys and values are never repeated: the group is a dimension of the query alone.
     """
     if isinstance(mask, Causal) and mask.kv_len is not None:
-        # A slice that only feeds the products below is fused into them: the KV cache is not copied.
+        # A copy of these positions on GPUs: callers ask for it where it is shorter than reading the whole cache.
         k, v, mask = k[:, : mask.kv_len], v[:, : mask.kv_len], Causal(mask.start)
     if q.shape[1] == 1:
         _log_implementation(q, "decode")

@@ -7,7 +7,7 @@ import pytest
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import engine as engine_module
 from sphinx_jax.inference import generate
-from sphinx_jax.inference.bucketing import BATCHES, LENGTHS, batch_bucket, bucket
+from sphinx_jax.inference.bucketing import BATCHES, LENGTHS, batch_bucket, bucket, kv_bucket
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.sampling import SamplingParams
@@ -255,6 +255,11 @@ def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
     monkeypatch.setitem(model.engine._compiled, ("state", StateShape(1, 64)), exhausted)
     with pytest.raises(UserError, match=r"no memory for a KV cache of 1 x 64 positions .* shorter --max-model-len"):
         model.engine.new_state(StateShape(1, 64))
+
+
+def test_decode_steps_read_a_bucket_or_the_whole_cache():
+    assert [kv_bucket(n, 4096) for n in (1, 256, 257, 1024, 1025, 4000)] == [256, 256, 512, 1024, 4096, 4096]
+    assert all(kv_bucket(n, cache_len) >= min(n, cache_len) for cache_len in (64, 700, 6144) for n in range(1, 6145, 7))
 
 
 def test_buckets_waste_at_most_half():
