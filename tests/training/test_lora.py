@@ -174,7 +174,7 @@ def test_merged_on_load_and_on_export(run, base, tmp_path):
         lambda rngs: SphinxMoE(CONFIG, lora=LoraConfig(3, 6.0), rngs=rngs), sharding.make_mesh()
     )[0]
     tokens = np.random.default_rng(1).integers(1, 512, (2, 16))
-    unmerged = jax.jit(lambda p: bind(graph, p)(tokens)[0])(lora_params.join(before, tree))
+    unmerged = jax.jit(lambda p: bind(graph, p)(jnp.asarray(tokens))[0])(lora_params.join(before, tree))
     np.testing.assert_allclose(sphinx_jax.load(run, sharding.make_mesh()).logits(tokens), unmerged, atol=1e-5)
     assert common.run(convert.main, [str(run), str(tmp_path / "out"), "--format", "accessory"]) == 0
     exported = checkpoints.load(tmp_path / "out", sharding.make_mesh(tensor=2), unstacked=False).params
