@@ -71,7 +71,10 @@ def run(options: Options) -> None:
     train_config = options.train_config(task.examples)
     program = train_program(config, train_config, mesh, make_auxiliary_loss(options, config))
     task.batches(train_config.batch_size, train_config.seed)  # raises UserError if the data cannot fill a batch
-    run_directory.prepare(out, dataclasses.asdict(options), options.overwrite)
+    if options.resume:
+        run_directory.check_data(out, task.fingerprint)
+    described = dataclasses.asdict(options) | {"data_fingerprint": task.fingerprint}
+    run_directory.prepare(out, described, options.overwrite)
     if is_primary_process():
         skipped.log_to(out / "skipped.jsonl")
         if train_config.lora and options.init:

@@ -1,6 +1,7 @@
 """What a run trains and evaluates on: one small interface, and the two kinds of data that implement it."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data import accessory_yaml, easy_vqa, easy_vqa_sequences
-from sphinx_jax.data.accessory_yaml import Annotations
+from sphinx_jax.data.accessory_yaml import Annotations, Item
 from sphinx_jax.data.batching import ItemReader, held_out_batches, packed_sequences, train_batches
 from sphinx_jax.data.dataset import Batch
 from sphinx_jax.data.images import ImageTransform
@@ -30,6 +31,8 @@ class Task(Protocol):
     tokenizer_bytes: bytes
     examples: int
     """Sequences in one epoch."""
+    fingerprint: str
+    """A digest of the examples: of other data a run cannot be resumed."""
 
     def name(self, example: int) -> str:
         """The name of a training example in messages; batches hold their indices in "examples"."""
@@ -82,6 +85,7 @@ class EasyVqa:
         )
         self._tokenizer = Tokenizer(self.tokenizer_bytes)
         self.examples = len(self._train)
+        self.fingerprint = f"easy-vqa, {'validation split' if validation_split else 'test set'}"
 
     def name(self, example: int) -> str:
         return f"image {self._train.ids[example]}"
@@ -125,6 +129,14 @@ class YamlOptions:
     """data.yaml: threads that decode images and build batches."""
 
 
+def _fingerprint(items: Sequence[Item]) -> str:
+    """A digest of what the items say and which images they name, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(repr((item.conversation.turns, item.image)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
 class YamlData:
     """One's own conversations, named by a `data.yaml` (see `data.accessory_yaml`); about every tenth is held out."""
 
@@ -155,6 +167,7 @@ class YamlData:
         self._held_out = self._reader.select_with_loss(held_out)
         if not any(self._reader.can_load(item) for item in self._held_out.items):
             log.warning("%s: no held-out record can be used, so the run ends without an accuracy", file)
+        self.fingerprint = _fingerprint([*self._train.items, *self._held_out.items])
         self._sequences = packed_sequences(self._train, self._reader) if options.pack else None
         self.examples = len(self._sequences.items if self._sequences else self._train.items)
 

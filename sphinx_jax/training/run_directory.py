@@ -58,6 +58,16 @@ def check_resume(out: Path, preset: str, train_config: TrainConfig, base: Path |
         raise UserError(f"--resume: {out} adapts {info.base}, and --init {base} is another checkpoint")
 
 
+def check_data(out: Path, fingerprint: str) -> None:
+    """Raises UserError where the run to resume was started on other data (`Task.fingerprint`)."""
+    started = json.loads((out / "options.json").read_text()).get("data_fingerprint", fingerprint)
+    if started != fingerprint:
+        raise UserError(
+            f"--resume: the data has changed since {out} was started; restore it, or train on from its weights with "
+            f"--init {out} and another --out"
+        )
+
+
 def _lora_flags(config: LoraConfig) -> str:
     return f"--lora-rank {config.rank} --lora-alpha {config.alpha:g} --lora-target-modules {config.target_modules}"
 

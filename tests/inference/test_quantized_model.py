@@ -59,7 +59,7 @@ def test_every_mesh_rounds_alike():
 def test_what_cannot_be(tmp_path):
     with pytest.raises(UserError, match="choose one of int8, int4"):
         sphinx_jax.load(sphinx_jax.SHIPPED, quantize="int2")
-    with pytest.raises(UserError, match=r"the mesh would cut them into 2 parts: use a mesh of fewer parts, or int8"):
+    with pytest.raises(UserError, match=r"the mesh would split into 2 shards: use a smaller mesh, or int8"):
         sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(tensor=2), quantize="int4")
     model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), quantize="int4")
     with pytest.raises(UserError, match="load it without quantize"):

@@ -152,6 +152,21 @@ def call(tmp_path, *argv):
     return common.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
 
 
+def test_other_data_is_no_resume(tiny, tmp_path, capsys):
+    """One answer has changed: the run says so, and stays as it is."""
+    assert call(tmp_path, "--steps", 2, "--save-every", 1) == 0
+    before = (tmp_path / "run" / "options.json").read_bytes()
+    call_again = ["--preset", "tiny", "--data", tmp_path / "data.yaml", "--max-length", "100", "--batch-size", "4"]
+    resume = [*map(str, call_again), "--out", str(tmp_path / "run"), "--resume", "--steps", "3"]
+    records = (tmp_path / "records.json").read_text()
+    (tmp_path / "records.json").write_text(records.replace("5 plus 5?", "5 plus 6?"))
+    assert common.run(train.main, resume) == 2
+    assert "the data has changed" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "run" / "options.json").read_bytes() == before
+    (tmp_path / "records.json").write_text(records)
+    assert common.run(train.main, resume) == 0
+
+
 def test_nonfinite_loss_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
     """At any step: here at one that is not logged, after an update that was far too large."""
 
