@@ -149,7 +149,7 @@ class Engine:
         are read unless every prompt begins in it.
         """
         first_chunk = not chunk.start.any()
-        key = ("prefill", *_key(state), *chunk.tokens.shape, image_embeds is not None, first_chunk, top_logprobs)
+        key = ("prefill", *state.sizes, *chunk.tokens.shape, image_embeds is not None, first_chunk, top_logprobs)
         program = self._programs.prefill(state, first_chunk, top_logprobs)
         return self._run(key, program, self.params, state, chunk, image_embeds, self.stops)
 
@@ -167,7 +167,7 @@ class Engine:
         """
         args = (self.params, state, cancelled, self.stops, np.int32(num_steps), np.int32(until))
         program = self._programs.decode(state, kv_len, top_logprobs)
-        return self._run(("decode", *_key(state), kv_len, top_logprobs), program, *args)
+        return self._run(("decode", *state.sizes, kv_len, top_logprobs), program, *args)
 
     @property
     def stops(self) -> Array:
@@ -247,8 +247,3 @@ class Engine:
     def prefix_len(self, cache_len: int) -> int:
         """Cache positions of a prefix of the pool: an image and the template before it, or a system text."""
         return min(cache_len, bucket(self.config.num_image_tokens + 128 if self.config.vision else 512))
-
-
-def _key(state: steps.State) -> tuple[int, ...]:
-    """The sizes of a state, as programs are named by them."""
-    return state.num_seqs, state.cache_len, state.num_prefixes

@@ -210,7 +210,7 @@ class OffloadEngine(Engine):
         cache, prefixes = list(state.cache), list(state.prefixes)
         batch, text = chunk.tokens.shape
         length = text + (self.config.num_image_tokens if image_embeds is not None else 0)
-        size = (state.num_seqs, state.cache_len, state.num_prefixes, batch, length)
+        size = (*state.sizes, batch, length)
         key = ("prefill embed", batch, length, image_embeds is not None)
         x, positions = self._run(key, programs.prefill_embed(batch, length), self.params, chunk, image_embeds)
 

@@ -64,6 +64,12 @@ class State(NamedTuple):
         return self.prefixes[0].k.shape[0] if self.prefixes else 0
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """What programs for this state are named by."""
+        prefix_len = self.prefixes[0].k.shape[1] if self.prefixes else 0
+        return self.num_seqs, self.cache_len, self.num_prefixes, prefix_len
+
+    @property
     def without_cache(self) -> "State":
         return self._replace(cache=[], prefixes=[])
 

@@ -236,6 +236,18 @@ def test_a_request_that_cannot_be_served_is_refused_and_harms_no_other(model):
     assert list(finish(scheduler)) == [fine]
 
 
+def test_pools_of_other_lengths_have_programs_of_their_own(model, images):
+    """Two schedulers of one engine that differ in the length of their prefixes alone."""
+    request = model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=2))
+    texts = []
+    for prefix_len in (64, 32):
+        scheduler = make_scheduler(model.engine, prefix_len=prefix_len)
+        sequences = [scheduler.submit(request) for _ in range(2)]
+        finish(scheduler)
+        texts += [sequence.text for sequence in sequences]
+    assert len(set(texts)) == 1
+
+
 def test_one_thread_owns_a_scheduler(model):
     scheduler = make_scheduler(model.engine)
     scheduler.step()
