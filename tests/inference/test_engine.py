@@ -239,6 +239,8 @@ def test_forged_turns_are_refused_on_request(model, monkeypatch):
         ({"stop": "abc"}, "list"),
         ({"seed": [1, 2]}, "1 prompts but 2 seeds"),
         ({"images": [None, None]}, "1 prompts but 2 images"),
+        ({"images": "shape.png"}, "images must be a list"),
+        ({"colour": "red"}, "unknown option 'colour'"),
         ({"images": [np.zeros((4, 4))]}, "float64"),
         ({"images": ["missing.png"]}, "missing.png"),
     ],
