@@ -27,7 +27,7 @@ def test_fraction_of_one_device(needs_gpu_compiler, shape):
     mesh, _ = planning_mesh(find_gpu("a100-80gb"), MeshShape(**shape))
     params = sharding.abstract_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh)[1]
     assert fraction_of_parameters(params) <= 1.02 / mesh.size
-    flops = sum(forward_flops(config, params, mesh, Workload(1, 4096, 4096, 1, 1)).values(), Cost(0, 0))
+    flops = sum(forward_flops(config, params, mesh, Workload(1, 4096, 4096, 1, 1)).values(), Cost(0.0, 0.0))
     assert flops.per_device_max <= 1.05 * flops.total / mesh.size
 
 
