@@ -271,16 +271,22 @@ class Sphinx:
         checkpoints.save(path, self.config, self._params, self._assets, format, shards)
 
     def request(
-        self, prompt: str, image: ImageLike | None = None, params: SamplingParams = GREEDY, *, raw: bool = False
+        self,
+        prompt: str,
+        image: ImageLike | None = None,
+        params: SamplingParams = GREEDY,
+        *,
+        raw: bool = False,
+        prefix: str = "",
     ) -> Request:
-        """One prompt as the scheduler takes it."""
+        """One prompt as the scheduler takes it. The answer continues `prefix`, which is no part of its text."""
         if raw:
-            tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
+            tokens = self.tokenizer.encode(prompt + prefix, bos=True, eos=False)
         else:
             conversation = Conversation.from_pairs([(prompt, None)])
             if self.engine.refuses_forged_turns:
                 conversation.check_forged_turns()
-            tokens = conversation.prompt_tokens(self.tokenizer)
+            tokens = conversation.prompt_tokens(self.tokenizer, prefix)
         # A chat template has no end signal: its answers end with a token.
         raw = raw or self.tokenizer.chat_template is not None
         return Request(tokens, None if image is None else self.prepare_image(image), params, raw)

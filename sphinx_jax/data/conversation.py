@@ -133,9 +133,9 @@ class Conversation:
         """The whole conversation, as in training."""
         return "".join(segment.text for segment in self.segments())
 
-    def prompt(self) -> str:
-        """The conversation up to the assistant's next answer."""
-        return f"{self.text()} {self.template.assistant}:"
+    def prompt(self, prefix: str = "") -> str:
+        """The conversation up to the assistant's next answer, which begins with `prefix`."""
+        return f"{self.text()} {self.template.assistant}:{prefix}"
 
     def check_forged_turns(self) -> None:
         """Raises UserError if a turn's text holds the mark that ends turns: what follows it would read as a turn.
@@ -149,13 +149,17 @@ class Conversation:
                     f"the text {turn.text!r:.60} holds {found!r}, which ends a turn of the conversation; leave it out"
                 )
 
-    def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of `prompt()`, with BOS; of the tokenizer's chat template where it has one."""
+    def prompt_tokens(self, tokenizer: Tokenizer, prefix: str = "") -> list[int]:
+        """Token ids of `prompt(prefix)`, with BOS; of the tokenizer's chat template where it has one.
+
+        The text is tokenised as a whole: `prefix` has the tokens that it has in a conversation, and brings the space
+        that it begins with, as in " The answer is".
+        """
         if tokenizer.chat_template is not None:
             roles = {"human": "user", "assistant": "assistant"}
             messages = [{"role": roles[role], "content": text} for role, text in self.turns]
-            return tokenizer.chat_tokens(messages)
-        return tokenizer.encode(self.prompt(), bos=True, eos=False)
+            return tokenizer.chat_tokens(messages, prefix)
+        return tokenizer.encode(self.prompt(prefix), bos=True, eos=False)
 
     def example(self, tokenizer: Tokenizer) -> Example:
         """Tokens from BOS to EOS, and their labels (EOS has no loss).

@@ -50,12 +50,15 @@ class Tokenizer:
         """Token ids of a whole text. The tokenizer puts a space before it, as in training."""
         return [self.bos_id] * bos + self._ids(text) + [self.eos_id] * eos
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation as the chat template writes it, with one BOS; messages: {"role", "content"}."""
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]], prefix: str = "") -> list[int]:
+        """Token ids of a conversation as the chat template writes it, with one BOS; messages: {"role", "content"}.
+
+        `prefix` is how the assistant's answer begins: it follows the template's generation prompt directly.
+        """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template")
         bos = self.chat_template.special_tokens.get("bos_token")
-        text = self.chat_template.render(messages)
+        text = self.chat_template.render(messages) + prefix
         return self.encode(text.removeprefix(bos) if bos else text, bos=True, eos=False)
 
     def encode_segment(self, text: str) -> list[int]:

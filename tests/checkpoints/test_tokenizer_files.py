@@ -231,6 +231,8 @@ def test_chat_template_of_a_text_only_model(directory):
     text = "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
     assert list(model.request("a cat").tokens) == model.tokenizer.encode(text, bos=True, eos=False)
     assert model.request("a cat").stops == ()
+    prefixed = model.request("a cat", prefix="a rat").tokens
+    assert list(prefixed) == model.tokenizer.encode(text + "a rat", bos=True, eos=False)
     chat = model.chat(max_new_tokens=3)
     chat.ask("a cat")
     chat.ask("a rat")

@@ -133,6 +133,15 @@ def test_prompts(reference, mixtral):
         assert conversation.prompt_tokens(mixtral) == case["tokens"]
 
 
+def test_a_prefix_has_the_tokens_of_the_whole_text(reference, mixtral):
+    for case in reference["prompts"]:
+        *earlier, (question, _) = map(tuple, case["qas"])
+        prefixed = Conversation.from_pairs([*earlier, (question, None)]).prompt_tokens(mixtral, " The answer is")
+        assert prefixed == mixtral.encode(case["prompt"] + " The answer is", bos=True, eos=False)
+        trained = Conversation.from_pairs([*earlier, (question, "The answer is B.")]).example(mixtral).tokens.tolist()
+        assert trained[: len(prefixed)] == prefixed and len(trained) > len(prefixed) > len(case["tokens"])
+
+
 def test_templates(reference):
     assert set(TEMPLATES) == set(reference["templates"])
     for name, case in reference["templates"].items():
