@@ -1,0 +1,1 @@
+"""Benchmarks: records read from their files, and metrics as their official scripts define them."""
