@@ -19,7 +19,7 @@ class Record:
     | --- | --- |
     | VQA | `answer_type`, `question_type` (optional) |
     | ChartQA | `split`: human or augmented |
-    | MME | `subtask`; both questions of an image share `question_id` |
+    | MME | `subtask`; the two questions of an image share `image` |
     | POPE | `split`: random, popular or adversarial |
     | RefCOCO | `box`: x1, y1, x2, y2 in pixels; `width`, `height` in pixels |
     | options | `options`: letter to text, in order |
