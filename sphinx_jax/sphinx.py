@@ -289,7 +289,8 @@ class Sphinx:
             tokens = conversation.prompt_tokens(self.tokenizer, prefix)
         # A chat template has no end signal: its answers end with a token.
         raw = raw or self.tokenizer.chat_template is not None
-        return Request(tokens, None if image is None else self.prepare_image(image), params, raw)
+        prepared = None if image is None else self.prepare_image(image)
+        return Request(tokens, prepared, params, raw, continues=bool(prefix))
 
 
 def assets_of(loaded: Loaded) -> dict[str, bytes]:

@@ -30,12 +30,13 @@ PADDING = 0
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are joined: `beginning`, then each turn as " ROLE: text" and the end of its role.
+    """How turns are joined: the system text and its end, then each turn as " ROLE: text" and the end of its role.
 
     Every border between turns is followed by one space.
     """
 
-    beginning: str
+    system: str
+    system_end: str
     human: str
     assistant: str
     human_end: str
@@ -48,8 +49,9 @@ class Template:
 
 
 DEFAULT_TEMPLATE = Template(
-    beginning="A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the human's questions.\n\n###",
+    system="A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions.",
+    system_end="\n\n###",
     human="Human",
     assistant="Assistant",
     human_end="\n###",
@@ -89,6 +91,8 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     template: Template = DEFAULT_TEMPLATE
+    system: str | None = None
+    """The system text, in place of the template's own."""
 
     def __post_init__(self) -> None:
         turns = tuple(Turn(role, text.replace("<image>", "").strip()) for role, text in self.turns)
@@ -120,7 +124,7 @@ class Conversation:
     def segments(self) -> list[Segment]:
         """The text split where loss begins and ends: segments without and with loss alternate."""
         t = self.template
-        segments, context = [], t.beginning
+        segments, context = [], (t.system if self.system is None else self.system) + t.system_end
         for role, text in self.turns:
             if role == "human":
                 context += f" {t.human}: {text}{t.human_end}"
@@ -138,15 +142,15 @@ class Conversation:
         return f"{self.text()} {self.template.assistant}:{prefix}"
 
     def check_forged_turns(self) -> None:
-        """Raises UserError if a turn's text holds the mark that ends turns: what follows it would read as a turn.
+        """Raises UserError if a turn or the system text holds the mark that ends turns, after which others follow.
 
         The original takes such text as it is, and so does this class.
         """
         marks = {end for end in (self.template.human_end, self.template.assistant_end) if end}
-        for turn in self.turns:
-            if found := next((mark for mark in marks if mark in turn.text), None):
+        for text in (self.system or "", *(turn.text for turn in self.turns)):
+            if found := next((mark for mark in marks if mark in text), None):
                 raise UserError(
-                    f"the text {turn.text!r:.60} holds {found!r}, which ends a turn of the conversation; leave it out"
+                    f"the text {text!r:.60} holds {found!r}, which ends a turn of the conversation; leave it out"
                 )
 
     def prompt_tokens(self, tokenizer: Tokenizer, prefix: str = "") -> list[int]:
@@ -157,7 +161,8 @@ class Conversation:
         """
         if tokenizer.chat_template is not None:
             roles = {"human": "user", "assistant": "assistant"}
-            messages = [{"role": roles[role], "content": text} for role, text in self.turns]
+            messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+            messages += [{"role": roles[role], "content": text} for role, text in self.turns]
             return tokenizer.chat_tokens(messages, prefix)
         return tokenizer.encode(self.prompt(prefix), bos=True, eos=False)
 

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 from sphinx_jax.inference.bucketing import bucket
 from sphinx_jax.inference.data_parallel import assign
 from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingArrays
 from sphinx_jax.inference.sequence import Sequence
 from sphinx_jax.inference.steps import Chunk, State
-from sphinx_jax.inference.stop_strings import EOS_ONLY, FIRST
+from sphinx_jax.inference.stop_strings import EOS_ONLY, FIRST, NEVER
 
 
 class Pick(NamedTuple):
@@ -67,7 +68,7 @@ def build_chunk(
             fields["target"][place] = target
         fields["last"][place] = first + length == len(sequence.prompt)
         fields["limit"][place] = min(request.params.max_new_tokens, engine.max_model_len - engine.prompt_len(request))
-        fields["stop"][place] = EOS_ONLY if request.raw else FIRST
+        fields["stop"][place] = _first_stop_state(request)
         fields["seeds"][place] = request.seeds()
         if request.params.repetition_penalty != 1:
             fields["seen"][place, sequence.prompt] = True
@@ -77,6 +78,12 @@ def build_chunk(
         encoded = engine.encode(images)
         embeds = tuple(encoded[i or 0] for i in places)
     return Chunk(**fields), embeds, places
+
+
+def _first_stop_state(request: Request) -> int:
+    if request.params.ignore_eos:
+        return NEVER
+    return EOS_ONLY if request.raw else FIRST
 
 
 def _start(engine: Engine, sequence: Sequence) -> int:

@@ -42,11 +42,14 @@ class Request:
     params: SamplingParams = GREEDY
     raw: bool = False
     """The prompt is no conversation: the template's end signal does not end the answer."""
+    continues: bool = False
+    """The answer goes on within a text: the space that its first token may begin with belongs to it."""
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Every text that ends the answer."""
-        return tuple(self.params.stop) if self.raw else (DEFAULT_TEMPLATE.response_end_signal, *self.params.stop)
+        own = tuple(self.params.stop)
+        return own if self.raw or self.params.ignore_eos else (DEFAULT_TEMPLATE.response_end_signal, *own)
 
     def seeds(self) -> tuple[int, int]:
         """The seed, and a digest of the prompt: different requests draw independently with one seed."""

@@ -36,6 +36,8 @@ class SamplingParams:
     """With a temperature, the same seed gives the same text, on every mesh and in every batch."""
     stop: tuple[str, ...] = ()
     """The answer ends before any of these texts."""
+    ignore_eos: bool = False
+    """Neither EOS nor the template's end signal ends the answer: for measurements that need its length fixed."""
     top_logprobs: int = 0
     """Alternatives whose log-probabilities are reported beside each token."""
 

@@ -26,7 +26,8 @@ class Sequence:
         """Tokens of the prompt that are in the KV cache."""
         self.reused = 0
         """Of these, the tokens that were there before."""
-        self._text, self._new_text, self._parts = TextStream(tokenizer, request.stops), "", []
+        self._text = TextStream(tokenizer, request.stops, request.continues)
+        self._new_text, self._parts = "", []
 
     @property
     def image_digest(self) -> bytes | None:

@@ -22,6 +22,8 @@ STOPPED, FIRST, RUNNING = 0, 1, 2
 NUM_STATES = 32
 EOS_ONLY = NUM_STATES - 1
 """State of sequences that nothing but EOS ends on the device: raw prompts, outside of the template."""
+NEVER = NUM_STATES - 2
+"""State of sequences that nothing ends on the device but their limit."""
 
 MAX_STOP_BYTES = 512
 """Bytes of all stop strings of a request together: the text held back while one may have begun."""
@@ -42,7 +44,7 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
 
 
 def stop_table(tokenizer: Tokenizer, vocab_size: int, stops: Sequence[str]) -> Int[np.ndarray, "states vocab"]:
-    """table[state, token] is the state after that token; EOS stops from every state.
+    """table[state, token] is the state after that token; EOS stops from every state but NEVER.
 
     `vocab_size` is the model's, which may be larger than the tokenizer's: the tokens beyond add nothing.
     Raises ValueError if the automaton of `stops` needs more than NUM_STATES states.
@@ -50,12 +52,13 @@ def stop_table(tokenizer: Tokenizer, vocab_size: int, stops: Sequence[str]) -> I
     targets = [stop.encode() for stop in stops]
     prefixes = [b"", *sorted({target[:n] for target in targets for n in range(1, len(target))})]
     state_of = {prefix: RUNNING + i for i, prefix in enumerate(prefixes)}
-    if RUNNING + len(prefixes) > EOS_ONLY:
+    if RUNNING + len(prefixes) > NEVER:
         raise ValueError(f"{len(prefixes)} beginnings of stop strings, more than the {NUM_STATES} states have room for")
     no_byte = 256
     step = np.full((NUM_STATES, 257), RUNNING, np.int16)
     step[:, no_byte] = np.arange(NUM_STATES)
-    step[STOPPED], step[EOS_ONLY] = STOPPED, EOS_ONLY
+    for state in (STOPPED, EOS_ONLY, NEVER):
+        step[state] = state
     for prefix, state in state_of.items():
         for byte in set(b"".join(targets)):
             seen = prefix + bytes([byte])
@@ -80,6 +83,7 @@ def stop_table(tokenizer: Tokenizer, vocab_size: int, stops: Sequence[str]) -> I
     opening = run(tokenizer.token_bytes(first=True) + beyond, np.array([[RUNNING]], np.int16))[0]
     table[FIRST] = np.where([not token for token in tokens], FIRST, opening)
     table[:, list(tokenizer.eos_ids)] = STOPPED
+    table[NEVER] = NEVER
     return table
 
 
@@ -101,9 +105,10 @@ def _token_bytes(tokenizer: Tokenizer) -> tuple[list[bytes], list[bytes]]:
 class Detokenizer:
     """Tokens in, text out, in time linear in their number: bytes of an unfinished character are held back."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
+        """`continues`: the tokens go on within a text, so that the first keeps its leading space."""
         self._first, self._rest = _token_bytes(tokenizer)
-        self._is_first = True
+        self._is_first = not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")("sphinx_jax.replace_each_byte")
 
     def push(self, token: int) -> str:
@@ -127,8 +132,8 @@ class TextStream:
     completes a stop string, which ends the stream: `stopped`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._detokenizer, self._stops = Detokenizer(tokenizer), tuple(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], continues: bool = False):
+        self._detokenizer, self._stops = Detokenizer(tokenizer, continues), tuple(stops)
         self._held = ""
         self.num_tokens = 0
         self.stopped = False

@@ -275,3 +275,17 @@ def test_top_logprobs_are_the_largest_of_the_distribution(model):
         order = np.argsort(-expected[position])[:5]
         assert top.tokens == order.tolist()
         np.testing.assert_allclose(top.logprobs, expected[position][order], atol=1e-4)
+
+
+def test_ignoring_eos_an_answer_is_as_long_as_asked(model):
+    """The same prompt ends by EOS in some seeds; with ignore_eos it never does."""
+    scheduler = make_scheduler(model.engine, num_seqs=4)
+    lengths = {False: [], True: []}
+    for ignore_eos in lengths:
+        for seed in range(24):
+            params = SamplingParams(temperature=3, top_p=1, seed=seed, max_new_tokens=80, ignore_eos=ignore_eos)
+            sequence = scheduler.submit(model.request(PROMPTS[3], None, params))
+            finish(scheduler)
+            lengths[ignore_eos].append(len(sequence.completion.tokens))
+    assert min(lengths[False]) < 80
+    assert lengths[True] == [80] * 24

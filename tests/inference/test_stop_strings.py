@@ -7,7 +7,7 @@ import pytest
 
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.stop_strings import EOS_ONLY, FIRST, STOPPED, TextStream, check_stops, stop_table
+from sphinx_jax.inference.stop_strings import EOS_ONLY, FIRST, NEVER, STOPPED, TextStream, check_stops, stop_table
 
 STOPS = ("\n###", " a cat", "aab", "ab", "日本", "###!")
 
@@ -62,7 +62,7 @@ def test_the_automaton_stops_at_the_token_that_completes_a_stop_string(tokenizer
 
 def test_end_of_sequence_stops_and_without_stop_strings_nothing_else_does(tokenizer):
     table = stop_table(tokenizer, tokenizer.vocab_size, ())
-    assert (table[1:, tokenizer.eos_id] == STOPPED).all()
+    assert (np.delete(table, [STOPPED, NEVER], axis=0)[:, tokenizer.eos_id] == STOPPED).all()
     others = np.delete(table, tokenizer.eos_id, axis=1)
     assert (others[1:] != STOPPED).all()
 
@@ -113,3 +113,19 @@ def test_impossible_stop_strings_are_refused():
     with pytest.raises(UserError, match="600 bytes"):
         check_stops(["a" * 600])
     assert check_stops(["b", "a", "b"]) == ("b", "a")
+
+
+def test_nothing_leaves_the_state_of_answers_that_only_their_limit_ends(tokenizer):
+    table = stop_table(tokenizer, tokenizer.vocab_size, STOPS)
+    assert (table[NEVER] == NEVER).all()
+    assert table[EOS_ONLY, tokenizer.eos_id] == STOPPED
+
+
+def test_an_answer_that_continues_a_text_keeps_the_space_it_begins_with(tokenizer):
+    before, after = "there is", " a cat"
+    tokens = tokenizer.encode(before + after, bos=False, eos=False)
+    rest = tokens[len(tokenizer.encode(before, bos=False, eos=False)) :]
+    stream = TextStream(tokenizer, (), continues=True)
+    assert stream.push(rest) + stream.finish() == after
+    stream = TextStream(tokenizer, ())
+    assert stream.push(rest) + stream.finish() == after.strip()
