@@ -48,14 +48,17 @@ _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")
 """Beginnings of the text chunks that may hold an orientation."""
 
 
-def load_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """The image at a path, of encoded bytes or of PIL, as 8-bit RGB, upright by its EXIF orientation.
 
-    `name` is its name in messages. Raises UserError if it is missing, too large, truncated or no image that is read.
+    `name` is its name in messages. An image of more than `max_pixels` is refused before it is decoded. Raises UserError
+    if it is missing, too large, truncated or no image that is read.
     """
     if isinstance(source, Image.Image):
         name = name or str(getattr(source, "filename", "")) or "the image"
-        return _decode(source, name)
+        return _decode(source, name, max_pixels)
     if isinstance(source, bytes):
         data, name = source, name or "the image"
     else:
@@ -65,10 +68,10 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
         image = Image.open(io.BytesIO(_without_png_metadata(data)), formats=FORMATS)
     # Pillow's parsers raise exceptions of many types on damaged files, and new ones with every format.
     except Image.DecompressionBombError as error:
-        raise UserError(_too_many_pixels(name)) from error
+        raise UserError(_too_many_pixels(name, max_pixels)) from error
     except Exception as error:
         raise UserError(f"{name}: {_what_it_is(data)}") from error
-    return _decode(image, name)
+    return _decode(image, name, max_pixels)
 
 
 def printable(path: str | Path) -> str:
@@ -100,16 +103,16 @@ def _read_file(path: str | Path, name: str) -> bytes:
         raise UserError(f"{name}: cannot read the image (this is not a valid file name)") from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(_too_many_pixels(name))
+def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise UserError(_too_many_pixels(name, max_pixels))
     if not image.width * image.height:
         raise UserError(f"{name}: the image has no pixels, its size is {image.width} x {image.height}")
     try:
         transparency = _transparent_colour(image)
         image.load()
     except Image.DecompressionBombError as error:
-        raise UserError(_too_many_pixels(name)) from error
+        raise UserError(_too_many_pixels(name, max_pixels)) from error
     except Exception as error:
         # Pillow's own texts name objects of Python; they stay in the traceback.
         raise UserError(f"{name}: the image is damaged or truncated; get it again") from error
@@ -121,8 +124,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     return rgb if operation is None else rgb.transpose(operation)
 
 
-def _too_many_pixels(name: str) -> str:
-    return f"{name}: the image has too many pixels, at most {MAX_PIXELS:,} are decoded; scale it down first"
+def _too_many_pixels(name: str, max_pixels: int) -> str:
+    return f"{name}: the image has too many pixels, at most {max_pixels:,} are decoded; scale it down first"
 
 
 def _orientation(image: Image.Image) -> int:
