@@ -27,14 +27,55 @@ def digest_of(prompt: str, image: str | None) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def write_line(file: TextIO | None, record: Mapping[str, Any]) -> None:
+    """Append a record to a file of answers, whole before anything else is done. None: another process has the file."""
+    if file is None:
+        return
+    text = json.dumps(record, ensure_ascii=False)
+    # Half of a surrogate pair, in an id, has no UTF-8.
+    file.write((text if text.isascii() or _has_utf8(text) else json.dumps(record)) + "\n")
+    file.flush()
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, or replace it, in one step: a program that is killed leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
+    """Raises UserError, which begins with `name`, if answers made with `earlier` settings do not belong to `now`."""
+    now = json.loads(json.dumps(now))
+    for key in sorted(now.keys() | earlier.keys()):
+        if now.get(key) != earlier.get(key):
+            raise UserError(
+                f"{name}: its answers were made with {key} {earlier.get(key)}, not {now.get(key)}; choose another, or "
+                "remove this one"
+            )
+
+
 class AnswersFile:
-    """`--out`, checked when it is made: nothing is written before `open`.
+    """A file of answers, checked when it is made: nothing is written before `open`.
 
     Raises UserError where the path cannot be written, or is a regular file that holds something else than answers.
     """
 
-    def __init__(self, path: Path):
-        self.name = path
+    def __init__(self, path: Path, key: str = "id"):
+        """`key`: the field of a line that identifies its question."""
+        self.name, self._key = path, key
         try:
             # A link is followed: replacing it would leave the file that it names stale.
             self._path = path.resolve()
@@ -63,45 +104,46 @@ class AnswersFile:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                is_known = isinstance(record, dict) and "id" in record and ("answer" in record or "error" in record)
+                is_known = (
+                    isinstance(record, dict) and self._key in record and ("answer" in record or "error" in record)
+                )
             except (ValueError, RecursionError):
                 record, is_known = {}, number == len(lines) and not line.endswith(b"\n")
             if not is_known:
                 raise UserError(f"--out {self.name}: line {number} is no answer of an earlier run; choose another file")
             if "answer" in record:
                 self._kept.append(line if line.endswith(b"\n") else line + b"\n")
-                self.done.add(key_of(record["id"]))
+                self.done.add(key_of(record[self._key]))
 
     @property
     def _run_file(self) -> Path:
         return self._path.with_name(f"{self._path.name}.run.json")
+
+    def _recorded(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The settings of the answers that the file holds, and the digests of their questions; empty if unknown."""
+        if not self.done or not self._run_file.exists():
+            return {}, {}
+        try:
+            earlier = json.loads(self._run_file.read_text())
+            return dict(earlier["settings"]), dict(earlier["questions"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._run_file}: cannot be read ({error}); remove it and --out {self.name} to start over"
+            ) from error
 
     def check_run(self, settings: Mapping[str, Any], questions: Mapping[str, str]) -> None:
         """Raises UserError if the answers that the file holds were made with other settings or for other questions.
 
         `questions` gives the digest of each question by its key.
         """
-        if not self.done or not self._run_file.exists():
-            return
-        try:
-            earlier = json.loads(self._run_file.read_text())
-            old_settings, old_questions = earlier["settings"], earlier["questions"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self._run_file}: cannot be read ({error}); remove it and --out {self.name} to start over"
-            ) from error
-        now = json.loads(json.dumps(settings))
-        for name in sorted(now.keys() | old_settings.keys()):
-            if now.get(name) != old_settings.get(name):
+        old_settings, old_questions = self._recorded()
+        if old_settings:
+            check_settings(old_settings, settings, f"--out {self.name}")
+        for key in self.done & old_questions.keys() & questions.keys():
+            if questions[key] != old_questions[key]:
                 raise UserError(
-                    f"--out {self.name}: its answers were made with {name} {old_settings.get(name)}, not "
-                    f"{now.get(name)}; choose another file, or remove this one"
-                )
-        for key in self.done:
-            if key in questions and questions[key] != old_questions.get(key, questions[key]):
-                raise UserError(
-                    f"--out {self.name}: the question with id {key} was another one; choose another file, or remove "
-                    "this one"
+                    f"--out {self.name}: the question with {self._key} {key} was another one; choose another file, or "
+                    "remove this one"
                 )
 
     def open(self, settings: Mapping[str, Any], questions: Mapping[str, str]) -> TextIO:
@@ -114,15 +156,11 @@ class AnswersFile:
                 # A pipe that nobody reads would wait here for ever.
                 return os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "w", encoding="utf-8")
             if self._path.exists():
-                partial = self._path.with_name(f".{self._path.name}.partial")
-                try:
-                    partial.write_bytes(b"".join(self._kept))
-                    os.replace(partial, self._path)
-                except OSError:
-                    partial.unlink(missing_ok=True)
-                    raise
-            record = {"settings": dict(settings), "questions": dict(questions)}
-            self._run_file.write_text(json.dumps(record, indent=1) + "\n")
+                write_whole(self._path, b"".join(self._kept))
+            # Answers to questions that are not asked this time stay, and so does what they answer.
+            _, earlier = self._recorded()
+            record = {"settings": dict(settings), "questions": earlier | dict(questions)}
+            write_whole(self._run_file, (json.dumps(record, indent=1) + "\n").encode())
             return self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {self.name}: cannot be written ({error.strerror}); choose another file") from error

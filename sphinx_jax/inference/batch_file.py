@@ -8,30 +8,23 @@ file of questions. A line that cannot be answered gives {"id": 7, "line": 3, "er
 
 import base64
 import codecs
-import collections
 import contextlib
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sharding import broadcast_each_from_primary, broadcast_from_primary, is_primary_process
+from sharding import broadcast_from_primary, is_primary_process
 from sphinx_jax.data.images import load_image, printable
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference import generate
-from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of
+from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of, write_line
+from sphinx_jax.inference.complete_each import THREADS, complete_each
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import PreparedImage, Request
-
-AHEAD = 32
-"""Lines whose images are opened while the model works."""
-
-THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,40 +157,30 @@ def answer_file(
     questions, done = broadcast_from_primary(read)
     left = [question for question in questions if question.error or key_of(question.id) not in done]
     progress = Progress(len(questions), skipped=len(questions) - len(left))
-    answering: list[Question] = []
     is_primary = is_primary_process()
+    # Questions about one image are usually next to each other.
+    prepare_cached = functools.lru_cache(maxsize=2 * THREADS)(
+        lambda name: prepare_image(open_named_image(name, source.parent))
+    )
+
+    def request(question: Question) -> Request:
+        if question.error:
+            raise UserError(question.error)
+        return make_request(question.prompt, None if question.image is None else prepare_cached(question.image))
 
     with AnswersFile(out).open(settings, _digests(questions)) if is_primary else contextlib.nullcontext() as file:
-
-        def write(record: dict[str, Any]) -> None:
-            if file is None:
-                return
-            text = json.dumps(record, ensure_ascii=False)
-            # Half of a surrogate pair, in an id, has no UTF-8.
-            file.write((text if text.isascii() or _has_utf8(text) else json.dumps(record)) + "\n")
-            file.flush()
-
-        def requests() -> Iterator[Request]:
-            # Questions about one image are usually next to each other.
-            prepare_cached = functools.lru_cache(maxsize=2 * THREADS)(
-                lambda name: prepare_image(open_named_image(name, source.parent))
-            )
-            prepare = functools.partial(_request, engine, prepare_cached, make_request)
-            for question, request in broadcast_each_from_primary(_ahead(prepare, left)):
-                if isinstance(request, Request):
-                    answering.append(question)
-                    yield request
-                else:
-                    progress.failed += 1
-                    write({"id": question.id, "line": question.line, "error": request})
-
-        for index, completion in generate.run(engine, requests(), max_num_seqs, prefix_bytes):
-            record = {"id": answering[index].id, "answer": completion.text}
+        for question, result in complete_each(engine, left, request, max_num_seqs, prefix_bytes):
+            if isinstance(result, UserError):
+                error = question.error or f"line {question.line}: {result}"
+                write_line(file, {"id": question.id, "line": question.line, "error": error})
+                progress.failed += 1
+                continue
+            record = {"id": question.id, "answer": result.text}
             if logprobs:
-                record["logprobs"] = [round(value, 6) for value in completion.logprobs]
-            write(record)
+                record["logprobs"] = [round(value, 6) for value in result.logprobs]
+            write_line(file, record)
             progress.answered += 1
-            progress.tokens += len(completion.tokens)
+            progress.tokens += len(result.tokens)
             yield progress
     yield progress
 
@@ -212,41 +195,3 @@ def check_files(source: Path, out: Path) -> tuple[list[Question], AnswersFile]:
 
 def _digests(questions: Iterable[Question]) -> dict[str, str]:
     return {key_of(q.id): digest_of(q.prompt, q.image) for q in questions if q.error is None}
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _request(
-    engine: Engine,
-    prepare_image: Callable[[str], PreparedImage],
-    make_request: Callable[[str, PreparedImage | None], Request],
-    question: Question,
-) -> tuple[Question, Request | str]:
-    """The question as a request, or what is wrong with it."""
-    if question.error:
-        return question, question.error
-    try:
-        image = None if question.image is None else prepare_image(question.image)
-        request = make_request(question.prompt, image)
-        engine.prompt_len(request)
-    except UserError as error:
-        return question, f"line {question.line}: {error}"
-    return question, request
-
-
-def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """function(item) for each item in order, computed by threads a little before it is answering for."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

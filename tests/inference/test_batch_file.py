@@ -134,7 +134,7 @@ def test_logprobs_on_request(model, folder):
 
 
 def test_images_open_a_little_ahead_in_order():
-    from sphinx_jax.inference.batch_file import AHEAD, _ahead
+    from sphinx_jax.inference.complete_each import AHEAD, _ahead
 
     started = []
     results = _ahead(lambda n: started.append(n) or n * n, range(3 * AHEAD))
