@@ -55,7 +55,7 @@ def write_synthetic(path: Path, config: DecoderConfig, shards: int) -> None:
             for name, (shape, _) in shapes.items():
                 # Replicated tensors must be equal in all shards.
                 shift = 0 if len(shape) == 1 or "gate" in name else i
-                file.write(name, np.resize(np.roll(noise, shift), shape))
+                file.write(name, [np.resize(np.roll(noise, shift), shape)])
 
 
 def drop_from_cache(path: Path) -> None:

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import functools
+import gc
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,12 +19,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import barrier, is_primary_process
-from sphinx_jax.checkpoints.io.copying import copy
+from sphinx_jax.checkpoints.io.copying import boxes, copy
 from sphinx_jax.checkpoints.loaded_model import Params, layers_are_unstacked
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.errors import UserError
 
 ParamPath = tuple[str | int, ...]
+WriteTensor = Callable[[int, str, Iterator[np.ndarray]], None]
+
+_CHUNK_ELEMENTS = 1 << 20
 
 
 @runtime_checkable
@@ -132,28 +137,53 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_tensors(
-    mappings: Sequence[ParamMapping], params: ParamReader, shards: int, write: Callable[[int, str, np.ndarray], None]
-) -> None:
-    """Call write(shard, name, tensor) for every tensor of every shard, in the order of `mappings`.
+def by_param(mappings: Iterable[ParamMapping]) -> list[ParamMapping]:
+    """The mappings with those of one parameter next to each other, parameters in the order of their first mapping."""
+    groups: dict[ParamPath, list[ParamMapping]] = {}
+    for mapping in mappings:
+        groups.setdefault(mapping.path, []).append(mapping)
+    return list(itertools.chain.from_iterable(groups.values()))
 
-    Every process calls this, since gathering a block from several hosts is a collective; the primary one writes.
+
+def write_tensors(mappings: Sequence[ParamMapping], params: ParamReader, shards: int, write: WriteTensor) -> None:
+    """Call write(shard, name, chunks) for every tensor of every shard, in the order of `mappings`.
+
+    The chunks are consecutive parts of the tensor in memory order. Memory holds one parameter, and little more, if
+    `mappings` are as `by_param` orders them. Every process calls this, since gathering a block from several hosts is
+    a collective; the primary one writes.
     """
-    # Consecutive mappings often share a parameter or a block.
-    read = functools.lru_cache(maxsize=2)(params.read)
-    fetch = functools.lru_cache(maxsize=2)(lambda path, index: _to_host(read(path), index))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for mapping in mappings:
-            leading = _leading_integers(mapping)
-            block = fetch(mapping.path, leading)[mapping.index[len(leading) :]]
-            if not is_primary_process():
-                continue
-            unsharded = mapping.in_view_order(block)
-            for shard in [mapping.expert_shard(shards)] if mapping.expert else range(shards):
-                part = unsharded if mapping.shard_dim is None else np.split(unsharded, shards, mapping.shard_dim)[shard]
-                ordered = np.empty(part.shape, part.dtype)
-                copy(ordered, part, pool)
-                write(shard, mapping.name, ordered.reshape(mapping.shard_shape(shards)))
+        for path, group in itertools.groupby(mappings, lambda mapping: mapping.path):
+            _write_param(params.read(path), group, shards, write, pool)
+            # jax gives back host memory that it shares with numpy at the next collection only.
+            gc.collect(0)
+
+
+def _write_param(
+    param: jax.Array, mappings: Iterable[ParamMapping], shards: int, write: WriteTensor, pool: Executor
+) -> None:
+    """Write the tensors of one parameter."""
+    for leading, group in itertools.groupby(mappings, _leading_integers):
+        block = _to_host(param, leading)
+        for mapping in group:
+            if is_primary_process():
+                tensor = mapping.in_view_order(block[mapping.index[len(leading) :]])
+                for shard in [mapping.expert_shard(shards)] if mapping.expert else range(shards):
+                    write(shard, mapping.name, _chunks(_shard_of(tensor, mapping, shards, shard), pool))
+
+
+def _shard_of(tensor: np.ndarray, mapping: ParamMapping, shards: int, shard: int) -> np.ndarray:
+    """What one file of `shards` holds of a tensor in view order."""
+    return tensor if mapping.shard_dim is None else np.split(tensor, shards, mapping.shard_dim)[shard]
+
+
+def _chunks(tensor: np.ndarray, pool: Executor) -> Iterator[np.ndarray]:
+    """Consecutive parts of a tensor in C order, at most a 16th of it where that is worth a chunk."""
+    for box in boxes(tensor.shape, max(_CHUNK_ELEMENTS, tensor.size // 16)):
+        part = tensor[(*box, ...)]
+        chunk = np.empty(part.shape, part.dtype)
+        copy(chunk, part, pool)
+        yield chunk
 
 
 def _leading_integers(mapping: ParamMapping) -> tuple[int, ...]:
@@ -168,9 +198,11 @@ def _leading_integers(mapping: ParamMapping) -> tuple[int, ...]:
 
 def _to_host(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     """leaf[index] on this host, whichever devices hold it."""
-    if not index and leaf.is_fully_addressable:
-        return np.asarray(leaf)
     sharding = leaf.sharding
+    # numpy sees the memory of a CPU device; of other devices' only the block is copied.
+    is_host_memory = len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu"
+    if leaf.is_fully_addressable and (is_host_memory or not index):
+        return np.asarray(leaf)[index]
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return np.asarray(_compile_select(mesh)(leaf, *index).addressable_data(0))
 

@@ -159,7 +159,7 @@ def write_file(path, tensors: dict[str, np.ndarray]) -> None:
     module = safetensors_files if path.suffix == ".safetensors" else torch_files
     with module.Writer(path, {name: (t.shape, t.dtype) for name, t in tensors.items()}) as file:
         for name, tensor in tensors.items():
-            file.write(name, tensor)
+            file.write(name, [tensor])
 
 
 @pytest.fixture

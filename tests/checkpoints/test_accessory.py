@@ -169,7 +169,7 @@ def test_a_tensor_missing_from_one_shard(accessory_directory):
     del tensors["llma.layers.0.feed_forward.w3"]
     with torch_files.Writer(path / "new", {k: (t.shape, t.dtype) for k, t in tensors.items()}) as new:
         for name, tensor in tensors.items():
-            new.write(name, tensor)
+            new.write(name, [tensor])
     (path / "new").rename(file)
     assert "llma.layers.0.feed_forward.w3 of shard 1 is missing" in _error(path)
 

@@ -225,7 +225,7 @@ def test_numbered_consolidated_files(mistral_directory, weights, ours, same):
         file = path / f"consolidated-0000{i + 1}-of-00003.safetensors"
         with safetensors_files.Writer(file, {name: (t.shape, t.dtype) for name, t in part.items()}) as writer:
             for name, array in part.items():
-                writer.write(name, np.asarray(array))
+                writer.write(name, [np.asarray(array)])
     (path / "consolidated.safetensors").unlink()
     same(checkpoints.load(path, sharding.make_mesh()).params, ours(weights(), unstacked=True))
     (path / "consolidated-00002-of-00003.safetensors").unlink()
@@ -245,7 +245,7 @@ def test_pytorch_model_bin(directory, hugging_face_tensors, weights, ours, same,
         weight_map |= dict.fromkeys(part, name)
         with torch_files.Writer(directory / name, {key: (t.shape, t.dtype) for key, t in part.items()}) as writer:
             for key, array in part.items():
-                writer.write(key, array)
+                writer.write(key, [array])
     if files > 1:
         (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     same(checkpoints.load(directory, sharding.make_mesh()).params, ours(weights(), unstacked=True))

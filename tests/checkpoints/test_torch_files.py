@@ -181,7 +181,7 @@ def test_written_file_is_aligned_and_reads_back(tmp_path):
     path = tmp_path / "a.pth"
     with torch_files.Writer(path, {name: (t.shape, t.dtype) for name, t in tensors.items()}) as file:
         for name, tensor in tensors.items():
-            file.write(name, tensor)
+            file.write(name, [tensor])
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     read = torch_files.read(path).tensors

@@ -49,7 +49,7 @@ def test_torch_reads_what_we_write(tensors, tmp_path, mmap):
     read = torch_files.read(tmp_path / "theirs.pth").tensors
     with torch_files.Writer(tmp_path / "ours.pth", {name: (t.shape, t.dtype) for name, t in read.items()}) as file:
         for name, tensor in read.items():
-            file.write(name, tensor)
+            file.write(name, [tensor])
     reloaded = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)["model"]
     assert list(reloaded) == list(tensors)
     for name, tensor in tensors.items():
@@ -64,7 +64,7 @@ def test_safetensors_round_trip(tensors, tmp_path):
     shapes = {name: (t.shape, t.dtype) for name, t in read.items()}
     with safetensors_files.Writer(tmp_path / "ours.safetensors", shapes) as file:
         for name, tensor in read.items():
-            file.write(name, tensor)
+            file.write(name, [tensor])
     reloaded = safetensors_torch.load_file(tmp_path / "ours.safetensors")
     assert reloaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -24,7 +24,14 @@ from sphinx_jax.checkpoints.mapping.language import Style, language_mappings
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.checkpoints.mapping.vision import is_ignored_vision_name, vision_mappings
 from sphinx_jax.checkpoints.source import CheckpointSource, ignore_none, read_json
-from sphinx_jax.checkpoints.writer import InMemoryParams, ParamReader, new_directory, write_json, write_tensors
+from sphinx_jax.checkpoints.writer import (
+    InMemoryParams,
+    ParamReader,
+    by_param,
+    new_directory,
+    write_json,
+    write_tensors,
+)
 from sphinx_jax.config import SphinxConfig, VisionConfig
 from sphinx_jax.errors import UserError
 
@@ -193,7 +200,7 @@ def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets,
     for name, size in sharded_sizes.items():
         if size % shards:
             raise UserError(f"--shards {shards} does not divide the {name}, {size}; choose a number that does")
-    mappings = _param_mappings(config, "sparse", params.unstacked)
+    mappings = by_param(_param_mappings(config, "sparse", params.unstacked))
     declared = {mapping.name: (mapping.shard_shape(shards), params.dtype(mapping.path)) for mapping in mappings}
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
         writers = []
@@ -208,7 +215,7 @@ def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets,
             for i in range(shards):
                 file = partial / f"consolidated.{i:02d}-of-{shards:02d}.model.pth"
                 writers.append(stack.enter_context(torch_files.Writer(file, declared)))
-        write_tensors(mappings, params, shards, lambda shard, name, tensor: writers[shard].write(name, tensor))
+        write_tensors(mappings, params, shards, lambda shard, name, chunks: writers[shard].write(name, chunks))
 
 
 def _llama_type(config: SphinxConfig) -> str:

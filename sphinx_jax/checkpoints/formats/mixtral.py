@@ -29,7 +29,14 @@ from sphinx_jax.checkpoints.loaded_model import Loaded, Params
 from sphinx_jax.checkpoints.mapping.language import Style, language_mappings
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, read_json
-from sphinx_jax.checkpoints.writer import InMemoryParams, ParamReader, new_directory, write_json, write_tensors
+from sphinx_jax.checkpoints.writer import (
+    InMemoryParams,
+    ParamReader,
+    by_param,
+    new_directory,
+    write_json,
+    write_tensors,
+)
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.errors import UserError
 
@@ -317,7 +324,7 @@ def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets,
 
     Raises UserError if `path` exists and is not empty.
     """
-    mappings = language_mappings(config.language, "hugging_face", unstacked=params.unstacked)
+    mappings = by_param(language_mappings(config.language, "hugging_face", unstacked=params.unstacked))
     declared = {mapping.name: (mapping.shape, params.dtype(mapping.path)) for mapping in mappings}
     file_of = _assign_files(declared, shards)
     with new_directory(path) as partial, contextlib.ExitStack() as stack:
@@ -331,7 +338,7 @@ def write(path: Path, config: SphinxConfig, params: ParamReader, assets: Assets,
             for name in sorted(set(file_of.values())):
                 in_file = {tensor: declared[tensor] for tensor in declared if file_of[tensor] == name}
                 writers[name] = stack.enter_context(safetensors_files.Writer(partial / name, in_file))
-        write_tensors(mappings, params, 1, lambda _, name, tensor: writers[file_of[name]].write(name, tensor))
+        write_tensors(mappings, params, 1, lambda _, name, chunks: writers[file_of[name]].write(name, chunks))
 
 
 def _assign_files(declared: Mapping[str, tuple[tuple[int, ...], np.dtype]], shards: int | None) -> dict[str, str]:

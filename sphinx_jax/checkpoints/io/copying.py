@@ -52,7 +52,7 @@ def copy(
     order = sorted(range(source.ndim), key=lambda dim: (dim == source_dim, dim == out_dim, -source.strides[dim]))
     out, source = out.transpose(order), source.transpose(order)
     copy_band = _convert if out_dim == source_dim else _transpose
-    bands = _bands(source.shape)
+    bands = boxes(source.shape, _BAND_ELEMENTS)
     while batch := list(itertools.islice(bands, _BANDS_AT_ONCE)):
         for _ in pool.map(lambda band: copy_band(out[band], source[band]), batch):
             pass
@@ -74,11 +74,11 @@ def _fastest_dim(array: np.ndarray) -> int:
     return min((d for d in range(array.ndim) if array.shape[d] > 1), key=lambda d: abs(array.strides[d]))
 
 
-def _bands(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover an array in order, each at most _BAND_ELEMENTS if its last dimension allows."""
+def boxes(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes that cover an array in C order, each a contiguous run of at most `elements`."""
     steps, inner = [], 1
     for size in reversed(shape):
-        steps.append(max(1, min(size, _BAND_ELEMENTS // inner)))
+        steps.append(max(1, min(size, elements // inner)))
         inner *= size
     ranges = [range(0, size, step) for size, step in zip(shape, reversed(steps), strict=True)]
     for corner in itertools.product(*ranges):

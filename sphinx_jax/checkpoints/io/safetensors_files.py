@@ -7,7 +7,7 @@ dtypes, shapes and offsets, then the data.
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,5 +109,7 @@ class Writer:
         with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
             self._file.close()
 
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
+        """Write the tensor whose consecutive parts in memory order are `chunks`."""
+        for chunk in chunks:
+            self._file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)

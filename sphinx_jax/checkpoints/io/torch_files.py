@@ -9,7 +9,7 @@ import enum
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,8 +319,8 @@ class Writer:
         self._file = path.open("wb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._keys = {name: str(i) for i, name in enumerate(tensors)}
-        self._add("data.pkl", _pickle(tensors, self._keys))
-        self._add("byteorder", b"little")
+        self._add("data.pkl", [_pickle(tensors, self._keys)])
+        self._add("byteorder", [b"little"])
 
     def __enter__(self) -> "Writer":
         return self
@@ -328,7 +328,7 @@ class Writer:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                self._add("version", b"3\n")
+                self._add("version", [b"3\n"])
                 self._zip.close()
         finally:
             # A file that is not complete gets no directory, not even from the archive's destructor.
@@ -336,19 +336,21 @@ class Writer:
             with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
                 self._file.close()
 
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        self._add(f"data/{self._keys[name]}", np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
+        """Write the tensor whose consecutive parts in memory order are `chunks`."""
+        parts = (np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data for chunk in chunks)
+        self._add(f"data/{self._keys[name]}", parts)
 
-    def _add(self, name: str, data: bytes | memoryview) -> None:
+    def _add(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}")
-        info.file_size = len(data)
         # As torch does, pad the header so that the data can be mapped aligned. zipfile adds 20 bytes of 64-bit
         # sizes to the header because of `force_zip64`.
         header = self._file.tell() + _LOCAL_HEADER + len(info.filename.encode()) + 20 + 4
         padding = -header % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
         with self._zip.open(info, "w", force_zip64=True) as member:
-            member.write(data)
+            for part in parts:
+                member.write(part)
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], keys: Mapping[str, str]) -> bytes:
