@@ -15,7 +15,6 @@ A line of questions.jsonl is {"id": 1, "image": "cat.jpg" or null, "prompt": "Wh
 {"id": 1, "answer": "A cat."} as answers end. Started again, it goes on where it was.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 import sharding
-import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
 from sphinx_jax.cli import common
 from sphinx_jax.cli.infer_options import Options, check_files, check_options
+from sphinx_jax.cli.model_options import load_model, remark, start_process
 from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.config import preset
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
@@ -46,16 +45,8 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options)
-    processes = sharding.start_processes(options.processes)
-    if processes > 1:
-        common.divert_native_stdout()
-    common.enable_compilation_cache()
-    if options.simulate_devices:
-        sharding.simulate_devices(options.simulate_devices)
+    processes = start_process(options)
     sharding.broadcast_from_primary(lambda: check_files(options))
-    own_mesh = options.mesh != sharding.MeshShape()
-    mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
-    checkpoint = options.checkpoint or sharding.broadcast_from_primary(default_checkpoint)
     is_asked = bool(options.batch or options.image or options.chat or options.prompt is not None)
     if processes > 1 and is_asked and not options.batch and options.prompt is None:
         raise UserError(
@@ -64,18 +55,11 @@ def main(argv: Sequence[str]) -> int:
     held_out = sharding.broadcast_from_primary(read_held_out) if not is_asked else []
 
     compiles_ahead = options.prompt is not None and processes == 1
-    model = sphinx_jax.load(
-        checkpoint,
-        mesh,
-        options.dtype,
-        max_model_len=options.max_model_len,
-        quantize=options.quantize,
-        offload=options.offload,
+    model = load_model(
+        options,
         refuse_forged_turns=options.refuse_forged_turns,
         compile_for=compile_for(options) if compiles_ahead else None,
     )
-    sharding.check_processes(model.mesh)
-    remark(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     times = [f"loaded after {time.perf_counter() - start:.1f} s"]
     code = 0
     if options.batch:
@@ -107,14 +91,6 @@ def plan(options: Options) -> int:
         max_num_seqs=options.max_num_seqs if options.batch else 1,
         max_model_len=options.max_model_len,
     )
-
-
-def default_checkpoint() -> Path:
-    """The newest run under ./runs, or else the checkpoint that comes with the project."""
-    runs = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
-    if not runs and not sphinx_jax.SHIPPED.is_dir():
-        raise UserError(f"no run under ./runs and nothing in {sphinx_jax.SHIPPED}: run train.py, or give --checkpoint")
-    return runs[-1].parent if runs else sphinx_jax.SHIPPED
 
 
 def read_held_out() -> list[tuple[Path, str, str]]:
@@ -176,7 +152,7 @@ def answer_batch(model: Sphinx, options: Options) -> int:
         options.sampling,
         max_num_seqs=options.max_num_seqs,
         logprobs=options.logprobs,
-        prefix_bytes=None if options.prefix_cache_mib is None else options.prefix_cache_mib << 20,
+        prefix_bytes=options.prefix_bytes,
     )
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn()
     start = time.perf_counter()
@@ -187,9 +163,3 @@ def answer_batch(model: Sphinx, options: Options) -> int:
             bar.update(task, total=done.total, completed=completed, speed=done.tokens / (time.perf_counter() - start))
     remark(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")
     return 0 if done.answered or done.skipped else 1
-
-
-def remark(text: str) -> None:
-    """A remark that is no answer: dim, on standard error, of the primary process."""
-    console = Console(stderr=True, highlight=False, emoji=False, quiet=not is_primary_process())
-    console.print(text, style="dim", markup=False, soft_wrap=True)

@@ -21,7 +21,9 @@ def run(model, monkeypatch, capsys, tmp_path):
     """run(*argv) -> exit code, stdout and stderr, with the tiny model in place of any that would be loaded."""
     monkeypatch.chdir(tmp_path)
     loaded = []
-    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.load", lambda path, *_, **__: loaded.append(path) or model)
+    monkeypatch.setattr(
+        "sphinx_jax.cli.model_options.sphinx_jax.load", lambda path, *_, **__: loaded.append(path) or model
+    )
 
     def call(*argv):
         code = common.run(infer.main, [str(arg) for arg in argv])
@@ -66,7 +68,7 @@ def test_nothing_asked_shows_three_held_out_images_from_the_newest_run(run, mode
 
 def test_without_a_run_the_shipped_checkpoint_is_shown(run, monkeypatch, tmp_path):
     shipped = tmp_path / "nano"
-    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.SHIPPED", shipped)
+    monkeypatch.setattr("sphinx_jax.cli.model_options.sphinx_jax.SHIPPED", shipped)
     code, _, err = run()
     assert code == 2 and "no run under ./runs" in err
     shipped.mkdir()
@@ -77,7 +79,7 @@ def test_without_a_run_the_shipped_checkpoint_is_shown(run, monkeypatch, tmp_pat
 def test_easy_vqa_missing_is_one_line_before_anything_is_loaded(run, monkeypatch, tmp_path):
     from sphinx_jax.data import easy_vqa
 
-    monkeypatch.setattr("sphinx_jax.cli.infer.sphinx_jax.SHIPPED", tmp_path)
+    monkeypatch.setattr("sphinx_jax.cli.model_options.sphinx_jax.SHIPPED", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     easy_vqa._read.cache_clear()
     code, _, err = run()

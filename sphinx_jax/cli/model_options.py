@@ -1,0 +1,102 @@
+"""Which model runs and how it is placed: options and loading, the same for every command that runs one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+import sharding
+import sphinx_jax
+from sharding import is_primary_process
+from sphinx_jax import Sphinx, UserError
+from sphinx_jax.cli import common
+from sphinx_jax.inference.engine import MAX_MODEL_LEN
+from sphinx_jax.inference.generate import MAX_NUM_SEQS
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    checkpoint: Path | None = None
+    """Directory of a trained run, of a published SPHINX-MoE, or of a Hugging Face Mixtral. Default: the newest run
+    under ./runs, or else the small model that comes with the project."""
+    max_num_seqs: int = MAX_NUM_SEQS
+    """Sequences that run at the same time, or a few more, as many for each data-parallel group; the KV cache grows with
+    it."""
+    prefix_cache_mib: int | None = None
+    """Memory on each device for the KV cache of prefixes that questions share, such as their images; 0 turns prefix
+    reuse off. Default: as many prefixes as sequences."""
+    max_model_len: int = MAX_MODEL_LEN
+    """Positions that the image, the conversation and the answer may take together."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Number format of the weights. Default: as they are stored."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weight-only quantization of the decoder's matrices, experts included: half or a quarter of bfloat16's memory."""
+    offload: bool = False
+    """Keep the decoder's layers in host memory and copy each to the devices when it runs: slow, for a GPU on which
+    nothing else fits."""
+    mesh: sharding.MeshShape = dataclasses.field(default_factory=sharding.MeshShape)
+    """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
+    simulate_devices: int | None = None
+    """Pretend that this CPU is so many devices; with several processes, for each of them."""
+    processes: Annotated[sharding.Processes, tyro.conf.arg(name="")] = sharding.NO_PROCESSES
+
+    @property
+    def prefix_bytes(self) -> int | None:
+        """--prefix-cache-mib in bytes."""
+        return None if self.prefix_cache_mib is None else self.prefix_cache_mib << 20
+
+    def check_model_options(self) -> None:
+        """Raises UserError or LayoutError on a value outside its range."""
+        for name in ("max_num_seqs", "simulate_devices"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.prefix_cache_mib is not None and self.prefix_cache_mib < 0:
+            raise UserError(f"--prefix-cache-mib must be 0 (no reuse) or more, got {self.prefix_cache_mib}")
+        self.processes.check()
+
+
+def start_process(options: ModelOptions) -> int:
+    """Join the other processes and make the devices; returns the number of processes. Call it before jax's devices are
+    used."""
+    processes = sharding.start_processes(options.processes)
+    if processes > 1:
+        common.divert_native_stdout()
+    common.enable_compilation_cache()
+    if options.simulate_devices:
+        sharding.simulate_devices(options.simulate_devices)
+    return processes
+
+
+def load_model(options: ModelOptions, **more: Any) -> Sphinx:
+    """The model that the options name, on their mesh; `more` are arguments of `sphinx_jax.load`."""
+    own_mesh = options.mesh != sharding.MeshShape()
+    mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
+    checkpoint = options.checkpoint or sharding.broadcast_from_primary(default_checkpoint)
+    model = sphinx_jax.load(
+        checkpoint,
+        mesh,
+        options.dtype,
+        max_model_len=options.max_model_len,
+        quantize=options.quantize,
+        offload=options.offload,
+        **more,
+    )
+    sharding.check_processes(model.mesh)
+    remark(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
+    return model
+
+
+def default_checkpoint() -> Path:
+    """The newest run under ./runs, or else the checkpoint that comes with the project."""
+    runs = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    if not runs and not sphinx_jax.SHIPPED.is_dir():
+        raise UserError(f"no run under ./runs and nothing in {sphinx_jax.SHIPPED}: run train.py, or give --checkpoint")
+    return runs[-1].parent if runs else sphinx_jax.SHIPPED
+
+
+def remark(text: str) -> None:
+    """A remark that is no answer: dim, on standard error, of the primary process."""
+    console = Console(stderr=True, highlight=False, emoji=False, quiet=not is_primary_process())
+    console.print(text, style="dim", markup=False, soft_wrap=True)
