@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from sphinx_jax.checkpoints.assets import has_tokenizer
+from sphinx_jax.checkpoints.assets import has_tokenizer, read_assets
 from sphinx_jax.checkpoints.loaded_model import abstract_adapters
 from sphinx_jax.checkpoints.source import Adapters, CheckpointSource, read_json
 from sphinx_jax.checkpoints.writer import write_json
@@ -91,8 +91,9 @@ def open_directory(
             "sphinx-jax convert RUN DIR --step N"
         )
     subtree = () if train_state is None else ("params", "adapters")
-    # The base's tokenizer may be more than the copy of tokenizer.model that a run has.
-    with_tokenizer = base.asset_directory or (base.path if has_tokenizer(base.assets) else None)
+    # A run has the tokenizer that it was trained with; adapters alone have the base's.
+    own_tokenizer = has_tokenizer(read_assets(path))
+    with_tokenizer = None if own_tokenizer else base.asset_directory or base.path
     factors = _read_factors(train_state or path / "adapters", subtree, base.config, info.lora)
     adapters = (*base.adapters, Adapters(info.lora.scale, factors))
     return dataclasses.replace(base, path=path, asset_directory=with_tokenizer, adapters=adapters)

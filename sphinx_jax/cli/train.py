@@ -1,12 +1,13 @@
 """Train SPHINX-MoE on any mesh. With no arguments: the nano preset, from scratch, on easy-vqa."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sharding
 from sharding import is_primary_process
 from sphinx_jax import checkpoints
+from sphinx_jax.checkpoints import CheckpointSource
 from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
 from sphinx_jax.cli.train_options import Options
@@ -14,8 +15,10 @@ from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.easy_vqa import IMAGE_SIZE
 from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tasks import EasyVqa, Task, YamlData
+from sphinx_jax.data.tokenizer_files import without_chat_template
 from sphinx_jax.errors import UserError
 from sphinx_jax.memory_plan.training import BatchShapes, shapes_of, training_batch
+from sphinx_jax.sphinx import check_tokenizer
 from sphinx_jax.training import run_directory
 from sphinx_jax.training.auxiliary_probe import auxiliary_probe
 from sphinx_jax.training.program import train_program
@@ -63,11 +66,12 @@ def run(options: Options) -> None:
 
     # A frozen LoRA base is stored in the compute dtype; trainable parameters are float32.
     dtype = options.train.dtype if options.train.stage == "lora" else "float32"
-    checkpoint = checkpoints.load(options.init, mesh, dtype, unstacked=False) if options.init else None
+    source = checkpoints.open(options.init) if options.init else None
+    tokenizer_files = starting_tokenizer(source) if source else run_directory.tokenizer_files(out, options.resume)
+    checkpoint = checkpoints.load(source, mesh, dtype, unstacked=False) if source else None
     config = checkpoint.config if checkpoint else preset(options.preset)
     skipped = SkippedRecords(options.max_skipped)
-    tokenizer_bytes = checkpoint.tokenizer_bytes if checkpoint else run_directory.tokenizer_bytes(out, options.resume)
-    task = make_task(options, config, tokenizer_bytes, skipped)
+    task = make_task(options, config, tokenizer_files, skipped)
     train_config = options.train_config(task.examples)
     program = train_program(config, train_config, mesh, make_auxiliary_loss(options, config))
     task.batches(train_config.batch_size, train_config.seed)  # raises UserError if the data cannot fill a batch
@@ -77,8 +81,8 @@ def run(options: Options) -> None:
     run_directory.prepare(out, described, options.overwrite)
     if is_primary_process():
         skipped.log_to(out / "skipped.jsonl")
-        if train_config.lora and options.init:
-            checkpoints.lora.write_adapter_info(out, checkpoints.open(options.init), train_config.lora)
+        if train_config.lora and source:
+            checkpoints.lora.write_adapter_info(out, source, train_config.lora)
     initial_model = checkpoint.params if checkpoint else None
     summary = train(program, task, out, run_config=options.run, resume=options.resume, initial_model=initial_model)
     if not is_primary_process():
@@ -107,11 +111,19 @@ def plan(options: Options) -> int:
     return plan_training(options.planning, name, config, options.mesh, options.train, batch, auxiliary_loss)
 
 
-def make_task(options: Options, config: SphinxConfig, tokenizer_bytes: bytes | None, skipped: SkippedRecords) -> Task:
+def starting_tokenizer(source: CheckpointSource) -> dict[str, bytes]:
+    """The tokenizer's files of the checkpoint to start from. Raises UserError if it has none of its own."""
+    check_tokenizer(source)
+    return without_chat_template(source.assets)
+
+
+def make_task(
+    options: Options, config: SphinxConfig, tokenizer_files: Mapping[str, bytes] | None, skipped: SkippedRecords
+) -> Task:
     if options.data == "easy-vqa":
-        return EasyVqa(config, tokenizer_bytes, validation_split=options.validation_split)
+        return EasyVqa(config, tokenizer_files, validation_split=options.validation_split)
     if Path(options.data).suffix in (".yaml", ".yml"):
-        return YamlData(Path(options.data), config, tokenizer_bytes, skipped, options.yaml)
+        return YamlData(Path(options.data), config, tokenizer_files, skipped, options.yaml)
     raise UserError(f"--data {options.data}: unknown; give easy-vqa or a .yaml file")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,8 @@ from sphinx_jax.data.batching import ItemReader, held_out_batches, packed_sequen
 from sphinx_jax.data.dataset import Batch
 from sphinx_jax.data.images import ImageTransform
 from sphinx_jax.data.skipped_records import SkippedRecords
-from sphinx_jax.data.tokenizer import Tokenizer, train_tokenizer
+from sphinx_jax.data.tokenizer import train_tokenizer
+from sphinx_jax.data.tokenizer_files import load_tokenizer
 from sphinx_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 class Task(Protocol):
     """Training batches, held-out batches, and the accuracy on these."""
 
-    tokenizer_bytes: bytes
+    tokenizer_files: Mapping[str, bytes]
+    """The tokenizer, as the files of a checkpoint: names to contents."""
     examples: int
     """Sequences in one epoch."""
     fingerprint: str
@@ -66,7 +68,7 @@ class EasyVqa:
     def __init__(
         self,
         config: SphinxConfig,
-        tokenizer_bytes: bytes | None,
+        tokenizer_files: Mapping[str, bytes] | None,
         conversations_per_image: int = 4,
         *,
         validation_split: bool = False,
@@ -80,10 +82,11 @@ class EasyVqa:
         self._train = easy_vqa.load("tuning" if validation_split else "train")
         self._held_out = easy_vqa.load("validation" if validation_split else "test")
         self._conversations_per_image = conversations_per_image
-        self.tokenizer_bytes = tokenizer_bytes or train_tokenizer(
-            easy_vqa.texts(self._train), config.language.vocab_size, fold_case=True
-        )
-        self._tokenizer = Tokenizer(self.tokenizer_bytes)
+        vocab_size = config.language.vocab_size
+        self.tokenizer_files = tokenizer_files or {
+            "tokenizer.model": train_tokenizer(easy_vqa.texts(self._train), vocab_size, fold_case=True)
+        }
+        self._tokenizer = load_tokenizer(self.tokenizer_files, vocab_size, "the run")
         self.examples = len(self._train)
         self.fingerprint = f"easy-vqa, {'validation split' if validation_split else 'test set'}"
 
@@ -144,7 +147,7 @@ class YamlData:
         self,
         file: Path,
         config: SphinxConfig,
-        tokenizer_bytes: bytes | None,
+        tokenizer_files: Mapping[str, bytes] | None,
         skipped: SkippedRecords,
         options: YamlOptions = YamlOptions(),
     ):
@@ -154,9 +157,10 @@ class YamlData:
             raise UserError(f"{file} has images and the model has no encoders; choose a preset with encoders")
         _check_images(annotations)
         train, held_out = split_held_out(annotations, file)
-        self.tokenizer_bytes = tokenizer_bytes or _train_tokenizer(train, config.language.vocab_size, file)
+        vocab_size = config.language.vocab_size
+        self.tokenizer_files = tokenizer_files or {"tokenizer.model": _train_tokenizer(train, vocab_size, file)}
         self._reader = ItemReader(
-            Tokenizer(self.tokenizer_bytes),
+            load_tokenizer(self.tokenizer_files, vocab_size, "the run"),
             options.max_length,
             config.vision.image_size if config.vision else 0,
             config.num_image_tokens,

@@ -54,6 +54,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def without_chat_template(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer's files of a model that is trained with this program's own template, and prompted with it."""
+    kept = {name: data for name, data in files.items() if name != "chat_template.jinja"}
+    config = _read(files, "tokenizer_config.json", "the checkpoint")
+    if "chat_template" in config:
+        del config["chat_template"]
+        kept["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    return kept
+
+
 def _read(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no file. Raises UserError if it holds something else."""
     if name not in files:

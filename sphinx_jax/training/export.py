@@ -11,22 +11,23 @@ from jax.sharding import Mesh
 import sharding
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora, reader
+from sphinx_jax.checkpoints.assets import Assets, read_assets, write_assets
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
 
 
-def write_description(run: Path, config: SphinxConfig, tokenizer_bytes: bytes) -> None:
+def write_description(run: Path, config: SphinxConfig, tokenizer_files: Assets) -> None:
     """Write the model config and the tokenizer of a run that starts; its checkpoints hold arrays only."""
     (run / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    (run / "tokenizer.model").write_bytes(tokenizer_bytes)
+    write_assets(run, tokenizer_files)
 
 
-def read_description(run: Path) -> tuple[SphinxConfig, bytes]:
+def read_description(run: Path) -> tuple[SphinxConfig, Assets]:
     """Inverse of `write_description`. Raises UserError if `run` is not a run's directory."""
     try:
         config = SphinxConfig.from_dict(json.loads((run / "model.json").read_text()))
-        return config, (run / "tokenizer.model").read_bytes()
+        return config, read_assets(run)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{run} is not a run's directory, or a damaged one: {error}; give the directory of --out"
@@ -79,9 +80,9 @@ def export_step(
 
     Raises UserError if `run` has no such checkpoint, or as `checkpoints.save` does.
     """
-    config, tokenizer_bytes = read_description(run)
+    config, tokenizer_files = read_description(run)
     checkpoints.check_destination(destination)
     step = choose_step(run, step)
     weights = read_weights(run, step, config, sharding.make_mesh(), dtype)
-    checkpoints.save(destination, config, weights, tokenizer_bytes, format, shards)
+    checkpoints.save(destination, config, weights, tokenizer_files, format, shards)
     return step

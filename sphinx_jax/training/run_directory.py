@@ -11,6 +11,7 @@ import jax
 from sharding import barrier, is_primary_process
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora
+from sphinx_jax.checkpoints.assets import has_tokenizer, read_assets
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.train_config import TrainConfig
@@ -83,7 +84,7 @@ def prepare(out: Path, options: dict[str, Any], overwrite: bool) -> None:
     barrier("run directory created")
 
 
-def tokenizer_bytes(out: Path, resume: bool) -> bytes | None:
+def tokenizer_files(out: Path, resume: bool) -> dict[str, bytes] | None:
     """The tokenizer of a run to resume, if it was written yet: one trained on data that has changed would differ."""
-    file = out / "tokenizer.model"
-    return file.read_bytes() if resume and file.exists() else None
+    assets = read_assets(out) if resume else {}
+    return assets if has_tokenizer(assets) else None

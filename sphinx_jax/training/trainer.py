@@ -84,7 +84,7 @@ def train(
     start_time = time.monotonic()
     train_config, mesh = program.train_config, program.mesh
     if is_primary_process():
-        write_description(out, program.config, task.tokenizer_bytes)
+        write_description(out, program.config, task.tokenizer_files)
     batches = task.batches(train_config.batch_size, train_config.seed)
     store = CheckpointStore(out / "checkpoints", run_config.keep_last, run_config.keep_best)
     restored = store.restore(program.state) if resume else None
@@ -245,14 +245,14 @@ def write_weights(out: Path, config: SphinxConfig, state: TrainState, task: Task
         lora.save(out, state.params["adapters"])
         return
     partial = out / "weights.partial"
-    native.save(partial, config, state.params["model"], task.tokenizer_bytes, overwrite=True)
+    native.save(partial, config, state.params["model"], task.tokenizer_files, overwrite=True)
     if not is_primary_process():
         return
-    for name in ("params", "tokenizer.model", "config.json"):
-        target = out / name
+    for written in sorted(partial.iterdir(), key=lambda path: path.is_file()):
+        target = out / written.name
         if target.is_dir():
             shutil.rmtree(target)
-        (partial / name).replace(target)
+        written.replace(target)
     partial.rmdir()
 
 
