@@ -77,11 +77,11 @@ class OurModel:
         chunks = [self._chunk(tokens[:, start : start + chunk_len], start) for start in range(0, length, chunk_len)]
 
         def args(chunk: steps.Chunk, state: steps.State) -> tuple:
-            return self.params, state, chunk, None, self._stops
+            return self.params, state, chunk, None, self._stops, np.False_
 
-        programs = [self._programs.prefill(abstract, True, False).compile(args(chunks[0], abstract), self.mesh)]
+        programs = [self._programs.prefill(abstract, True).compile(args(chunks[0], abstract), self.mesh)]
         if len(chunks) > 1:
-            chunked = self._programs.prefill(abstract, False, False)
+            chunked = self._programs.prefill(abstract, False)
             programs.append(chunked.compile(args(chunks[1], abstract), self.mesh))
         states: list[steps.State] = []
 
@@ -139,9 +139,10 @@ class OurModel:
 
         def args(state: steps.State) -> tuple:
             """The state is reset: every repetition decodes at the same positions."""
-            return self.params, state._replace(**first), cancelled, self._stops, np.int32(DECODE_STEPS), np.int32(0)
+            options = np.int32(DECODE_STEPS), np.int32(0), np.False_
+            return self.params, state._replace(**first), cancelled, self._stops, *options
 
-        program = self._programs.decode(abstract, cache_len, False).compile(args(abstract), self.mesh)
+        program = self._programs.decode(abstract, cache_len).compile(args(abstract), self.mesh)
         states: list[steps.State] = []
 
         def run() -> None:

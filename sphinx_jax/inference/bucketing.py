@@ -1,5 +1,7 @@
 """The shapes that requests are rounded up to, so that few programs serve them all."""
 
+from typing import NamedTuple
+
 from jax.sharding import Mesh
 
 import sharding
@@ -10,15 +12,38 @@ LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCHES = (1, 4, 16)
 """Prompts of a prefill chunk, in each data-parallel group."""
 
+PREFILL_BUDGET = 8192
+"""Tokens of all prompts in one prefill chunk at most, in each data-parallel group: memory grows with them."""
+
+INTERACTIVE_BUDGET = 2048
+"""The same while sequences stream: they stand still for one chunk at most. Image tokens count."""
+
 MIN_KV_LEN = 256
 
 
-def bucket(n: int) -> int:
-    """The least of LENGTHS, or of 3,072, 4,096, 6,144, 8,192, ... past them, that is `n` or more."""
-    for size in LENGTHS:
+class ChunkSizes(NamedTuple):
+    """The prefill chunks that a scheduler makes. Each size is a program: fewer are compiled sooner and padded more."""
+
+    lengths: tuple[int, ...]
+    """Tokens of a prompt, padding included."""
+    batches: tuple[int, ...]
+    """Prompts in each data-parallel group, padding included: the first of BATCHES."""
+    budget: int
+    """Tokens of all prompts of a group at most, image tokens included."""
+
+
+FILE_CHUNKS = ChunkSizes(LENGTHS, BATCHES, PREFILL_BUDGET)
+
+SERVER_CHUNKS = ChunkSizes((32, 128, 256, 512, 1024, 2048), BATCHES[:2], INTERACTIVE_BUDGET)
+"""So few that all of them are compiled before the first request: `warmup.compile_all`."""
+
+
+def bucket(n: int, lengths: tuple[int, ...] = LENGTHS) -> int:
+    """The least of `lengths`, or of 3,072, 4,096, 6,144, 8,192, ... past them, that is `n` or more."""
+    for size in lengths:
         if size >= n:
             return size
-    size = LENGTHS[-1]
+    size = lengths[-1]
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
@@ -27,6 +52,15 @@ def bucket(n: int) -> int:
 def batch_bucket(n: int) -> int:
     """The least of BATCHES that is `n` or more."""
     return next(size for size in BATCHES if size >= n)
+
+
+def prompts_per_chunk(length: int, num_image_tokens: int, chunks: ChunkSizes, groups: int) -> int:
+    """How many prompts of `length` tokens, after an image or none, a chunk holds in each of `groups` at most."""
+    most = max(chunks.budget // (length + num_image_tokens), 1)
+    if num_image_tokens:
+        # Image embeddings are on every device.
+        most = min(most, max(BATCHES[-1] // groups, 1))
+    return max(size for size in chunks.batches if size <= most)
 
 
 def power_of_two(n: int) -> int:
@@ -56,13 +90,22 @@ def prefill_tokens(mesh: Mesh) -> int:
         return 2048 if sharding.compute_capability() in ("9.0", "10.0") else 512
 
 
-def padded_len(num_tokens: int, chunk: int) -> int:
-    """Positions that so many tokens take while they are prefilled in chunks of `chunk`: the last one is padded."""
+def padded_len(num_tokens: int, chunk: int, lengths: tuple[int, ...] = LENGTHS) -> int:
+    """Positions that so many tokens take while they are prefilled in chunks of `chunk`: the last one is padded to one
+    of `lengths`.
+    """
     rest = num_tokens % chunk
-    return num_tokens - rest + (bucket(rest) if rest else 0)
+    return num_tokens - rest + (bucket(rest, lengths) if rest else 0)
 
 
-def positions_for(text_len: int, num_image_tokens: int, max_new_tokens: int, max_model_len: int, chunk: int) -> int:
+def positions_for(
+    text_len: int,
+    num_image_tokens: int,
+    max_new_tokens: int,
+    max_model_len: int,
+    chunk: int,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> int:
     """Cache positions that a prompt of so many text and image tokens, padded, and its answer need at least."""
     answered = min(num_image_tokens + text_len + max_new_tokens, max_model_len)
-    return max(num_image_tokens + padded_len(text_len, chunk), answered)
+    return max(num_image_tokens + padded_len(text_len, chunk, lengths), answered)

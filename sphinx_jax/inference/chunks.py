@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from sphinx_jax.inference.bucketing import bucket
+from sphinx_jax.inference.bucketing import LENGTHS, bucket
 from sphinx_jax.inference.data_parallel import assign
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Request
@@ -28,31 +28,18 @@ class Pick(NamedTuple):
 
 
 def build_chunk(
-    engine: Engine, state: State, picks: SequenceOf[Pick]
+    engine: Engine, state: State, picks: SequenceOf[Pick], lengths: tuple[int, ...] = LENGTHS
 ) -> tuple[Chunk, tuple[Float[Array, "crops tokens dim"], ...] | None, list[int | None]]:
     """The chunk, the image embeddings that go with it, and which pick each of its places is (None: padding).
 
-    All picks begin their prompt with an image in this chunk, or none does.
+    All picks begin their prompt with an image in this chunk, or none does. Tokens are padded to one of `lengths`.
     """
     places = assign([pick.sequence.slot for pick in picks], engine.groups, state.num_seqs)
-    batch, text = len(places), bucket(max(pick.length for pick in picks))
+    text = bucket(max(pick.length for pick in picks), lengths)
+    # Padding starts where the first pick does: a chunk that is every prompt's first stays one.
+    chunk = empty_chunk(engine, state, len(places), text, _start(engine, picks[0].sequence))
     params = [GREEDY if i is None else picks[i].sequence.request.params for i in places]
-    # Arrays of numpy: they become the device's when the program is called.
-    fields: dict[str, Any] = {
-        "slot": np.full(batch, state.num_seqs, np.int32),
-        "tokens": np.zeros((batch, text), np.int32),
-        "length": np.ones(batch, np.int32),
-        # Padding starts where the first pick does: a chunk that is every prompt's first stays one.
-        "start": np.full(batch, _start(engine, picks[0].sequence), np.int32),
-        "source": np.full(batch, state.num_prefixes, np.int32),
-        "target": np.full(batch, state.num_prefixes, np.int32),
-        "last": np.zeros(batch, bool),
-        "limit": np.ones(batch, np.int32),
-        "stop": np.full(batch, FIRST, np.int32),
-        "seeds": np.zeros((batch, 2), np.uint32),
-        "seen": np.zeros((batch, engine.config.language.padded_vocab_size), bool),
-        "sampling": SamplingArrays.of(params),
-    }
+    fields: dict[str, Any] = chunk._asdict() | {"sampling": SamplingArrays.of(params)}
     for place, i in enumerate(places):
         if i is None:
             continue
@@ -84,6 +71,27 @@ def _first_stop_state(request: Request) -> int:
     if request.params.ignore_eos:
         return NEVER
     return EOS_ONLY if request.raw else FIRST
+
+
+def empty_chunk(engine: Engine, state: State, batch: int, text: int, start: int) -> Chunk:
+    """A chunk of padding alone, after `start` cache positions: numpy's arrays, which are the device's once the program
+    is called.
+    """
+    fields: dict[str, Any] = {
+        "slot": np.full(batch, state.num_seqs, np.int32),
+        "tokens": np.zeros((batch, text), np.int32),
+        "length": np.ones(batch, np.int32),
+        "start": np.full(batch, start, np.int32),
+        "source": np.full(batch, state.num_prefixes, np.int32),
+        "target": np.full(batch, state.num_prefixes, np.int32),
+        "last": np.zeros(batch, bool),
+        "limit": np.ones(batch, np.int32),
+        "stop": np.full(batch, FIRST, np.int32),
+        "seeds": np.zeros((batch, 2), np.uint32),
+        "seen": np.zeros((batch, engine.config.language.padded_vocab_size), bool),
+        "sampling": SamplingArrays.of([GREEDY] * batch),
+    }
+    return Chunk(**fields)
 
 
 def _start(engine: Engine, sequence: Sequence) -> int:

@@ -21,9 +21,10 @@ from sphinx_jax.data.conversation import DEFAULT_TEMPLATE
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.bucketing import bucket, positions_for, power_of_two, prefill_tokens
+from sphinx_jax.inference.bucketing import LENGTHS, bucket, positions_for, power_of_two, prefill_tokens
 from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.programs import Programs, StateShape
+from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadded
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.stop_strings import stop_table
 
@@ -49,7 +50,8 @@ def _abstract_results(compiled: jax.stages.Compiled) -> Any:
 class Engine:
     """A model ready to run. `params` hold the decoder's layers unstacked and are placed on `mesh`.
 
-    As long as they are abstract, programs are compiled and not run, and return shapes: see `generate.compile_alone`.
+    As long as they or other arguments are abstract, programs are compiled and not run, and return shapes: see
+    `generate.compile_alone` and `warmup`.
     """
 
     def __init__(
@@ -97,16 +99,17 @@ class Engine:
 
     def _run(self, key: tuple, program: Program, *args: Any) -> Any:
         """`program` compiled for the shapes and shardings of `args`, which `key` names, and run."""
+        compiled = self._compile(key, program, args)
+        table = self.params["language"]["embedding"]["table"]
+        is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((table, args)))
+        return _abstract_results(compiled) if is_abstract else compiled(*args)
+
+    def _compile(self, key: tuple, program: Program, args: tuple) -> jax.stages.Compiled:
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = program.compile(args, self.mesh)
             self.compile_seconds += time.perf_counter() - start
-        compiled = self._compiled[key]
-        return _abstract_results(compiled) if self._is_abstract else compiled(*args)
-
-    @property
-    def _is_abstract(self) -> bool:
-        return isinstance(self.params["language"]["embedding"]["table"], jax.ShapeDtypeStruct)
+        return self._compiled[key]
 
     def new_state(self, shape: StateShape) -> steps.State:
         """Free batch slots and an empty pool of prefixes.
@@ -126,6 +129,10 @@ class Engine:
                 f"{self._what_fits(needed / (shape.num_seqs * shape.cache_len))}"
             ) from error
 
+    def abstract_state(self, shape: StateShape) -> steps.State:
+        """The shapes of `new_state`, whose program is compiled."""
+        return _abstract_results(self._compile(("state", shape), self._programs.new_state(shape), ()))
+
     def round_up(self, count: int) -> int:
         """As many batch slots, or prefixes, or a few more: as many for each data-parallel group."""
         return round_up_to_groups(count, self.groups)
@@ -143,15 +150,15 @@ class Engine:
         return f"about {max(positions, 0)} positions over all sequences would fit"
 
     def prefill(
-        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, top_logprobs: bool
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, wants_top: bool
     ) -> tuple[steps.State, steps.Sampled]:
         """One chunk of some prompts into their slots. Donates the state. The parts of the KV cache before the chunk
         are read unless every prompt begins in it.
         """
         first_chunk = not chunk.start.any()
-        key = ("prefill", *state.sizes, *chunk.tokens.shape, image_embeds is not None, first_chunk, top_logprobs)
-        program = self._programs.prefill(state, first_chunk, top_logprobs)
-        return self._run(key, program, self.params, state, chunk, image_embeds, self.stops)
+        key = ("prefill", *state.sizes, *chunk.tokens.shape, image_embeds is not None, first_chunk)
+        program = self._programs.prefill(state, first_chunk)
+        return self._run(key, program, self.params, state, chunk, image_embeds, self.stops, np.bool_(wants_top))
 
     def decode(
         self,
@@ -160,14 +167,14 @@ class Engine:
         num_steps: int,
         until: int,
         kv_len: int,
-        top_logprobs: bool,
+        wants_top: bool,
     ) -> tuple[steps.State, steps.Sampled]:
         """Up to `num_steps` more tokens for each running sequence, or until no more than `until` run. Donates the
         state. No running sequence may grow past `kv_len` cache positions.
         """
-        args = (self.params, state, cancelled, self.stops, np.int32(num_steps), np.int32(until))
-        program = self._programs.decode(state, kv_len, top_logprobs)
-        return self._run(("decode", *state.sizes, kv_len, top_logprobs), program, *args)
+        args = (self.params, state, cancelled, self.stops, np.int32(num_steps), np.int32(until), np.bool_(wants_top))
+        program = self._programs.decode(state, kv_len)
+        return self._run(("decode", *state.sizes, kv_len), program, *args)
 
     @property
     def stops(self) -> Array:
@@ -181,6 +188,11 @@ class Engine:
 
     # Images
 
+    @property
+    def image_cache_bytes(self) -> int:
+        """Image embeddings kept on the device."""
+        return sum(embeds.nbytes for embeds in list(self._image_embeds.values()))
+
     def forget_images(self) -> None:
         """Drop all image embeddings."""
         self._image_embeds.clear()
@@ -192,22 +204,35 @@ class Engine:
         wanted = {image.digest: image for image in images}
         found = {digest: self._image_embeds[digest] for digest in wanted if digest in self._image_embeds}
         new = [digest for digest in wanted if digest not in found]
-        at_once = max(1, ENCODE_PIXELS // self.config.vision.image_size**2)
-        for first in range(0, len(new), at_once):
-            group = new[first : first + at_once]
+        for first in range(0, len(new), self.max_images):
+            group = new[first : first + self.max_images]
             found |= dict(zip(group, self._encode([wanted[digest] for digest in group]), strict=False))
         self.images_encoded += len(new)
         for digest, embeds in found.items():
             self._image_embeds[digest] = embeds
             self._image_embeds.move_to_end(digest)
-        while len(self._image_embeds) > 1 and sum(e.nbytes for e in self._image_embeds.values()) > IMAGE_CACHE_BYTES:
+        while len(self._image_embeds) > 1 and self.image_cache_bytes > IMAGE_CACHE_BYTES:
             self._image_embeds.popitem(last=False)
         return [found[image.digest] for image in images]
 
     def _encode(self, images: list[PreparedImage]) -> tuple[Float[Array, "crops tokens dim"], ...]:
         padding = images[:1] * (power_of_two(len(images)) - len(images))
-        batch = np.stack([image.normalised() for image in images + padding])
-        return self._run(("encode", len(batch)), self._programs.encode(), self.params, batch)
+        return self._run_encoders(np.stack([image.normalised() for image in images + padding]))
+
+    def abstract_embeds(self, num_images: int) -> tuple[Float[Array, "crops tokens dim"], ...]:
+        """The shapes of the embeddings of so many images, a power of two; the encoders' program is compiled."""
+        assert self.config.vision is not None
+        size = self.config.vision.image_size
+        return self._run_encoders(jax.ShapeDtypeStruct((num_images, size, size, 3), np.float32))
+
+    def _run_encoders(self, images: Any) -> tuple[Float[Array, "crops tokens dim"], ...]:
+        return self._run(("encode", images.shape[0]), self._programs.encode(), self.params, images)
+
+    @property
+    def max_images(self) -> int:
+        """Images encoded in one call at most."""
+        assert self.config.vision is not None
+        return max(1, ENCODE_PIXELS // self.config.vision.image_size**2)
 
     # The whole model at once
 
@@ -218,6 +243,12 @@ class Engine:
         pixels = np.stack([image.normalised() for image in images]) if images else None
         key = ("logits", *tokens.shape, pixels is not None)
         return self._run(key, self._programs.logits(), self.params, tokens, pixels)
+
+    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+        """Log-probabilities of the tokens of a text, each given those before it."""
+        row = padded(tokens)
+        scored = self._run(("prompt logprobs", row.shape[1]), self._programs.score(), self.params, row)
+        return unpadded(tokens, jax.device_get(scored))
 
     # Requests
 
@@ -233,8 +264,8 @@ class Engine:
             )
         return length
 
-    def positions_needed(self, request: Request) -> int:
-        """Cache positions that the prompt, padded as it is prefilled, and its answer need."""
+    def positions_needed(self, request: Request, lengths: tuple[int, ...] = LENGTHS) -> int:
+        """Cache positions that the prompt, padded to chunks of `lengths`, and its answer need."""
         num_image_tokens = self.prompt_len(request) - len(request.tokens)
         return positions_for(
             len(request.tokens),
@@ -242,7 +273,26 @@ class Engine:
             request.params.max_new_tokens,
             self.max_model_len,
             self.prefill_tokens,
+            lengths,
         )
+
+    def longest_cache(self, lengths: tuple[int, ...]) -> int:
+        """Cache positions with which no prompt of `max_model_len` is refused: prompts are padded to `lengths`."""
+        longest, images = self.max_model_len - 1, {0, self.config.num_image_tokens}
+        return max(
+            positions_for(longest - image, image, 1, self.max_model_len, self.prefill_tokens, lengths)
+            for image in images
+            if image < longest
+        )
+
+    def cache_len_of_all(self, lengths: tuple[int, ...]) -> int:
+        """Cache positions of a sequence that hold every prompt that fits, padded to chunks of `lengths`."""
+        longest = max(
+            positions_for(text, image, 1, self.max_model_len, self.prefill_tokens, lengths)
+            for image in {0, self.config.num_image_tokens if self.config.vision else 0}
+            for text in range(1, max(self.max_model_len - image, 2))
+        )
+        return -(-longest // 128) * 128
 
     def prefix_len(self, cache_len: int) -> int:
         """Cache positions of a prefix of the pool: an image and the template before it, or a system text."""

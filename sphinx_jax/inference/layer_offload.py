@@ -20,8 +20,10 @@ import sharding
 from sharding import Program, named_sharding
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.tokenizer import Tokenizer
+from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.engine import MAX_MODEL_LEN, Engine
+from sphinx_jax.inference.prompt_logprobs import PromptLogprobs
 from sphinx_jax.inference.requests import PreparedImage
 from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.language.attention import LayerCache
@@ -52,6 +54,15 @@ def split_layers(params: dict) -> tuple[dict, list[dict]]:
     language = params["language"]
     layers = [language["layers"][i] for i in range(len(language["layers"]))]
     return params | {"language": language | {"layers": {}}}, layers
+
+
+def _abstract_on_device(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("device"))
+
+
+def _is_abstract(state: steps.State) -> bool:
+    """Whether programs are to be compiled and not run."""
+    return isinstance(state.length, jax.ShapeDtypeStruct)
 
 
 class LayerPrograms:
@@ -103,15 +114,15 @@ class LayerPrograms:
         out = self.hidden_sharding(batch, length), sharding.shardings_of(cache), sharding.shardings_of(prefixes)
         return Program(function, (1, 3, 4), out, slices_in_place=True)
 
-    def prefill_finish(self, rest: steps.State, top_logprobs: bool) -> Program:
-        """params, state without caches, chunk, hidden states, stops -> state, sampled."""
+    def prefill_finish(self, rest: steps.State) -> Program:
+        """params, state without caches, chunk, hidden states, stops, wants_top -> state, sampled."""
 
         def function(
-            params: dict, rest: steps.State, chunk: steps.Chunk, x: Hidden, stops: Array
+            params: dict, rest: steps.State, chunk: steps.Chunk, x: Hidden, stops: Array, wants_top: Array
         ) -> tuple[steps.State, steps.Sampled]:
             model = bind(self.graph, params)
             x = model.language.norm(x)
-            return steps.prefill_finish(model, self._vocab_size, top_logprobs, rest, chunk, x, stops)
+            return steps.prefill_finish(model, self._vocab_size, rest, chunk, x, stops, wants_top)
 
         return Program(function, (1,), (sharding.shardings_of(rest), self._replicated))
 
@@ -133,13 +144,15 @@ class LayerPrograms:
 
         return Program(function, (1, 3), (self.hidden_sharding(len(cache.k), 1), sharding.shardings_of(cache)))
 
-    def decode_finish(self, rest: steps.State, top_logprobs: bool) -> Program:
-        """params, state without caches, hidden states, stops -> state, sampled."""
+    def decode_finish(self, rest: steps.State) -> Program:
+        """params, state without caches, hidden states, stops, wants_top -> state, sampled."""
 
-        def function(params: dict, rest: steps.State, x: Hidden, stops: Array) -> tuple[steps.State, steps.Sampled]:
+        def function(
+            params: dict, rest: steps.State, x: Hidden, stops: Array, wants_top: Array
+        ) -> tuple[steps.State, steps.Sampled]:
             model = bind(self.graph, params)
             x = model.language.norm(x)
-            return steps.decode_finish(model, self._vocab_size, top_logprobs, rest, x, stops)
+            return steps.decode_finish(model, self._vocab_size, rest, x, stops, wants_top)
 
         return Program(function, (1,), (sharding.shardings_of(rest), self._replicated))
 
@@ -189,7 +202,12 @@ class OffloadEngine(Engine):
         )
 
     def _through_layers(self, x: Hidden, run: Callable[[int, dict, Hidden], Hidden]) -> Hidden:
-        """x = run(i, layer i, x) for each layer, while the next one is being copied."""
+        """x = run(i, layer i, x) for each layer, while the next one is being copied.
+
+        If `x` is abstract, programs are compiled: layers share them.
+        """
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return run(0, jax.tree.map(_abstract_on_device, self._layers[0]), x)
         for i in range(len(self._layers)):
             # The layer before has ended: only now is there room for one more.
             jax.block_until_ready(x)
@@ -203,11 +221,13 @@ class OffloadEngine(Engine):
         return x
 
     def prefill(
-        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, top_logprobs: bool
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, wants_top: bool
     ) -> tuple[steps.State, steps.Sampled]:
         """As `Engine.prefill`, layer by layer."""
         programs, first_chunk, rest = self._by_layer, not chunk.start.any(), state.without_cache
         cache, prefixes = list(state.cache), list(state.prefixes)
+        if _is_abstract(state):
+            chunk = jax.eval_shape(lambda: chunk)
         batch, text = chunk.tokens.shape
         length = text + (self.config.num_image_tokens if image_embeds is not None else 0)
         size = (*state.sizes, batch, length)
@@ -224,9 +244,9 @@ class OffloadEngine(Engine):
             return x
 
         x = self._through_layers(x, layer)
-        args = (self.params, rest, chunk, x, self.stops)
-        program = programs.prefill_finish(rest, top_logprobs)
-        rest, sampled = self._run(("prefill finish", *size, top_logprobs), program, *args)
+        args = (self.params, rest, chunk, x, self.stops, np.bool_(wants_top))
+        program = programs.prefill_finish(rest)
+        rest, sampled = self._run(("prefill finish", *size), program, *args)
         return rest._replace(cache=cache, prefixes=prefixes), sampled
 
     def decode(
@@ -236,11 +256,10 @@ class OffloadEngine(Engine):
         num_steps: int,
         until: int,
         kv_len: int,
-        top_logprobs: bool,
+        wants_top: bool,
     ) -> tuple[steps.State, steps.Sampled]:
         """As `Engine.decode`, token by token."""
-        programs, cache = self._by_layer, list(state.cache)
-        rest = state.without_cache._replace(done=state.done | cancelled)
+        programs, cache, positions = self._by_layer, list(state.cache), None
         size = state.num_seqs, state.cache_len
 
         def layer(i: int, params: dict, x: Hidden) -> Hidden:
@@ -248,20 +267,31 @@ class OffloadEngine(Engine):
             x, cache[i] = self._run(("decode layer", *size, kv_len), programs.decode_layer(cache[i], kv_len), *args)
             return x
 
-        columns: list[steps.Sampled] = []
-        sampled = jax.device_get(steps.empty_sampled(rest, 0, top_logprobs))
-        while len(columns) < num_steps and np.sum(~np.asarray(sampled.done)) > until:
+        def step(rest: steps.State) -> tuple[steps.State, steps.Sampled]:
+            nonlocal positions
             x, positions = self._run(("decode embed", *size), programs.decode_embed(state.num_seqs), self.params, rest)
             x = self._through_layers(x, layer)
-            program = programs.decode_finish(rest, top_logprobs)
-            rest, sampled = self._run(("decode finish", *size, top_logprobs), program, self.params, rest, x, self.stops)
+            args = (self.params, rest, x, self.stops, np.bool_(wants_top))
+            return self._run(("decode finish", *size), programs.decode_finish(rest), *args)
+
+        if _is_abstract(state):
+            return step(state.without_cache)
+        rest = state.without_cache._replace(done=state.done | cancelled)
+        columns: list[steps.Sampled] = []
+        sampled = jax.device_get(steps.empty_sampled(rest, 0))
+        while len(columns) < num_steps and np.sum(~np.asarray(sampled.done)) > until:
+            rest, sampled = step(rest)
             sampled = jax.device_get(sampled)
             columns.append(sampled)
-        names = ("tokens", "logprobs", *(("top_tokens", "top_logprobs") if top_logprobs else ()))
+        names = ("tokens", "logprobs", "top_tokens", "top_logprobs")
         if columns:
             joined = {name: np.concatenate([getattr(column, name) for column in columns], axis=1) for name in names}
             sampled = sampled._replace(**joined)
         return rest._replace(cache=cache, prefixes=state.prefixes), sampled
+
+    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+        """Raises UserError: the program needs all layers on the devices."""
+        raise UserError("log-probabilities of a prompt need the layers on the devices: start without --offload")
 
     def logits(
         self, tokens: Int[np.ndarray, "batch text"], images: Sequence[PreparedImage] | None

@@ -15,6 +15,7 @@ import sharding
 from sharding import Program
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
+from sphinx_jax.inference.prompt_logprobs import score
 from sphinx_jax.model import bind
 
 
@@ -52,19 +53,19 @@ class Programs:
 
         return Program(make, (), sharding.shardings_of(self.abstract_state(shape)))
 
-    def prefill(self, state: steps.State, first_chunk: bool, top_logprobs: bool) -> Program:
-        """params, state, chunk, image_embeds, stops -> state, sampled; see `steps.prefill`."""
+    def prefill(self, state: steps.State, first_chunk: bool) -> Program:
+        """params, state, chunk, image_embeds, stops, wants_top -> state, sampled; see `steps.prefill`."""
 
         def function(*args: Any) -> tuple[steps.State, steps.Sampled]:
-            return steps.prefill(self.graph, self._vocab_size, first_chunk, top_logprobs, *args)
+            return steps.prefill(self.graph, self._vocab_size, first_chunk, *args)
 
         return Program(function, (1,), self._placement(state), slices_in_place=True)
 
-    def decode(self, state: steps.State, kv_len: int, top_logprobs: bool) -> Program:
-        """params, state, cancelled, stops, steps, until -> state, sampled; see `steps.decode`."""
+    def decode(self, state: steps.State, kv_len: int) -> Program:
+        """params, state, cancelled, stops, steps, until, wants_top -> state, sampled; see `steps.decode`."""
 
         def function(*args: Any) -> tuple[steps.State, steps.Sampled]:
-            return steps.decode(self.graph, self._vocab_size, kv_len, top_logprobs, *args)
+            return steps.decode(self.graph, self._vocab_size, kv_len, *args)
 
         return Program(function, (1,), self._placement(state))
 
@@ -80,6 +81,14 @@ class Programs:
             return tuple(bind(self.graph, params).encode_images(images))
 
         return Program(function, (), self.replicated)
+
+    def score(self) -> Program:
+        """params, tokens -> log-probabilities of a text; see `prompt_logprobs.score`."""
+
+        def function(params: dict, tokens: jax.Array) -> Any:
+            return score(self.graph, self._vocab_size, params, tokens)
+
+        return Program(function, (), self.replicated, slices_in_place=True)
 
     def logits(self) -> Program:
         """params, tokens, normalised images or None -> logits of the token after each token."""

@@ -17,7 +17,17 @@ import jax
 import numpy as np
 
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.bucketing import BATCHES, LENGTHS, bucket, kv_bucket, padded_len
+from sphinx_jax.inference.bucketing import (
+    BATCHES,
+    FILE_CHUNKS,
+    INTERACTIVE_BUDGET,
+    LENGTHS,
+    ChunkSizes,
+    bucket,
+    kv_bucket,
+    padded_len,
+    prompts_per_chunk,
+)
 from sphinx_jax.inference.chunks import Pick, build_chunk
 from sphinx_jax.inference.data_parallel import group_of
 from sphinx_jax.inference.engine import Engine
@@ -28,12 +38,6 @@ from sphinx_jax.inference.sequence import NO_SLOT, Sequence
 from sphinx_jax.inference.steps import MAX_STEPS, Sampled, State
 
 log = logging.getLogger(__name__)
-
-PREFILL_BUDGET = 8192
-"""Tokens of all prompts in one prefill chunk at most, in each data-parallel group: memory grows with them."""
-
-INTERACTIVE_BUDGET = 2048
-"""The same while sequences stream: they stand still for one chunk at most. Image tokens count."""
 
 STREAM_SECONDS = 0.05
 """Between two deliveries of tokens to a sequence that streams."""
@@ -51,8 +55,8 @@ MIN_SHARED = 128
 class Scheduler:
     """Serves requests over `shape.num_seqs` batch slots. Only the thread that first calls `step` may call it."""
 
-    def __init__(self, engine: Engine, shape: StateShape):
-        self._engine, self.shape = engine, shape
+    def __init__(self, engine: Engine, shape: StateShape, chunks: ChunkSizes = FILE_CHUNKS):
+        self._engine, self.shape, self._chunks = engine, shape, chunks
         self._owner: int | None = None
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._step_seconds: float | None = None
@@ -94,7 +98,7 @@ class Scheduler:
         Raises UserError if it can never be served; nothing else is affected then.
         """
         self._check_owner()
-        needed = self._engine.positions_needed(request)
+        needed = self._engine.positions_needed(request, self._chunks.lengths)
         if needed > self.shape.cache_len:
             raise UserError(
                 f"the prompt and its answer need {needed} cache positions and a sequence has {self.shape.cache_len}: "
@@ -204,18 +208,16 @@ class Scheduler:
     def _kind(self, sequence: Sequence, prefilled: int, length: int) -> tuple[bool, bool, int]:
         """Sequences of one kind share a chunk: (begins the prompt, with an image, length bucket)."""
         begins = prefilled == 0
-        return begins, begins and sequence.request.image is not None, bucket(length)
+        return begins, begins and sequence.request.image is not None, bucket(length, self._chunks.lengths)
 
     def _batch_limit(self, kind: tuple[bool, bool, int]) -> int:
-        """Prompts of a chunk in each data-parallel group: a size of BATCHES within the budget of tokens."""
+        """Prompts of a chunk in each data-parallel group."""
         _, has_image, length = kind
-        tokens = length + self._engine.config.num_image_tokens * has_image
-        budget = INTERACTIVE_BUDGET if self._streams else PREFILL_BUDGET
-        most = min(max(budget // tokens, 1), BATCHES[-1])
-        if has_image:
-            # Image embeddings are on every device.
-            most = min(most, max(BATCHES[-1] // self._engine.groups, 1))
-        return max(size for size in BATCHES if size <= most)
+        chunks = self._chunks
+        if self._streams:
+            chunks = chunks._replace(budget=min(chunks.budget, INTERACTIVE_BUDGET))
+        num_image_tokens = self._engine.config.num_image_tokens * has_image
+        return prompts_per_chunk(length, num_image_tokens, chunks, self._engine.groups)
 
     def _group(self, slot: int) -> int:
         return group_of(slot, self._engine.groups, self.shape.num_seqs)
@@ -267,11 +269,12 @@ class Scheduler:
         prompt, offset = len(sequence.prompt), self._image_len(sequence)
         reused = min(reused, prompt - 1)
         # A chunk is written from its start on: its padding must not reach past the cache.
-        while reused > 0 and (
-            offset + reused + padded_len(prompt - reused, self._engine.prefill_tokens) > self.shape.cache_len
-        ):
+        while reused > 0 and (offset + reused + self._padded_len(prompt - reused) > self.shape.cache_len):
             reused -= LENGTHS[0]
         return reused if reused > 0 and reused + offset >= MIN_REUSED else 0
+
+    def _padded_len(self, num_tokens: int) -> int:
+        return padded_len(num_tokens, self._engine.prefill_tokens, self._chunks.lengths)
 
     def _image_len(self, sequence: Sequence) -> int:
         return self._engine.config.num_image_tokens if sequence.request.image else 0
@@ -308,7 +311,7 @@ class Scheduler:
         """Run a chunk; the sequences whose prompts end in it, with their first token."""
         engine = self._engine
         assert self._state is not None
-        chunk, embeds, places = build_chunk(engine, self._state, picks)
+        chunk, embeds, places = build_chunk(engine, self._state, picks, self._chunks.lengths)
         wants_top = any(pick.sequence.request.params.top_logprobs for pick in picks)
         self._state, sampled = engine.prefill(self._state, chunk, embeds, wants_top)
         self.tokens_prefilled += sum(pick.length for pick in picks)
@@ -376,7 +379,6 @@ class Scheduler:
         """Give a sequence the first `count` tokens of a row; end it if the device or a stop string ended it."""
         top = []
         if number := sequence.request.params.top_logprobs:
-            assert sampled.top_tokens is not None and sampled.top_logprobs is not None
             columns = zip(sampled.top_tokens[row, :count], sampled.top_logprobs[row, :count], strict=True)
             top = [TopLogprobs(ids[:number].tolist(), values[:number].tolist()) for ids, values in columns]
         sequence.append(sampled.tokens[row, :count].tolist(), sampled.logprobs[row, :count].tolist(), top)

@@ -114,8 +114,9 @@ class Sampled(NamedTuple):
     done: Bool[Array, "batch"]
     stopped: Bool[Array, "batch"]
     """The sequence ended by EOS or the template's end signal, not by its limit."""
-    top_tokens: Int[Array, "batch steps top"] | None
-    top_logprobs: Float[Array, "batch steps top"] | None
+    top_tokens: Int[Array, "batch steps top"]
+    """The most probable tokens; zeros where nobody asked."""
+    top_logprobs: Float[Array, "batch steps top"]
 
 
 def make_state(
@@ -162,18 +163,18 @@ def prefill(
     graph: nnx.GraphDef,
     vocab_size: int,
     first_chunk: bool,
-    top_logprobs: bool,
     params: dict,
     state: State,
     chunk: Chunk,
     image_embeds: tuple[Float[Array, "crops tokens dim"], ...] | None,
     stops: Int[Array, "states vocab"],
+    wants_top: Bool[Array, ""],
 ) -> tuple[State, Sampled]:
     """Prefill one chunk of each prompt into its batch slot; sample the first token of prompts that end in it.
 
     `first_chunk`: no prompt has an earlier part in the KV cache, so attention is limited to the chunk. `image_embeds`
     are inserted after BOS, with the first chunk only. Padding is prefilled too, into positions past the end of the
-    prompt: no query sees them before they are overwritten.
+    prompt: no query sees them before they are overwritten. `wants_top`: also return the most probable tokens.
     """
     model = bind(graph, params)
     x, positions = prefill_embed(model, chunk, image_embeds)
@@ -186,7 +187,7 @@ def prefill(
     hidden, own, _ = model.language(x, positions, chunk_mask(chunk, first_chunk), own)
     cache = [scatter_slots(layer, part, chunk.slot) for layer, part in zip(state.cache, own, strict=True)]
     prefixes = [scatter_slots(layer, part, chunk.target) for layer, part in zip(state.prefixes, own, strict=False)]
-    rest, sampled = prefill_finish(model, vocab_size, top_logprobs, state.without_cache, chunk, hidden, stops)
+    rest, sampled = prefill_finish(model, vocab_size, state.without_cache, chunk, hidden, stops, wants_top)
     return rest._replace(cache=cache, prefixes=prefixes), sampled
 
 
@@ -264,11 +265,11 @@ def scatter_slots(layer: LayerCache, part: LayerCache, index: Int[Array, "batch"
 def prefill_finish(
     model: SphinxMoE,
     vocab_size: int,
-    top_logprobs: bool,
     rest: State,
     chunk: Chunk,
     hidden: Float[Array, "batch length dim"],
     stops: Int[Array, "states vocab"],
+    wants_top: Bool[Array, ""],
 ) -> tuple[State, Sampled]:
     """The slots that a chunk was prefilled into, each with the token after it; `rest` is the state without caches.
 
@@ -290,7 +291,7 @@ def prefill_finish(
         seen=chunk.seen,
         sampling=chunk.sampling,
     )
-    slots, token, logprob, top = _sample_next(slots, logits, vocab_size, top_logprobs, stops)
+    slots, token, logprob, top = _sample_next(slots, logits, vocab_size, stops, wants_top)
     rest = jax.tree.map(lambda whole, new: whole.at[chunk.slot].set(new, mode="drop"), rest, slots)
     return rest, _one_step(slots, token, logprob, top)
 
@@ -299,18 +300,18 @@ def decode(
     graph: nnx.GraphDef,
     vocab_size: int,
     kv_len: int,
-    top_logprobs: bool,
     params: dict,
     state: State,
     cancelled: Bool[Array, "num_seqs"],
     stops: Int[Array, "states vocab"],
     steps: Int[Array, ""],
     until: Int[Array, ""],
+    wants_top: Bool[Array, ""],
 ) -> tuple[State, Sampled]:
     """Up to `steps` decode steps, or until no more than `until` sequences run.
 
     Attention reads the first `kv_len` cache positions: no running sequence may grow past them. `cancelled` sequences
-    end before the first step.
+    end before the first step. `wants_top`: also return the most probable tokens.
     """
     model = bind(graph, params)
     state = state._replace(done=state.done | cancelled)
@@ -323,22 +324,32 @@ def decode(
         step, state, so_far = carry
         x, positions = decode_embed(model, state)
         hidden, cache, _ = model.language(x, positions, Causal(state.length, kv_len), state.cache)
-        rest, new = decode_finish(model, vocab_size, top_logprobs, state.without_cache, hidden, stops)
+        rest, new = decode_finish(model, vocab_size, state.without_cache, hidden, stops, wants_top)
         return step + 1, rest._replace(cache=cache, prefixes=state.prefixes), _put_column(so_far, new, step)
 
-    empty = empty_sampled(state, MAX_STEPS, top_logprobs)
+    empty = empty_sampled(state, MAX_STEPS)
     _, state, sampled = jax.lax.while_loop(is_running, body, (jnp.int32(0), state, empty))
     return state, sampled._replace(count=state.count, done=state.done, stopped=state.stop == STOPPED)
 
 
-def empty_sampled(state: State, steps: int, top_logprobs: bool) -> Sampled:
+def empty_sampled(state: State, steps: int) -> Sampled:
     """No tokens yet."""
     shape = (state.num_seqs, steps)
-    tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    top = (None, None)
-    if top_logprobs:
-        top = jnp.zeros((*shape, MAX_TOP_LOGPROBS), jnp.int32), jnp.zeros((*shape, MAX_TOP_LOGPROBS), jnp.float32)
-    return Sampled(tokens, logprobs, state.count, state.done, state.stop == STOPPED, *top)
+    top = (*shape, num_top(state.seen.shape[1]))
+    return Sampled(
+        tokens=jnp.zeros(shape, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        count=state.count,
+        done=state.done,
+        stopped=state.stop == STOPPED,
+        top_tokens=jnp.zeros(top, jnp.int32),
+        top_logprobs=jnp.zeros(top, jnp.float32),
+    )
+
+
+def num_top(vocab_size: int) -> int:
+    """How many of the most probable tokens are returned."""
+    return min(MAX_TOP_LOGPROBS, vocab_size)
 
 
 def decode_embed(model: SphinxMoE, state: State) -> tuple[Float[Array, "num_seqs 1 dim"], Int[Array, "num_seqs 1"]]:
@@ -349,15 +360,15 @@ def decode_embed(model: SphinxMoE, state: State) -> tuple[Float[Array, "num_seqs
 def decode_finish(
     model: SphinxMoE,
     vocab_size: int,
-    top_logprobs: bool,
     rest: State,
     hidden: Float[Array, "num_seqs 1 dim"],
     stops: Int[Array, "states vocab"],
+    wants_top: Bool[Array, ""],
 ) -> tuple[State, Sampled]:
     """Each sequence with its next token; `rest` is the state without caches."""
     logits = model.language.logits(hidden)[:, 0]
     rest = rest._replace(length=jnp.where(rest.done, rest.length, rest.length + 1))
-    rest, token, logprob, top = _sample_next(rest, logits, vocab_size, top_logprobs, stops)
+    rest, token, logprob, top = _sample_next(rest, logits, vocab_size, stops, wants_top)
     return rest, _one_step(rest, token, logprob, top)
 
 
@@ -365,9 +376,9 @@ def _sample_next(
     state: State,
     logits: Float[Array, "batch vocab"],
     vocab_size: int,
-    top_logprobs: bool,
     stops: Int[Array, "states vocab"],
-) -> tuple[State, Int[Array, "batch"], Float[Array, "batch"], tuple[Array | None, Array | None]]:
+    wants_top: Bool[Array, ""],
+) -> tuple[State, Int[Array, "batch"], Float[Array, "batch"], tuple[Array, Array]]:
     """The state after the next token of each sequence that is not done; token, log-probability and alternatives.
 
     `vocab_size` is the tokenizer's: a model's table may be larger, and what is past it is no token.
@@ -379,10 +390,8 @@ def _sample_next(
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     # The only collective between data-parallel groups: every device then knows all tokens, and which sequences ended.
     token, logprob = constrain(token, None), constrain(logprob, None)
-    top = (None, None)
-    if top_logprobs:
-        values, ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logprobs.shape[-1]))
-        top = constrain(ids, None, None), constrain(values, None, None)
+    ids, values = _top(logprobs, wants_top)
+    top = constrain(ids, None, None), constrain(values, None, None)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
     state = state._replace(
@@ -395,7 +404,27 @@ def _sample_next(
     return state, token, logprob, top
 
 
-def _one_step(state: State, token: Array, logprob: Array, top: tuple[Array | None, Array | None]) -> Sampled:
+def _top(
+    logprobs: Float[Array, "batch vocab"], wants_top: Bool[Array, ""]
+) -> tuple[Int[Array, "batch top"], Float[Array, "batch top"]]:
+    """The most probable tokens and their log-probabilities, in falling order; zeros where nobody asked.
+
+    A branch, not a program of its own: whoever asks first need not wait for a compilation.
+    """
+    number = num_top(logprobs.shape[-1])
+
+    def find() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logprobs, number)
+        return ids, values
+
+    def nothing() -> tuple[Array, Array]:
+        shape = (len(logprobs), number)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logprobs.dtype)
+
+    return jax.lax.cond(wants_top, find, nothing)
+
+
+def _one_step(state: State, token: Array, logprob: Array, top: tuple[Array, Array]) -> Sampled:
     """The tokens of one step as arrays with one column."""
     tokens, logprobs, *top_columns = jax.tree.map(lambda x: x[:, None], (token, logprob, *top))
     return Sampled(tokens, logprobs, state.count, state.done, state.stop == STOPPED, *top_columns)
@@ -403,7 +432,7 @@ def _one_step(state: State, token: Array, logprob: Array, top: tuple[Array | Non
 
 def _put_column(so_far: Sampled, new: Sampled, step: Int[Array, ""]) -> Sampled:
     """`so_far` with the token of decode step `step`; only its wide arrays are kept."""
-    names = [name for name in ("tokens", "logprobs", "top_tokens", "top_logprobs") if getattr(new, name) is not None]
+    names = ("tokens", "logprobs", "top_tokens", "top_logprobs")
     put = jax.lax.dynamic_update_slice_in_dim
     return so_far._replace(**{name: put(getattr(so_far, name), getattr(new, name), step, axis=1) for name in names})
 

@@ -10,20 +10,20 @@ import sharding
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import (
-    BATCHES,
+    FILE_CHUNKS,
     LENGTHS,
     batch_bucket,
     bucket,
     positions_for,
     power_of_two,
     prefill_tokens,
+    prompts_per_chunk,
 )
 from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.engine import ENCODE_PIXELS
 from sphinx_jax.inference.generate import MAX_PREFIXES
 from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.sampling import SamplingArrays
-from sphinx_jax.inference.scheduler import PREFILL_BUDGET
 from sphinx_jax.inference.stop_strings import NUM_STATES
 from sphinx_jax.memory_plan.jobs import Job
 
@@ -42,6 +42,7 @@ class AbstractInputs:
         self.shape = self._state_shape(max_num_seqs, max_model_len)
         self.state = self.programs.abstract_state(self.shape)
         self.stops = self.replicated((NUM_STATES, config.language.padded_vocab_size), jnp.int16)
+        self.wants_top = self.replicated((), jnp.bool_)
 
     def _state_shape(self, max_num_seqs: int, max_model_len: int) -> StateShape:
         """The state of `generate.run`; of `generate.stream_alone`, without prefixes, for one sequence."""
@@ -80,12 +81,9 @@ class AbstractInputs:
         return self._chunk(self._batch_size(self.chunk_len, has_image=False), self.chunk_len)
 
     def _batch_size(self, length: int, has_image: bool) -> int:
-        """Prompts of one chunk, padding included: as `Scheduler._batch_limit` and `data_parallel.assign`."""
-        tokens = length + self._config.num_image_tokens * has_image
-        per_group = max(PREFILL_BUDGET // tokens, 1)
-        if has_image:
-            per_group = min(per_group, max(BATCHES[-1] // self._groups, 1))
-        per_group = max(size for size in BATCHES if size <= per_group)
+        """Prompts of one chunk, padding included: as `data_parallel.assign`."""
+        num_image_tokens = self._config.num_image_tokens * has_image
+        per_group = prompts_per_chunk(length, num_image_tokens, FILE_CHUNKS, self._groups)
         return self._groups * batch_bucket(min(per_group, self.shape.num_seqs // self._groups))
 
     def _chunk(self, batch_size: int, length: int) -> steps.Chunk:

@@ -118,13 +118,17 @@ def inference_jobs(
     inputs = AbstractInputs(config, graph, params, mesh, max_num_seqs, max_model_len)
     programs, state, stops = inputs.programs, inputs.state, inputs.stops
     jobs = inputs.encode_jobs(params)
-    prefill = programs.prefill(state, first_chunk=True, top_logprobs=False)
-    jobs.append(Job("prefill", prefill, (params, state, *inputs.first_chunk(), stops), (0, 1)))
+    prefill = programs.prefill(state, first_chunk=True)
+    jobs.append(Job("prefill", prefill, (params, state, *inputs.first_chunk(), stops, inputs.wants_top), (0, 1)))
     if inputs.needs_chunked_prefill:
-        chunked = programs.prefill(state, first_chunk=False, top_logprobs=False)
-        jobs.append(Job("chunked prefill", chunked, (params, state, inputs.later_chunk(), None, stops), (0, 1)))
+        chunked = programs.prefill(state, first_chunk=False)
+        jobs.append(
+            Job(
+                "chunked prefill", chunked, (params, state, inputs.later_chunk(), None, stops, inputs.wants_top), (0, 1)
+            )
+        )
     # Attention over the whole KV cache.
-    decode = programs.decode(state, state.cache_len, top_logprobs=False)
+    decode = programs.decode(state, state.cache_len)
     cancelled, scalar = inputs.replicated((state.num_seqs,), jnp.bool_), inputs.replicated(())
-    jobs.append(Job("decode step", decode, (params, state, cancelled, stops, scalar, scalar), (0, 1)))
+    jobs.append(Job("decode step", decode, (params, state, cancelled, stops, scalar, scalar, inputs.wants_top), (0, 1)))
     return jobs, state

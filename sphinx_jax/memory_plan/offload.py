@@ -43,16 +43,16 @@ def offload_jobs(
         through = programs.prefill_layer(layer_cache, layer_prefixes, batch_size, length, first_chunk)
         args = (layer, x, positions, layer_cache, layer_prefixes, chunk)
         jobs.append(Job(f"{name}, layer", through, args, (0, 3, 4)))
-        finish = programs.prefill_finish(rest, top_logprobs=False)
-        jobs.append(Job(f"{name}, finish", finish, (around, rest, chunk, x, stops), (0, 1)))
+        finish = programs.prefill_finish(rest)
+        jobs.append(Job(f"{name}, finish", finish, (around, rest, chunk, x, stops, inputs.wants_top), (0, 1)))
 
     add_prefill("prefill", *inputs.first_chunk(), first_chunk=True)
     if inputs.needs_chunked_prefill:
         add_prefill("chunked prefill", inputs.later_chunk(), None, first_chunk=False)
     x, positions = hidden(state.num_seqs, 1)
     jobs.append(Job("decode step, embed", programs.decode_embed(state.num_seqs), (around, rest), (0, 1)))
-    finish = programs.decode_finish(rest, top_logprobs=False)
-    jobs.append(Job("decode step, finish", finish, (around, rest, x, stops), (0, 1)))
+    finish = programs.decode_finish(rest)
+    jobs.append(Job("decode step, finish", finish, (around, rest, x, stops, inputs.wants_top), (0, 1)))
     # Last: its collectives are the ones that a plan reports.
     decode_layer = programs.decode_layer(layer_cache, state.cache_len)
     jobs.append(Job("decode step, layer", decode_layer, (layer, x, positions, layer_cache), (0, 3)))

@@ -1,5 +1,7 @@
 """Layers in host memory: the same numbers, and never more than two of them on the device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,12 @@ import pytest
 import sharding
 from sphinx_jax.checkpoints.loaded_model import Loaded
 from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.inference import generate, warmup
+from sphinx_jax.inference.bucketing import SERVER_CHUNKS
 from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
 from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.sampling import SamplingParams
+from sphinx_jax.inference.scheduler import Scheduler
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.sphinx import Sphinx
 
@@ -46,6 +52,22 @@ def test_chat_and_programs(model):
     compiled = model.engine.compilations
     assert [ours.ask(question) for question in QUESTIONS] == [theirs.ask(question) for question in QUESTIONS]
     assert model.engine.compilations == compiled
+
+
+def test_all_programs_are_compiled_ahead(model, images):
+    whole, model = model, offloaded(model)
+    shape = StateShape(num_seqs=2, cache_len=192, num_prefixes=2, prefix_len=32)
+    warmup.compile_all(model.engine, shape)
+    compiled, ended = model.engine.compilations, []
+    scheduler = Scheduler(model.engine, shape, SERVER_CHUNKS)
+    requests = [model.request(question, image) for question in QUESTIONS for image in (None, images[0], images[1])]
+    requests = [dataclasses.replace(request, params=SamplingParams(max_new_tokens=5)) for request in requests]
+    sequences = [scheduler.submit(request) for request in requests]
+    while scheduler.has_work:
+        ended += [sequence for sequence in scheduler.step() if sequence.finish]
+    assert model.engine.compilations == compiled and len(ended) == len(requests)
+    expected = generate.run_all(whole.engine, requests)
+    assert [sequence.text for sequence in sequences] == [completion.text for completion in expected]
 
 
 def device_bytes() -> int:

@@ -1,0 +1,126 @@
+"""The fixed set of programs that a scheduler runs, compiled before the first request arrives.
+
+What a request is like (its length, its image, its sampling, its stop strings, what of it is cached) decides which of
+these programs serve it; none needs another.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+import numpy as np
+
+from sphinx_jax.inference import steps
+from sphinx_jax.inference.bucketing import (
+    SERVER_CHUNKS,
+    ChunkSizes,
+    batch_bucket,
+    kv_bucket,
+    power_of_two,
+    prompts_per_chunk,
+)
+from sphinx_jax.inference.chunks import empty_chunk
+from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.scheduler import MIN_REUSED
+
+COMPILE_THREADS = 2
+"""Programs that are compiled at a time: XLA releases Python's lock, and is mostly single-threaded."""
+
+
+class Encode(NamedTuple):
+    """The vision encoders on so many images."""
+
+    num_images: int
+
+
+class Prefill(NamedTuple):
+    """A chunk of so many prompts, padded to `length` tokens after an image or none. `start`: tokens before it."""
+
+    batch: int
+    length: int
+    has_image: bool
+    start: int
+
+
+class Decode(NamedTuple):
+    """Decode steps that read so many cache positions."""
+
+    kv_len: int
+
+
+ProgramSpec = Encode | Prefill | Decode
+
+
+def programs(engine: Engine, shape: StateShape, chunks: ChunkSizes = SERVER_CHUNKS) -> list[ProgramSpec]:
+    """Every program that a scheduler can run on a state of `shape`, besides the one that makes the state.
+
+    Their number does not grow with the model. With the chunks of a server, on a GPU that prefills 2,048 tokens at a
+    time, and 16 sequences of 4,096 positions: 33 for SPHINX-MoE.
+    """
+    return [*_encodes(engine, shape, chunks), *_prefills(engine, shape, chunks), *_decodes(shape)]
+
+
+def _encodes(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator[Encode]:
+    if engine.config.vision is None:
+        return
+    most = max((spec.batch for spec in _prefills(engine, shape, chunks) if spec.has_image), default=0)
+    most = min(most, engine.max_images)
+    yield from map(Encode, sorted({power_of_two(number) for number in range(1, most + 1)}))
+
+
+def _prefills(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator[Prefill]:
+    has_vision = engine.config.vision is not None
+    for has_image, start in [(True, 0)] * has_vision + [(False, 0), (False, MIN_REUSED)]:
+        num_image_tokens = engine.config.num_image_tokens * has_image
+        shortest = 1
+        for length in chunks.lengths:
+            before = num_image_tokens + start
+            # A prompt of the least tokens that are padded to this length.
+            fits = before + length <= shape.cache_len and before + shortest < engine.max_model_len
+            if shortest > engine.prefill_tokens or not fits:
+                break
+            most = prompts_per_chunk(length, num_image_tokens, chunks, engine.groups)
+            most = min(most, shape.num_seqs // engine.groups)
+            for batch in sorted({batch_bucket(number) for number in range(1, most + 1)}):
+                yield Prefill(batch * engine.groups, length, has_image, start)
+            shortest = length + 1
+
+
+def _decodes(shape: StateShape) -> Iterator[Decode]:
+    yield from map(Decode, sorted({kv_bucket(number, shape.cache_len) for number in range(1, shape.cache_len + 1)}))
+
+
+def compile_all(
+    engine: Engine,
+    shape: StateShape,
+    chunks: ChunkSizes = SERVER_CHUNKS,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Compile every program of `programs`, and the one that makes the state; none is run.
+
+    The persistent compilation cache is used if it is enabled. `on_progress` is called in this thread with the number
+    of programs that are compiled and their total.
+    """
+    state = engine.abstract_state(shape)
+    specs = programs(engine, shape, chunks)
+    on_progress(1, len(specs) + 1)
+    # Made once, not by each thread.
+    assert engine.stops is not None
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        started = [pool.submit(_compile, engine, state, spec) for spec in specs]
+        for done, future in enumerate(as_completed(started), start=2):
+            future.result()
+            on_progress(done, len(specs) + 1)
+
+
+def _compile(engine: Engine, state: steps.State, spec: ProgramSpec) -> None:
+    if isinstance(spec, Encode):
+        engine.abstract_embeds(spec.num_images)
+    elif isinstance(spec, Prefill):
+        chunk = empty_chunk(engine, state, spec.batch, spec.length, spec.start)
+        # Embeddings have one shape, however many images are encoded together.
+        embeds = engine.abstract_embeds(1) * spec.batch if spec.has_image else None
+        engine.prefill(state, chunk, embeds, False)
+    else:
+        engine.decode(state, np.zeros(state.num_seqs, bool), 1, 0, spec.kv_len, False)
