@@ -239,19 +239,21 @@ class Sphinx:
             Path(out),
             self.prepare_image,
             lambda prompt, image: self.request(prompt, image, params),
-            settings=self._settings() | dataclasses.asdict(params),
+            settings=self.settings() | dataclasses.asdict(params),
             max_num_seqs=max_num_seqs,
             logprobs=logprobs,
             prefix_bytes=prefix_bytes,
         )
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What decides answers besides the prompt and its sampling."""
         leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
+        # Packed pairs of int4 are uint8.
+        kinds = {"int4" if leaf.values.dtype == jnp.uint8 else "int8" for leaf in leaves if isinstance(leaf, Quantized)}
         return {
             "checkpoint": None if self.path is None else str(self.path),
             "dtype": str(self._params["language"]["embedding"]["table"].dtype),
-            "quantized": any(isinstance(leaf, Quantized) for leaf in leaves),
+            "quantize": ", ".join(sorted(kinds)) or None,
             "max_model_len": self.engine.max_model_len,
         }
 
