@@ -76,8 +76,3 @@ class Metric(Protocol):
     def aggregate(self, records: Sequence[Record], scores: Sequence[Score]) -> Aggregate:
         """The value over all questions, in any order. A failed question has Score(0, None)."""
         ...
-
-
-def mean(values: Sequence[float]) -> float:
-    """0 of no values, so that a part without questions is no error."""
-    return sum(values) / len(values) if values else 0.0
