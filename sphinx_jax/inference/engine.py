@@ -276,15 +276,6 @@ class Engine:
             lengths,
         )
 
-    def longest_cache(self, lengths: tuple[int, ...]) -> int:
-        """Cache positions with which no prompt of `max_model_len` is refused: prompts are padded to `lengths`."""
-        longest, images = self.max_model_len - 1, {0, self.config.num_image_tokens}
-        return max(
-            positions_for(longest - image, image, 1, self.max_model_len, self.prefill_tokens, lengths)
-            for image in images
-            if image < longest
-        )
-
     def cache_len_of_all(self, lengths: tuple[int, ...]) -> int:
         """Cache positions of a sequence that hold every prompt that fits, padded to chunks of `lengths`."""
         longest = max(

@@ -75,9 +75,9 @@ def test_a_thousand_requests_compile_nothing(make_model, monkeypatch):
 
 
 def test_the_longest_prompts_fit(model, images):
-    """A scheduler whose cache is `longest_cache` takes every prompt that the engine takes."""
+    """A scheduler whose cache is `cache_len_of_all` takes every prompt that the engine takes."""
     engine = model.engine
-    shape = StateShape(1, engine.longest_cache(SERVER_CHUNKS.lengths))
+    shape = StateShape(1, engine.cache_len_of_all(SERVER_CHUNKS.lengths))
     scheduler = Scheduler(engine, shape, SERVER_CHUNKS)
     for image, image_len in ((None, 0), (model.prepare_image(images[0]), model.config.num_image_tokens)):
         for length in range(1, engine.max_model_len - image_len):
