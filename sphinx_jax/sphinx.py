@@ -252,6 +252,7 @@ class Sphinx:
         kinds = {"int4" if leaf.values.dtype == jnp.uint8 else "int8" for leaf in leaves if isinstance(leaf, Quantized)}
         return {
             "checkpoint": None if self.path is None else str(self.path),
+            "checkpoint_digest": None if self.path is None else checkpoints.digest(self.path),
             "dtype": str(self._params["language"]["embedding"]["table"].dtype),
             "quantize": ", ".join(sorted(kinds)) or None,
             "max_model_len": self.engine.max_model_len,

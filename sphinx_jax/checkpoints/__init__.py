@@ -17,13 +17,14 @@ from sharding import make_mesh
 from sphinx_jax.checkpoints import lora, reader
 from sphinx_jax.checkpoints.assets import Assets, as_assets, has_tokenizer
 from sphinx_jax.checkpoints.formats import accessory, mixtral, native
+from sphinx_jax.checkpoints.io.directory_digest import directory_digest
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model
 from sphinx_jax.checkpoints.source import CheckpointSource, match
 from sphinx_jax.checkpoints.writer import check_destination
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 
-__all__ = ["FORMATS", "CheckpointSource", "Loaded", "check_destination", "convert", "load", "open", "save"]
+__all__ = ["FORMATS", "CheckpointSource", "Loaded", "check_destination", "convert", "digest", "load", "open", "save"]
 
 _FOREIGN_FORMATS = {"accessory": accessory, "mixtral": mixtral}
 FORMATS = ("native", *_FOREIGN_FORMATS)
@@ -80,6 +81,17 @@ def _open(path: Path) -> CheckpointSource:
         "model.safetensors, pytorch_model.bin or an index of either (Hugging Face), or consolidated.* (Mistral); give "
         "the directory that has them"
     )
+
+
+def digest(path: str | os.PathLike) -> str:
+    """16 hexadecimal digits that tell a checkpoint from another one at its path; of copies, the same.
+
+    Reads 128 KiB of a file at most. Raises UserError if one cannot be read.
+    """
+    try:
+        return directory_digest(Path(path))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from error
 
 
 def load(

@@ -3,12 +3,15 @@
 import base64
 import json
 import os
+import shutil
 import stat
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from sphinx_jax import checkpoints
 from sphinx_jax.errors import UserError
 
 
@@ -233,6 +236,23 @@ def test_answers_of_another_run_are_refused_and_stay(model, folder, change, mess
     # More questions are no other run.
     write(folder, [*GOOD, {"id": "more", "prompt": "why?"}])
     assert run(model, folder)[0].answered == 1
+
+
+def test_another_checkpoint_at_the_same_path_is_refused(model, folder, monkeypatch):
+    write(folder, GOOD)
+    path = folder / "checkpoint"
+    model.save(path)
+    monkeypatch.setattr(model, "path", path)
+    run(model, folder)
+    before = (folder / "out.jsonl").read_bytes()
+    path.rename(folder / "moved")
+    shutil.copytree(folder / "moved", path)
+    assert run(model, folder)[0].answered == 0
+    shutil.rmtree(path)
+    checkpoints.save(path, model.config, jax.tree.map(lambda x: x * 2, model._params), model._assets)
+    with pytest.raises(UserError, match="its answers were made with checkpoint_digest"):
+        run(model, folder)
+    assert (folder / "out.jsonl").read_bytes() == before
 
 
 def test_half_of_a_surrogate_pair_in_an_id_comes_back_as_it_was(model, folder):
