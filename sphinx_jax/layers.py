@@ -17,10 +17,6 @@ from jaxtyping import Array, Float, Int
 from sphinx_jax.config import LoraConfig
 from sphinx_jax.kernels.linear import matmul
 
-# sharding.init shards parameters from their abstract shapes. With eager sharding Flax raises on a named parameter that
-# is created without a mesh.
-nnx.use_eager_sharding(False)
-
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 
 
@@ -36,7 +32,9 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...],
     """
     if len(shape) != len(names):
         raise ValueError(f"{len(shape)} dimensions but {len(names)} axis names: {shape}, {names}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=names)
+    # sharding.init shards parameters from their abstract shapes; eagerly, Flax raises where there is no mesh. Said for
+    # each parameter: Flax's own switch holds for one thread.
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=names, eager_sharding=False)
 
 
 class Linear(nnx.Module):
