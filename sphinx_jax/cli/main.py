@@ -7,6 +7,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model, or plan a training step (--plan)",
     "infer": "answer one question, chat, or answer a file of questions",
+    "serve": "serve a model: an OpenAI-compatible API, and a page in the browser",
+    "evaluate": "evaluate a model on benchmarks",
     "convert": "convert and inspect checkpoints, and write those of a run as models",
 }
 
@@ -19,7 +21,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     prepare_process()
     from sphinx_jax.cli.common import run
 
-    return run(importlib.import_module(f"sphinx_jax.cli.{name}").main, argv)
+    # Imported within `run`: a command may find that packages of its extra are missing.
+    return run(lambda argv: importlib.import_module(f"sphinx_jax.cli.{name}").main(argv), argv)
 
 
 def main() -> None:

@@ -73,6 +73,10 @@ class HFTokenizer(Tokenizer):
         """Text of token ids; special tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
         return decode_bytes(self.token_bytes(first=True), self.token_bytes(), map(int, ids))
 
+    def token_name(self, token: int) -> str:
+        """As `Tokenizer.token_name`."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def token_bytes(self, *, first: bool = False) -> list[bytes]:
         """The UTF-8 bytes that each token adds to decoded text; the text's `first` token loses a leading space."""
         table = [b""] * self.vocab_size

@@ -78,6 +78,10 @@ class Tokenizer:
         """
         return self._pieces.decode([int(i) if 0 <= i < self.vocab_size else self.unk_id for i in ids])
 
+    def token_name(self, token: int) -> str:
+        """What a token is called in its tokenizer's files: "<s>", "▁cat", "<0x0A>"."""
+        return self._pieces.id_to_piece(token)
+
     def token_bytes(self, *, first: bool = False) -> list[bytes]:
         """The UTF-8 bytes that each token adds to decoded text; without a leading space if it is the `first` token."""
         pieces = self._pieces

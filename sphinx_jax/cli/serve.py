@@ -1,0 +1,125 @@
+"""Serve a model: an OpenAI-compatible API, and a page in the browser.
+
+Examples:
+  python serve.py                                       the newest run, on http://127.0.0.1:8000
+  python serve.py --checkpoint SPHINX-MoE --mesh.tensor 8 --api-key-file key.txt --host 0.0.0.0
+  python serve.py --checkpoint SPHINX-MoE --quantize int4 --max-num-seqs 16 --max-model-len 2048
+  python serve.py --plan --gpu a100-80gb --num-gpus 2   would it fit? needs no GPU and no weights
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+    -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+The server listens at once; /health says when it is ready, and so does the last line of standard output.
+"""
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+import sharding
+from sphinx_jax import Sphinx, UserError, checkpoints
+from sphinx_jax.cli import common
+from sphinx_jax.cli.model_options import load_model, start_process
+from sphinx_jax.cli.plan import plan_inference
+from sphinx_jax.cli.serve_options import Options, check_options, settings
+from sphinx_jax.config import preset
+from sphinx_jax.inference import generate, warmup
+from sphinx_jax.inference.bucketing import SERVER_CHUNKS
+from sphinx_jax.inference.lockstep import Lockstep, connect, follow
+from sphinx_jax.inference.scheduler import Scheduler
+from sphinx_jax.server.settings import Settings
+
+try:
+    from sphinx_jax.server.bridge import Served
+    from sphinx_jax.server.run import run_server
+except ImportError as missing:
+    raise UserError(
+        f"the server needs a package that is missing ({missing.name}): pip install 'sphinx-jax[serve]'"
+    ) from missing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code."""
+    options = common.parse(Options, argv, "serve.py", __doc__ or "")
+    check_options(options)
+    if options.planning.plan:
+        return plan(options)
+    start_process(options)
+    listeners: list[socket.socket] = []
+
+    def prepare() -> Settings:
+        chosen = settings(options)
+        listeners.append(listen(options))
+        return chosen
+
+    # Whatever is wrong with these is known before the weights are read.
+    chosen = sharding.broadcast_from_primary(prepare)
+    if not sharding.is_primary_process():
+        _, scheduler, leader = load(options, lambda progress: None)
+        follow(scheduler, leader[0])
+        return 0
+    start_log()
+
+    def load_served(report: Callable[[str], None]) -> Served:
+        model, scheduler, followers = load(options, report)
+        return Served(model, Lockstep(scheduler, followers))
+
+    return run_server(listeners[0], chosen, load_served)
+
+
+def plan(options: Options) -> int:
+    """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    source = checkpoints.open(options.checkpoint) if options.checkpoint else None
+    config = source.config if source else preset(options.preset or "sphinx-moe-1k")
+    return plan_inference(
+        options.planning,
+        str(options.checkpoint or options.preset or "sphinx-moe-1k"),
+        config,
+        options.mesh,
+        dtype=options.dtype or (source.dtype if source else "bfloat16"),
+        quantize=options.quantize,
+        offload=options.offload,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+    )
+
+
+def start_log() -> None:
+    """What the server does, on standard error: a line a request, nothing of what is said."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    own = logging.getLogger("sphinx_jax.server")
+    own.setLevel(logging.INFO)
+    own.addHandler(handler)
+    own.propagate = False
+
+
+def listen(options: Options) -> socket.socket:
+    """A socket that listens at --host and --port. Raises UserError if it cannot."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((options.host, options.port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen at {options.host}:{options.port} ({error.strerror or error}); choose another --port"
+        ) from error
+    return listener
+
+
+def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Scheduler, list[Connection]]:
+    """The model, a scheduler whose programs are all compiled, and the connections to the other processes."""
+    report("reading the weights")
+    model = load_model(options, refuse_forged_turns=options.refuse_forged_turns)
+    engine = model.engine
+    cache_len = engine.cache_len_of_all(SERVER_CHUNKS.lengths)
+    shape = generate.state_shape(engine, options.max_num_seqs, cache_len, options.prefix_bytes)
+    scheduler = Scheduler(engine, shape, SERVER_CHUNKS)
+    warmup.compile_all(
+        engine, shape, SERVER_CHUNKS, lambda done, total: report(f"compiling, {done} of {total} programs are done")
+    )
+    host = (options.processes.coordinator or "").rpartition(":")[0].strip("[]") or None
+    return model, scheduler, connect(host)
