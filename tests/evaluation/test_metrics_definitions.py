@@ -66,7 +66,7 @@ def test_vqa_numbers_as_text():
         ("u.s.a", "usa"),
         ("0.5", "0.5"),
         ("T-shirt", "t shirt"),
-        ("t -shirt", "t shirt"),
+        ("t -shirt x-ray", "t shirt xray"),
         ("1,000 t-shirts", "1000 tshirts"),
         ("none", "0"),
         ("Zero", "0"),
@@ -81,8 +81,9 @@ def test_vqa_normalization(text, normal):
     assert normalize(text) == normal
 
 
-def test_evalai_possessives():
+def test_evalai_possessives_and_question_marks():
     assert value(EvalAIVqaAccuracy(), "Joe's", *["joe 's"] * 10) == 1
+    assert value(EvalAIVqaAccuracy(), "what?no", *["whatno"] * 10) == 1
 
 
 # Relaxed accuracy
@@ -212,6 +213,19 @@ def test_boxes_are_compared_in_the_padded_square():
     assert value(BoxIou(), "[0,0.25,0.5,0.75]", "", **box) == 1, "an IoU of one half is right"
 
 
+@pytest.mark.parametrize(
+    ("box", "answer", "expected"),
+    [
+        ((84, 112, 136, 368), "[0.131,0.3,0.172,0.7]", 1),
+        ((83, 16, 307, 192), "[0.13,0.15,0.305,0.425]", 1),
+        ((242, 128, 476, 208), "[0.378,0.325,0.561,0.45]", 0),
+    ],
+)
+def test_half_a_box_is_decided_in_float32(box, answer, expected):
+    """Computed with torch: 0.5, 0.50000006 and 0.49999994 in float32, and the other side of one half in float64."""
+    assert value(BoxIou(), answer, "", box=box, width=640, height=480) == expected
+
+
 def test_reversed_boxes_overlap_nothing():
     box = (0.0, 0.0, 4.0, 4.0)
     nan = float("nan")
@@ -289,12 +303,14 @@ OPTIONS = {"A": "dog", "B": "cat", "C": "teddy bear", "D": "red"}
     [
         ("Answer: B.", "B"),
         ("(B) cat", "B"),
-        ("B is what I would choose", None),
+        ("B it is then", "B"),
+        ("B is what I choose", None),
         ("A or B", None),
         ("a Teddy Bear", "C"),
         ("dog or cat", None),
         ("a cat, as is plain from the whiskers, the tail and the eyes", None),
         ("Z", None),
+        ("Z. cat", None),
         ("", None),
     ],
 )
@@ -316,7 +332,11 @@ def test_circular_needs_every_rotation():
         ("(A) or rather (B).", "B"),
         ("A B", "B"),
         ("(A) B", "A"),
-        ("It can only be the old red", "D"),
+        ("(A) or (B), no (A)", "A"),
+        ("B.,", "B"),
+        ("B,.", None),
+        ("It is the red one now", "D"),
+        ("It is the old red", None),
         ("red", None),
         ("b", None),
     ],
@@ -336,6 +356,9 @@ def test_mmmu_options(answer, letter):
         ("so it is a major\nno", "major", True),
         ("major? The answer is minor", "major", False),
         ("value", "V", False),
+        ("x = 3,14", "3", False),
+        ("it could be a fifth", "could", False),
+        ("the answer is :", "answer", True),
         ("chord v of c", "V", True),
         ("", "8", False),
     ],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from sphinx_jax.evaluation.metrics.anls import Anls
-from sphinx_jax.evaluation.metrics.exact import ExactMatch
+from sphinx_jax.evaluation.metrics.exact import DRAWN, ExactMatch
 from sphinx_jax.evaluation.metrics.grounding import BoxIou
 from sphinx_jax.evaluation.metrics.letters import LetterAccuracy, SeedAccuracy
 from sphinx_jax.evaluation.metrics.mmbench import MMBenchCircular
@@ -138,8 +138,7 @@ def test_original(name):
     assert metric is not None
     scores = scored(metric, stored)
     for row, score in zip(stored["answers"], scores, strict=True):
-        drawn = name in ("exact", "letters") and score.matched is None
-        assert drawn or score.value == pytest.approx(row["original"], abs=1e-9), row
+        assert score.matched == DRAWN or score.value == pytest.approx(row["original"], abs=1e-9), row
     assert metric.aggregate(records_of(stored), scores).value == pytest.approx(stored["original"], abs=1e-8)
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from sphinx_jax.evaluation.metrics.averages import mean_accuracy
+from sphinx_jax.evaluation.metrics.averages import mean_accuracy, percent
 from sphinx_jax.evaluation.records import Aggregate, Record, Score
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -12,11 +12,14 @@ SEED = 1
 """The original program's default."""
 
 
+DRAWN = "drawn"
+"""What the original program reads an answer as that it cannot read."""
+
+
 class OriginalAccuracy:
     """The original program's: every period is removed; where the truth is a letter, an unreadable answer is drawn.
 
-    The draws are the original's: one generator a benchmark, in the order of the file. A failed question with a letter
-    for its truth is drawn too, since the original has no such thing.
+    The draws are the original's: one generator a benchmark, in the order of the file.
     """
 
     name = "accuracy (original)"
@@ -26,18 +29,18 @@ class OriginalAccuracy:
     def score(self, answer: str, record: Record) -> Score:
         if any(truth in LETTERS for truth in record.truths):
             letter = answer.split(".")[0]
-            return Score(float(letter in record.truths), letter) if letter in LETTERS else Score(0.0, None)
+            return Score(float(letter in record.truths), letter) if letter in LETTERS else Score(0.0, DRAWN)
         text = self._plain(answer)
         return Score(float(any(self._plain(truth) == text for truth in record.truths)), text)
 
     def aggregate(self, records: Sequence[Record], scores: Sequence[Score]) -> Aggregate:
         generator = random.Random(SEED)
-        drawn = []
-        for record, score in sorted(zip(records, scores, strict=True), key=lambda pair: pair[0].number):
-            if score.matched is None and any(truth in LETTERS for truth in record.truths):
-                score = Score(float(generator.choice(LETTERS) in record.truths), None)
-            drawn.append(score)
-        return mean_accuracy(sorted(records, key=lambda record: record.number), drawn)
+        in_order = sorted(zip(records, scores, strict=True), key=lambda pair: pair[0].number)
+        values = [
+            float(generator.choice(LETTERS) in record.truths) if score.matched == DRAWN else score.value
+            for record, score in in_order
+        ]
+        return Aggregate(percent(values), {})
 
     @staticmethod
     def _plain(text: str) -> str:
