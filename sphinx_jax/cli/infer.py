@@ -20,10 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
-
 import sharding
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
@@ -31,6 +27,7 @@ from sphinx_jax.cli import common
 from sphinx_jax.cli.infer_options import Options, check_files, check_options
 from sphinx_jax.cli.model_options import load_model, remark, start_process
 from sphinx_jax.cli.plan import plan_inference
+from sphinx_jax.cli.progress import show_progress
 from sphinx_jax.config import preset
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
 
@@ -154,12 +151,6 @@ def answer_batch(model: Sphinx, options: Options) -> int:
         logprobs=options.logprobs,
         prefix_bytes=options.prefix_bytes,
     )
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn()
-    start = time.perf_counter()
-    with ProgressBar(*columns, console=Console(stderr=True, quiet=not is_primary_process())) as bar:
-        task = bar.add_task("", total=None, speed=0.0)
-        for done in progress:
-            completed = done.skipped + done.answered + done.failed
-            bar.update(task, total=done.total, completed=completed, speed=done.tokens / (time.perf_counter() - start))
+    done = show_progress(progress)
     remark(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")
     return 0 if done.answered or done.skipped else 1

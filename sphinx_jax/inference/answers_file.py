@@ -67,6 +67,11 @@ def check_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], name: str
             )
 
 
+def run_file(path: Path) -> Path:
+    """What records the settings and the questions of a file of answers."""
+    return path.with_name(f"{path.name}.run.json")
+
+
 class AnswersFile:
     """A file of answers, checked when it is made: nothing is written before `open`.
 
@@ -83,7 +88,7 @@ class AnswersFile:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--out {printable(path)}: not the path of a file ({error}); choose another") from error
         self._is_regular = mode is None or stat.S_ISREG(mode)
-        self._kept: list[bytes] = []
+        self._run_file, self._kept = run_file(self._path), list[bytes]()
         self.done: set[str] = set()
         """Keys of the questions that are answered."""
         if mode is not None and stat.S_ISDIR(mode):
@@ -114,10 +119,6 @@ class AnswersFile:
             if "answer" in record:
                 self._kept.append(line if line.endswith(b"\n") else line + b"\n")
                 self.done.add(key_of(record[self._key]))
-
-    @property
-    def _run_file(self) -> Path:
-        return self._path.with_name(f"{self._path.name}.run.json")
 
     def _recorded(self) -> tuple[dict[str, Any], dict[str, str]]:
         """The settings of the answers that the file holds, and the digests of their questions; empty if unknown."""
