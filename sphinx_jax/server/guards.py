@@ -25,6 +25,9 @@ BODY_SECONDS = 60.0
 MAX_BODIES_BYTES = 512 << 20
 """Bodies in memory at the same time."""
 
+DISCARDED_BYTES, DISCARD_SECONDS = 256 << 20, 10.0
+"""Of the body of a request that is refused, so much is read at most, and kept nowhere."""
+
 OPEN_PATHS = ("/", "/health")
 """Served without a key; and so are the files of the page."""
 
@@ -65,6 +68,8 @@ class Guards:
                 await self._app(scope, receive, exchange.send)
         except ApiError as error:
             self._count_rejection(error.code or error.type)
+            if not exchange.has_body:
+                await _discard(receive)
             await exchange.fail(error)
         except Exception:
             log.exception("%s: the server failed", exchange.request_id)
@@ -117,6 +122,7 @@ class Guards:
                     if message["type"] == "http.disconnect":
                         return
                     part, more = message.get("body", b""), message.get("more_body", False)
+                    exchange.has_body = not more
                     counted += len(part)
                     self._bodies_bytes += len(part)
                     if counted > self._max_body_bytes:
@@ -147,6 +153,8 @@ class _Exchange:
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         self._scope, self._send, self._start = scope, send, time.perf_counter()
         self._status: int | None = None
+        self.has_body = False
+        """The whole body was read."""
         scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def send(self, message: Message) -> None:
@@ -169,7 +177,6 @@ class _Exchange:
     def log(self) -> None:
         """One line a request: nothing of what was said."""
         seconds = time.perf_counter() - self._start
-        path = self._scope["path"] if self._scope["path"].isprintable() else ascii(self._scope["path"])
         describe = self._scope["state"].get("describe", str)
         status = self._status or "gone"
         # What watches the server asks every few seconds.
@@ -184,6 +191,20 @@ class _Exchange:
             self.request_id,
             describe(),
         )
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body: a client that still sends would see its connection cut, and not the error."""
+    left = DISCARDED_BYTES
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            more = True
+            while more and left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                more = message["type"] == "http.request" and message.get("more_body", False)
+    except TimeoutError:
+        pass
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

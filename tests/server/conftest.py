@@ -1,0 +1,31 @@
+"""One server on the shipped model for each file of tests that uses it."""
+
+import pytest
+
+import sharding
+import sphinx_jax
+from sphinx_jax.data import easy_vqa
+from tests.instruments.serving import data_url, serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    arguments = "--checkpoint", sphinx_jax.SHIPPED, "--max-num-seqs", 8, "--queue", 24, "--max-model-len", 512
+    with serving(tmp_path_factory.mktemp("server"), *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    """(data: URL, question, answer) of images that no training saw."""
+    records = easy_vqa.load("test")
+    chosen = [records[i] for i in range(6)]
+    urls = [data_url(easy_vqa.image_file("test", record.id).read_bytes()) for record in chosen]
+    asked = [record.questions[0] for record in chosen]
+    return [(url, question.text, question.answer) for url, question in zip(urls, asked, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The same model behind the Python interface, with the server's context."""
+    return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=512)
