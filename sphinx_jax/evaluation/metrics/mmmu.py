@@ -16,11 +16,11 @@ _LONG = 5
 _CONCLUSIONS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 _NUMBERS = (
-    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
-    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
-    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+    re.compile(r"-?\b\d{1,3}(,\d{3})+\b"),
+    re.compile(r"-?\d+(\.\d+)?e[+-]?\d+"),
+    re.compile(r"-?(\d*\.\d+|\d+\b)(?!e[+-]?\d|[,\d])"),
 )
-"""Grouped by commas, with an exponent, plain."""
+"""In lower case: grouped by commas, with an exponent, plain."""
 
 
 def read_option(answer: str, options: Mapping[str, str]) -> str | None:
@@ -82,7 +82,7 @@ def open_match(answer: str, truths: Sequence[str]) -> bool:
     """
     expected = [value for truth in truths for value in comparable(truth)]
     tails = conclusions(answer)
-    numbers = [number for tail in tails for pattern in _NUMBERS for number in pattern.findall(tail)]
+    numbers = [found[0] for tail in tails for pattern in _NUMBERS for found in pattern.finditer(tail)]
     given = [value for text in tails + numbers for value in comparable(text)]
     return any(_agrees(value, expected) for value in given)
 
