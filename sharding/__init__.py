@@ -32,6 +32,7 @@ from sharding.processes import (
     broadcast_from_primary,
     check_processes,
     is_primary_process,
+    least_of_processes,
     start_processes,
 )
 from sharding.program import Program
@@ -62,6 +63,7 @@ __all__ = [
     "device_count",
     "init_params",
     "is_primary_process",
+    "least_of_processes",
     "local_index",
     "make_mesh",
     "mesh_context",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather, sync_global_devices
 from jax.sharding import Mesh
 
 from sharding.errors import LayoutError
@@ -166,6 +166,13 @@ def broadcast_each_from_primary(items: Iterable[T]) -> Iterator[T]:
     source = iter(items)
     while (item := broadcast_from_primary(lambda: next(source, None))) is not None:
         yield item
+
+
+def least_of_processes(num_bytes: int) -> int:
+    """The least of the processes' numbers, rounded down to MiB. A collective: all processes must call it."""
+    if jax.process_count() == 1:
+        return num_bytes
+    return int(process_allgather(np.int32(num_bytes >> 20)).min()) << 20
 
 
 def is_primary_process() -> bool:

@@ -23,6 +23,7 @@ from sphinx_jax.data.tokenizer_files import load_tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import generate
 from sphinx_jax.inference.batch_file import Progress, answer_file
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.chat import Chat
 from sphinx_jax.inference.engine import MAX_MODEL_LEN, Engine
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
@@ -170,7 +171,7 @@ class Sphinx:
         *,
         seed: int | Sequence[int] | None = None,
         raw: bool = False,
-        max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_seqs: NumSeqs = MAX_NUM_SEQS,
         **options: Any,
     ) -> list[Completion]:
         """Like `generate`, with tokens, their log-probabilities, and why each answer ended.
@@ -179,7 +180,7 @@ class Sphinx:
         but EOS and stop strings ends the answer. `images` gives each prompt its image, or None. `options` are fields of
         `SamplingParams`, which replace those of `params`: `max_new_tokens`, `temperature`, `top_p`, `stop`, ... An
         answer depends on its own prompt, image and seed alone; give a list of seeds to draw several for one prompt. At
-        most `max_num_seqs` sequences run at a time.
+        most `max_num_seqs` sequences run at a time; "auto": as many as the devices have memory for.
         Raises UserError on a prompt that does not fit, or an option outside its range.
         """
         if isinstance(prompts, str):
@@ -223,7 +224,7 @@ class Sphinx:
         out: str | os.PathLike,
         params: SamplingParams = GREEDY,
         *,
-        max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_seqs: NumSeqs = MAX_NUM_SEQS,
         logprobs: bool = False,
         prefix_bytes: int | None = None,
         **options: Any,

@@ -85,7 +85,7 @@ def plan(options: Options) -> int:
         dtype=options.dtype or (source.dtype if source else "bfloat16"),
         quantize=options.quantize,
         offload=options.offload,
-        max_num_seqs=options.max_num_seqs if options.batch else 1,
+        max_num_seqs=options.max_num_seqs if options.batch or options.max_num_seqs == "auto" else 1,
         max_model_len=options.max_model_len,
     )
 

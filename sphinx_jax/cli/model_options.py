@@ -12,6 +12,7 @@ import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError
 from sphinx_jax.cli import common
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import MAX_MODEL_LEN
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
 
@@ -21,9 +22,10 @@ class ModelOptions:
     checkpoint: Path | None = None
     """Directory of a trained run, of a published SPHINX-MoE, or of a Hugging Face Mixtral. Default: the newest run
     under ./runs, or else the small model that comes with the project."""
-    max_num_seqs: int = MAX_NUM_SEQS
+    max_num_seqs: NumSeqs = MAX_NUM_SEQS
     """Sequences that run at the same time, or a few more, as many for each data-parallel group; the KV cache grows with
-    it."""
+    it. "auto": as many as fit into the memory that the parameters and the programs leave, on a CPU into a quarter of
+    the host's."""
     prefix_cache_mib: int | None = None
     """Memory on each device for the KV cache of prefixes that questions share, such as their images; 0 turns prefix
     reuse off. Default: as many prefixes as sequences."""
@@ -50,7 +52,7 @@ class ModelOptions:
     def check_model_options(self) -> None:
         """Raises UserError or LayoutError on a value outside its range."""
         for name in ("max_num_seqs", "simulate_devices"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) not in (None, "auto") and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
         if self.prefix_cache_mib is not None and self.prefix_cache_mib < 0:
             raise UserError(f"--prefix-cache-mib must be 0 (no reuse) or more, got {self.prefix_cache_mib}")

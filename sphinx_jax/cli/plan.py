@@ -1,6 +1,7 @@
 """`--plan` on the command line: the meshes to plan for, and the report."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
@@ -11,8 +12,9 @@ from sphinx_jax.cli.common import PlanOptions
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.hardware import find_gpu
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.kernels.quantized import QuantizedDtype
-from sphinx_jax.memory_plan.inference import inference_plan
+from sphinx_jax.memory_plan.inference import inference_plan, largest_plan
 from sphinx_jax.memory_plan.mesh_sweep import inference_meshes, training_meshes
 from sphinx_jax.memory_plan.report import Plan, mesh_text, print_json, print_plan, print_sweep
 from sphinx_jax.memory_plan.training import BatchShapes, sort_key, training_plan, training_sweep
@@ -29,17 +31,19 @@ def plan_inference(
     dtype: str,
     quantize: QuantizedDtype | None,
     offload: bool,
-    max_num_seqs: int,
+    max_num_seqs: NumSeqs,
     max_model_len: int,
 ) -> int:
-    """Print the plan for `max_num_seqs` sequences of up to `max_model_len` tokens; the exit code: 0 if it fits, else 1.
+    """Print the plan for `max_num_seqs` sequences of up to `max_model_len` tokens, or with "auto" for as many as fit;
+    the exit code: 0 if it fits, else 1.
 
     Raises UserError or LayoutError on an unknown GPU, or a mesh that does not divide the model.
     """
     gpu = find_gpu(options.gpu_name)
     shapes = _meshes(options, mesh, lambda num_gpus: inference_meshes(config, num_gpus))
+    plan = functools.partial(inference_plan, max_num_seqs=max_num_seqs) if max_num_seqs != "auto" else largest_plan
     plans = (
-        inference_plan(
+        plan(
             name,
             config,
             gpu,
@@ -47,7 +51,6 @@ def plan_inference(
             dtype=dtype,
             quantize=quantize,
             offload=offload,
-            max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
         for shape in shapes

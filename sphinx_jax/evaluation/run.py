@@ -16,6 +16,7 @@ from sphinx_jax.evaluation.records import Record
 from sphinx_jax.evaluation.tasks import STOP, Task
 from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of, write_line
 from sphinx_jax.inference.batch_file import Progress
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.complete_each import THREADS, complete_each
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.sampling import SamplingParams
@@ -28,7 +29,7 @@ class Asking:
 
     params: SamplingParams
     data: DataFolder | None
-    max_num_seqs: int
+    max_num_seqs: NumSeqs
     prefix_bytes: int | None = None
 
 

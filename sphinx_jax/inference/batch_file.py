@@ -22,6 +22,7 @@ from sharding import broadcast_from_primary, is_primary_process
 from sphinx_jax.data.images import load_image, printable
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of, write_line
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.complete_each import THREADS, complete_each
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import PreparedImage, Request
@@ -138,7 +139,7 @@ def answer_file(
     make_request: Callable[[str, PreparedImage | None], Request],
     *,
     settings: Mapping[str, Any],
-    max_num_seqs: int,
+    max_num_seqs: NumSeqs,
     logprobs: bool = False,
     prefix_bytes: int | None = None,
 ) -> Iterator[Progress]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from sharding import broadcast_each_from_primary
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import generate
+from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Completion, Request
 
@@ -24,7 +25,7 @@ def complete_each(
     engine: Engine,
     items: Iterable[T],
     make_request: Callable[[T], Request],
-    max_num_seqs: int,
+    max_num_seqs: NumSeqs,
     prefix_bytes: int | None = None,
 ) -> Iterator[tuple[T, Completion | UserError]]:
     """(item, its completion, or why it has none), in the order in which they end.

@@ -133,6 +133,16 @@ class Engine:
         """The shapes of `new_state`, whose program is compiled."""
         return _abstract_results(self._compile(("state", shape), self._programs.new_state(shape), ()))
 
+    def state_bytes(self, shape: StateShape) -> int:
+        """Bytes on each device of the state."""
+        return sharding.bytes_per_device(self._programs.abstract_state(shape))
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes on each device of the temporaries and new results of the compiled program that has most."""
+        stats = [compiled.memory_analysis() for compiled in self._compiled.values()]
+        return max(s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats)
+
     def round_up(self, count: int) -> int:
         """As many batch slots, or prefixes, or a few more: as many for each data-parallel group."""
         return round_up_to_groups(count, self.groups)

@@ -1,11 +1,13 @@
 """Thin users of the scheduler: many requests to their ends, or one whose text is streamed."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference.bucketing import BATCHES, bucket, kv_bucket, power_of_two
+from sphinx_jax.inference.bucketing import BATCHES, FILE_CHUNKS, bucket, kv_bucket, power_of_two
+from sphinx_jax.inference.capacity import MOST_ON_GPU, NumSeqs, num_seqs
 from sphinx_jax.inference.chunks import Pick, build_chunk
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.programs import StateShape
@@ -38,16 +40,18 @@ def state_shape(
 def run(
     engine: Engine,
     requests: Iterable[Request],
-    max_num_seqs: int = MAX_NUM_SEQS,
+    max_num_seqs: NumSeqs = MAX_NUM_SEQS,
     prefix_bytes: int | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """(index of the request, its completion), in the order in which they end.
 
-    `max_num_seqs` sequences run at a time, or a few more, as many for each data-parallel group; requests are taken from
+    `max_num_seqs` sequences run at a time, or a few more, as many for each data-parallel group; "auto": as many as the
+    devices have memory for. Requests are taken from
     the iterable as slots become free. The KV cache is as long as the requests looked ahead at need; one that needs more
     waits until all slots are free. Raises UserError on a request that does not fit.
     """
-    look_ahead = max_num_seqs + BATCHES[-1] * engine.groups
+    most = MOST_ON_GPU if max_num_seqs == "auto" else max_num_seqs
+    look_ahead = most + BATCHES[-1] * engine.groups
     source = enumerate(requests)
     index_of, held, scheduler = {}, [], None
     while True:
@@ -62,8 +66,11 @@ def run(
             if scheduler is None or engine.positions_needed(held[0][1]) > scheduler.shape.cache_len:
                 # The old state's memory is free before the new one's is taken.
                 scheduler = None
-                num_seqs = min(max_num_seqs, power_of_two(len(held)))
-                scheduler = Scheduler(engine, state_shape(engine, num_seqs, cache_len, prefix_bytes, len(held) > 1))
+                shape_of = functools.partial(
+                    state_shape, engine, cache_len=cache_len, prefix_bytes=prefix_bytes, prefixes=len(held) > 1
+                )
+                number = min(num_seqs(engine, max_num_seqs, shape_of, FILE_CHUNKS), power_of_two(len(held)))
+                scheduler = Scheduler(engine, shape_of(number))
         while held and engine.positions_needed(held[0][1]) <= scheduler.shape.cache_len:
             index, request = held.pop(0)
             index_of[scheduler.submit(request)] = index
@@ -77,7 +84,7 @@ def run(
 def run_all(
     engine: Engine,
     requests: Iterable[Request],
-    max_num_seqs: int = MAX_NUM_SEQS,
+    max_num_seqs: NumSeqs = MAX_NUM_SEQS,
     prefix_bytes: int | None = None,
 ) -> list[Completion]:
     """The completions, in the order of the requests."""

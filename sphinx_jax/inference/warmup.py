@@ -102,8 +102,30 @@ def compile_all(
     The persistent compilation cache is used if it is enabled. `on_progress` is called in this thread with the number
     of programs that are compiled and their total.
     """
+    _compile_specs(engine, shape, programs(engine, shape, chunks), on_progress)
+
+
+def working_bytes(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> int:
+    """Bytes on each device of the temporaries and results of the largest program, besides the state.
+
+    The programs with the most tokens or images are compiled and not run.
+    """
+    by_kind: dict[tuple, ProgramSpec] = {}
+    for spec in sorted(programs(engine, shape, chunks), key=_size):
+        kind = (spec.has_image, spec.start) if isinstance(spec, Prefill) else ()
+        by_kind[(type(spec), kind)] = spec
+    _compile_specs(engine, shape, list(by_kind.values()), lambda done, total: None)
+    return engine.working_bytes
+
+
+def _size(spec: ProgramSpec) -> int:
+    return spec.batch * spec.length if isinstance(spec, Prefill) else spec[0]
+
+
+def _compile_specs(
+    engine: Engine, shape: StateShape, specs: list[ProgramSpec], on_progress: Callable[[int, int], None]
+) -> None:
     state = engine.abstract_state(shape)
-    specs = programs(engine, shape, chunks)
     on_progress(1, len(specs) + 1)
     # Made once, not by each thread.
     assert engine.stops is not None

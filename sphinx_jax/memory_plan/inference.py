@@ -13,13 +13,14 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.hardware import GIB, Gpu
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import prefill_tokens
+from sphinx_jax.inference.capacity import MOST_ON_GPU, max_num_seqs
 from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
 from sphinx_jax.memory_plan.aot import planning_mesh
 from sphinx_jax.memory_plan.jobs import Job, compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
 from sphinx_jax.memory_plan.offload import offload_jobs
-from sphinx_jax.memory_plan.report import Plan
+from sphinx_jax.memory_plan.report import CONTEXT_BYTES, Plan
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 
@@ -109,6 +110,39 @@ def inference_plan(
         command=" ".join(("python infer.py", f"--checkpoint {name.upper()} --max-model-len {max_model_len}", *flags)),
         notes=notes,
     )
+
+
+def largest_plan(name: str, config: SphinxConfig, gpu: Gpu, shape: MeshShape, **options: Any) -> Plan:
+    """The plan of `infer.py` for as many sequences as fit, as `inference.capacity` counts them; for one that does not
+    fit if none does. `options` are those of `inference_plan` besides the number.
+    """
+    mesh, _ = planning_mesh(gpu, shape)
+    groups = sharding.num_shards("batch", mesh)
+    graph, params = sharding.abstract_params(
+        lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.dtype(options["dtype"])
+    )
+
+    if quantize := options.get("quantize"):
+        params = abstract_quantized_params(params, quantize)
+
+    def state_bytes(number: int) -> int:
+        return bytes_per_device(AbstractInputs(config, graph, params, mesh, number, options["max_model_len"]).state)
+
+    def most(free_bytes: int) -> int:
+        try:
+            return max_num_seqs(free_bytes, state_bytes, groups, MOST_ON_GPU)
+        except UserError:
+            return groups
+
+    def plan(number: int) -> Plan:
+        return inference_plan(name, config, gpu, shape, max_num_seqs=number, **options)
+
+    # Temporaries are known once a number is compiled: first for what would fit without them. Fewer sequences have no
+    # more of them.
+    above = most(gpu.memory_bytes - CONTEXT_BYTES - (0 if options.get("offload") else bytes_per_device(params)))
+    without_temporaries = plan(above)
+    fitting = most(without_temporaries.headroom + state_bytes(above))
+    return without_temporaries if fitting == above else plan(fitting)
 
 
 def inference_jobs(

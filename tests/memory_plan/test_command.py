@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -113,6 +114,25 @@ def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
     assert step.optimizer == pytest.approx(sum(step.parameters.values()), abs=64)
     assert step.gradients == sum(step.parameters.values())
     assert step.temporaries > 0
+
+
+def test_auto_is_a_number_that_fits(monkeypatch, small, capsys, tmp_path):
+    """The plan that is printed fits, and the state of the next number does not beside its temporaries."""
+    monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
+    gpu = dataclasses.replace(find_gpu("rtx3090"), name="small GPU", memory_mib=1024 + 512)
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(dataclasses.asdict(gpu)))
+    options = ["--preset", "small", "--max-model-len", "4096", "--dtype", "float32", "--max-num-seqs", "auto"]
+    assert infer.main(["--plan", "--json", "--gpu", str(file), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (number,) = map(int, re.findall(r"(\d+) sequences × 4,096 tokens", report["job"]))
+    # A sequence takes 4,096 positions, and each of up to 64 prefixes 512, of 2 layers x 2 heads x 16 x 2 x 4 bytes.
+    assert report["per_device"]["kv_cache_bytes"] == (number * 4096 + min(number, 64) * 512) * 512
+    assert number % 8 == 0 and report["fits"]
+    more = inference_plan(
+        "small", SMALL, gpu, MeshShape(), dtype="float32", max_num_seqs=number + 8, max_model_len=4096
+    )
+    assert not more.fits
 
 
 def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_path):
