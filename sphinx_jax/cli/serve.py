@@ -12,6 +12,7 @@ Examples:
 The server listens at once; /health says when it is ready, and so does the last line of standard output.
 """
 
+import functools
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from sphinx_jax.cli.serve_options import Options, check_options, settings
 from sphinx_jax.config import preset
 from sphinx_jax.inference import generate, warmup
 from sphinx_jax.inference.bucketing import SERVER_CHUNKS
+from sphinx_jax.inference.capacity import num_seqs
 from sphinx_jax.inference.lockstep import Lockstep, connect, follow
 from sphinx_jax.inference.scheduler import Scheduler
 from sphinx_jax.server.settings import Settings
@@ -116,7 +118,8 @@ def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Sched
     model = load_model(options, refuse_forged_turns=options.refuse_forged_turns)
     engine = model.engine
     cache_len = engine.cache_len_of_all(SERVER_CHUNKS.lengths)
-    shape = generate.state_shape(engine, options.max_num_seqs, cache_len, options.prefix_bytes)
+    shape_of = functools.partial(generate.state_shape, engine, cache_len=cache_len, prefix_bytes=options.prefix_bytes)
+    shape = shape_of(num_seqs(engine, options.max_num_seqs, shape_of, SERVER_CHUNKS))
     scheduler = Scheduler(engine, shape, SERVER_CHUNKS)
     warmup.compile_all(
         engine, shape, SERVER_CHUNKS, lambda done, total: report(f"compiling, {done} of {total} programs are done")
