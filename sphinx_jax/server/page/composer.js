@@ -6,11 +6,12 @@ import { setKey } from "./server.js";
 import { fillIn, showTasks } from "./tasks.js";
 
 export class Composer {
-  /** `onSend()` is called for Enter and Send, `onStop()` for Stop and Escape, `onChange()` after each edit. */
-  constructor({ onSend, onStop, onChange }) {
-    Object.assign(this, { onSend, onStop, onChange });
+  /** `onSend()` is called for Enter and Send, `onStop()` for Stop and Escape, `onChange()` after each edit, `onTask()` for a task. */
+  constructor({ onSend, onStop, onChange, onTask }) {
+    Object.assign(this, { onSend, onStop, onChange, onTask });
     this.field = byId("question");
     this.region = null;
+    this.wasBusy = false;
     this.listen();
     for (const id of ["empty-tasks", "panel-tasks"]) showTasks(byId(id), (task) => this.pickTask(task));
   }
@@ -71,6 +72,7 @@ export class Composer {
     this.open("tasks-button", "tasks-panel", false);
     fillIn(this.field, task);
     this.changed();
+    this.onTask();
   }
 
   /** Put a region into the question: for the placeholder, for the region put there before, or at the cursor. */
@@ -109,10 +111,13 @@ export class Composer {
 
   /** While an answer arrives, Stop has the place of Send. */
   setBusy(isBusy) {
-    const hadFocus = document.activeElement === byId("stop") || document.activeElement === byId("send");
+    // The body has the focus if the button that was pressed is gone, as Regenerate.
+    const isLost = [byId("stop"), byId("send"), document.body].includes(document.activeElement);
     byId("send").hidden = isBusy;
     byId("stop").hidden = !isBusy;
-    if (hadFocus) (isBusy ? byId("stop") : this.field).focus();
+    if (isLost && isBusy) byId("stop").focus();
+    else if (document.activeElement === document.body && this.wasBusy) this.field.focus();
+    this.wasBusy = isBusy;
   }
 }
 

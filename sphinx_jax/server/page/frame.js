@@ -107,19 +107,21 @@ export class RegionFrame {
     const before = this.box;
     const from = this.pixelAt(event);
     const move = (moved) => {
-      if (distance(event, moved) >= LEAST_DRAG) this.show(spanned(from, this.pixelAt(moved)));
+      if (distance(event, moved) < LEAST_DRAG) return;
+      // Not before: a click would be the stage's, not that of what is drawn there.
+      this.stage.setPointerCapture(event.pointerId);
+      this.show(spanned(from, this.pixelAt(moved)));
     };
     const end = (ended) => {
-      this.stage.removeEventListener("pointermove", move);
-      this.stage.removeEventListener("pointerup", end);
-      this.stage.removeEventListener("pointercancel", end);
+      document.removeEventListener("pointermove", move);
+      document.removeEventListener("pointerup", end);
+      document.removeEventListener("pointercancel", end);
       if (ended.type === "pointercancel") this.restore(before);
       else if (distance(event, ended) >= LEAST_DRAG) this.finish();
     };
-    this.stage.setPointerCapture(event.pointerId);
-    this.stage.addEventListener("pointermove", move);
-    this.stage.addEventListener("pointerup", end);
-    this.stage.addEventListener("pointercancel", end);
+    document.addEventListener("pointermove", move);
+    document.addEventListener("pointerup", end);
+    document.addEventListener("pointercancel", end);
   }
 
   restore(box) {

@@ -51,20 +51,29 @@ export function watchDrops(zone, onFiles) {
   };
   document.addEventListener("dragenter", () => show(1));
   document.addEventListener("dragleave", () => show(-1));
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("dragover", (event) => isForImage(event) && event.preventDefault());
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     show(0);
+    if (!isForImage(event)) return;
+    event.preventDefault();
     onFiles([...event.dataTransfer.files]);
   });
+}
+
+/** Whether a drop is not text for a text field. */
+function isForImage({ dataTransfer, target }) {
+  return dataTransfer.types.includes("Files") || !isTextField(target);
+}
+
+function isTextField(target) {
+  return target.matches?.("textarea, input") ?? false;
 }
 
 /** Call `onFiles(files)` for pasted files. Text beside them, as office programs add, goes to the text field. */
 export function watchPastes(onFiles) {
   document.addEventListener("paste", (event) => {
     const files = [...event.clipboardData.files];
-    const isTyping = event.target.matches?.("textarea, input");
-    if (!files.length || (isTyping && event.clipboardData.types.includes("text/plain"))) return;
+    if (!files.length || (isTextField(event.target) && event.clipboardData.types.includes("text/plain"))) return;
     event.preventDefault();
     onFiles(files);
   });

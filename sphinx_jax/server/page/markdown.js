@@ -89,7 +89,7 @@ function table(lines, at, inline) {
     if (!RULE.test(lines[next])) body.append(row(cells(lines[next]), "td", header.length, inline));
   }
   const made = element("table", {}, element("thead", {}, row(header, "th", header.length, inline)), body);
-  return [element("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, made), next];
+  return [element("div", { className: "table", tabIndex: 0, role: "group", "aria-label": "Table" }, made), next];
 }
 
 function row(texts, tag, width, inline) {

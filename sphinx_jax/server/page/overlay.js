@@ -34,14 +34,16 @@ export function markKey(turnId, index) {
   return `${turnId}-${index + 1}`;
 }
 
-/** Draw the marks of a turn over an image of `size` {width, height} pixels. */
-export function drawMarks(svg, badges, marks, turnId, size) {
-  const regions = regionsOf(turnId, marks);
-  const boxes = regions.filter(({ group }) => group.length === 4).sort((a, b) => area(b.group) - area(a.group));
-  const points = regions.filter(({ group }) => group.length === 2);
+/** Draw a turn {id, marks, asked} over an image of `size` {width, height} pixels; `asked` are the question's marks. */
+export function drawMarks(svg, badges, { id, marks, asked }, size) {
+  const regions = regionsOf(id, marks);
+  const boxes = regions.filter(({ group }) => isBox(group)).sort((a, b) => area(b.group) - area(a.group));
+  const points = regions.filter(({ group }) => !isBox(group));
   svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
   svg.setAttribute("aria-label", describe(regions));
+  svg.toggleAttribute("hidden", !regions.length && !asked.length);
   svg.replaceChildren(
+    ...asked.flatMap(({ groups }) => groups).filter(isBox).map((group) => drawAsked(group, size)),
     ...boxes.map((region) => drawBox(region, size)),
     ...skeletonEdges(marks).map((edge) => drawEdge(edge, size)),
     ...points.map((region) => drawPoint(region, size)),
@@ -50,6 +52,10 @@ export function drawMarks(svg, badges, marks, turnId, size) {
     ...boxes.map((region) => badge(region, isTooSmall(region) ? "badge crowded" : "badge", size)),
     ...points.map((region) => badge(region, regions.length > CROWD ? "badge point crowded" : "badge point", size)),
   );
+}
+
+function isBox(group) {
+  return group.length === 4;
 }
 
 /** Numbers of several regions of one mark hide them where they are small. */
@@ -62,35 +68,40 @@ function area([x1, y1, x2, y2]) {
 }
 
 function describe(regions) {
-  if (!regions.length) return "No regions are marked";
   const names = regions.map(({ label, mark }) => `${label} ${mark.name}`.trim());
   return `${regions.length} marked: ${names.join(", ")}`;
 }
 
 /** Each shape twice: a halo in the page's colour below the line, so that it shows on any image. */
 function drawBox({ group, key, colour }, size) {
+  return svgElementGroup("rect", `box ${colour}`, rectangle(group, size), { "data-mark": key });
+}
+
+/** A region of the question. */
+function drawAsked(group, size) {
+  return svgElementGroup("rect", "asked", rectangle(group, size));
+}
+
+function rectangle(group, size) {
   const [x1, y1, x2, y2] = toPixels(group, size);
-  const shape = { x: Math.min(x1, x2), y: Math.min(y1, y2), width: Math.abs(x2 - x1), height: Math.abs(y2 - y1) };
-  return svgElementGroup("rect", "box", shape, key, colour);
+  return { x: Math.min(x1, x2), y: Math.min(y1, y2), width: Math.abs(x2 - x1), height: Math.abs(y2 - y1) };
 }
 
 function drawPoint({ group, key, colour }, size) {
   const [x, y] = toPixels(group, size);
   // A line of no length with round ends: a dot of the same size on the screen at any scale.
-  return svgElementGroup("path", "dot", { d: `M ${x} ${y} h 0` }, key, colour);
+  return svgElementGroup("path", `dot ${colour}`, { d: `M ${x} ${y} h 0` }, { "data-mark": key });
 }
 
-function svgElementGroup(tag, kind, shape, key, colour) {
-  const group = svgElement("g", { class: `${kind} ${colour}`, "data-mark": key });
+function svgElementGroup(tag, className, shape, attributes = {}) {
+  const group = svgElement("g", { class: className, ...attributes });
   group.append(svgElement(tag, { ...shape, class: "halo" }), svgElement(tag, { ...shape, class: "line" }));
   return group;
 }
 
 function drawEdge([from, to], size) {
   const [x1, y1, x2, y2] = toPixels([...from, ...to], size);
-  const group = svgElement("g", { class: "bone" });
-  group.append(...["halo", "line"].map((name) => svgElement("line", { x1, y1, x2, y2, class: name })));
-  return group;
+  return svgElementGroup("line", "bone", { x1, y1, x2, y2 });
 }
 
 /** The number of a region at its left upper corner, inside where there is no room above. */
@@ -115,16 +126,26 @@ export function light(key) {
   document.body.classList.toggle("some-lit", key !== null);
 }
 
+/** Bring the focus to the line of a list that belongs to `key`. */
+export function focusLine(key) {
+  const lines = [...document.querySelectorAll(".legend-row")];
+  lines.find((line) => belongTogether(line.dataset.mark, key))?.focus();
+}
+
 /** A name's key begins the keys of its regions. */
 function belongTogether(one, other) {
   return one === other || one.startsWith(`${other}.`) || other.startsWith(`${one}.`);
 }
 
-/** Light what the pointer or the focus is on, within `root`. */
+/** Light what the pointer or the focus is on, within `root`; a click on a name or region goes to its line. */
 export function lightOnHover(root) {
   const follow = (event) => light(event.target.closest("[data-mark]")?.dataset.mark ?? null);
   root.addEventListener("pointerover", follow);
   root.addEventListener("pointerleave", () => light(null));
   root.addEventListener("focusin", follow);
   root.addEventListener("focusout", () => light(null));
+  root.addEventListener("click", (event) => {
+    const marked = event.target.closest("[data-mark]");
+    if (marked && !event.target.closest("button")) focusLine(marked.dataset.mark);
+  });
 }

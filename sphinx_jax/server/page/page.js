@@ -23,18 +23,26 @@ const STATES = {
   unreachable: "The server does not answer",
 };
 
+const WAITING = "Write your question; it can be sent when the model is ready.";
+const TEACHING =
+  "Add an image and type a question, or begin with a task. " +
+  "Where an answer names places, they are drawn on the image. To ask about one part, drag over it.";
+
 let card = null;
 let isEditing = false;
 
 /** Path of the image of a restored or loaded conversation whose bytes are missing; null if none are. */
 let missingImage = null;
 
+/** Whether `card` is that of the server as it runs now. */
+let isCardCurrent = false;
+
 /** Path of the present image where it differs from the file's name: a saved conversation keeps it. */
 let imagePath = null;
 
 const saved = restoreState();
 const parameters = new Parameters(byId("parameters"), byId("parameters-summary"), keep);
-const composer = new Composer({ onSend: send, onStop: () => talk.stop(), onChange: draftChanged });
+const composer = new Composer({ onSend: send, onStop: () => talk.stop(), onChange: draftChanged, onTask: taskPicked });
 const plate = new Plate({
   mayChange,
   onChange: imageChanged,
@@ -43,7 +51,7 @@ const plate = new Plate({
 });
 const talk = new Talk({
   onChange: talkChanged,
-  onMarks: (marks, turnId) => plate.showMarks(marks, turnId),
+  onMarks: (turn) => plate.showMarks(turn),
   onFailure: (error) => error.status === 401 && askForKey("This key was refused.", () => talk.regenerate()),
   edit: editLast,
   undo: undoLast,
@@ -83,7 +91,9 @@ async function watchServer() {
   const text = [STATES[status] ?? status, progress].filter(Boolean).join(": ");
   // Screen readers say what is set, also if it was the same.
   if (byId("state-text").textContent !== text) byId("state-text").textContent = text;
-  if (status === "ready" && !card && byId("key-form").hidden) await loadCard();
+  if (status !== "ready") isCardCurrent = false;
+  if (!card && status !== "ready") showWaiting(status, progress);
+  if (status === "ready" && !isCardCurrent && byId("key-form").hidden) await loadCard();
   allowSending();
   setTimeout(watchServer, status === "ready" ? POLL_READY : POLL_LOADING);
 }
@@ -92,29 +102,34 @@ async function loadCard() {
   try {
     showCard(await modelCard());
   } catch (error) {
-    if (error.status === 401) askForKey(hasKey() && "This key was refused.", loadCard);
-    else composer.notify(error.message);
+    if (error.status !== 401) return composer.notify(error.message);
+    byId("empty-title").textContent = "This server asks for its key";
+    byId("empty-lead").textContent = "";
+    askForKey(hasKey() && "This key was refused.", loadCard);
   }
   allowSending();
 }
 
-function showCard(model) {
-  card = model;
-  byId("model").textContent = model.id;
-  document.title = `${model.id} · sphinx-jax`;
-  parameters.setDefaults(model.defaults ?? {}, saved.parameters);
-  byId("max-tokens").max = model.max_model_len;
-  const hasImages = model.image_size !== null;
-  document.body.classList.toggle("text-only", !hasImages);
-  if (hasImages) plate.enable();
-  else showTextOnly();
+/** Say what is awaited in the place of the tasks. */
+function showWaiting(status, progress) {
+  byId("empty-title").textContent = STATES[status] ?? status;
+  byId("empty-lead").textContent = [progress && `${progress}.`, WAITING].filter(Boolean).join(" ");
 }
 
-function showTextOnly() {
-  byId("empty-title").textContent = "Ask a question";
-  byId("empty-lead").textContent = "This model reads text only.";
-  byId("empty-tasks").hidden = true;
-  byId("tasks-button").hidden = true;
+function showCard(model) {
+  const changes = card ? parameters.changes() : saved.parameters;
+  card = model;
+  isCardCurrent = true;
+  byId("model").textContent = model.id;
+  document.title = `${model.id} · sphinx-jax`;
+  parameters.setDefaults(model.defaults ?? {}, changes);
+  byId("max-tokens").max = model.max_model_len;
+  const hasImages = model.image_size !== null;
+  plate.enable(hasImages);
+  byId("empty-tasks").hidden = !hasImages;
+  byId("tasks-button").hidden = !hasImages;
+  byId("empty-title").textContent = hasImages ? "Ask about an image" : "Ask a question";
+  byId("empty-lead").textContent = hasImages ? TEACHING : "This model reads text only.";
 }
 
 function allowSending() {
@@ -175,22 +190,34 @@ function cancelEdit() {
   composer.field.focus();
 }
 
-/** Set the turns, and offer to bring back those of before. */
-function replaceTurns(turns, notice) {
-  const before = talk.turns;
-  setEditing(false);
-  talk.set(turns);
-  composer.notify(notice, { label: "Restore", run: () => talk.set(before) });
+function taskPicked() {
+  if (plate.isEnabled && !plate.image) composer.notify("The tasks are about an image: add one.");
+}
+
+/** Set the turns and what they are about, and offer to bring back what was before. */
+function replaceConversation(turns, { image, path, missing }, notice) {
+  const before = { turns: talk.turns, about: { image: plate.image, path: imagePath, missing: missingImage } };
+  setConversation(turns, { image, path, missing });
+  composer.notify(notice, { label: "Restore", run: () => setConversation(before.turns, before.about) });
   composer.field.focus();
 }
 
+function setConversation(turns, { image, path, missing }) {
+  setEditing(false);
+  imagePath = path;
+  expectImage(missing);
+  if (image !== plate.image) plate.set(image);
+  talk.set(turns);
+}
+
 function undoLast() {
-  replaceTurns(talk.turns.slice(0, -1), "The last question and its answer are removed.");
+  const about = { image: plate.image, path: imagePath, missing: missingImage };
+  replaceConversation(talk.turns.slice(0, -1), about, "The last question and its answer are removed.");
 }
 
 function clear() {
-  expectImage(null);
-  replaceTurns([], plate.image ? "The conversation is cleared; the image stays." : "The conversation is cleared.");
+  const notice = plate.image ? "The conversation is cleared; the image stays." : "The conversation is cleared.";
+  replaceConversation([], { image: plate.image, path: null, missing: null }, notice);
 }
 
 /** Another image begins a new conversation: say so and let the user decide. Resolves to whether it may come. */
@@ -236,10 +263,8 @@ async function open([file]) {
   try {
     const { image, pairs, more } = fromRecords(await file.text());
     if (image && !plate.isEnabled) throw new Error("its conversation is about an image, and this model reads text only.");
-    plate.set(null);
-    imagePath = null;
-    expectImage(image);
-    replaceTurns(pairs.map(([question, answer]) => ({ question, answer, status: "complete" })), openedNotice(image, more));
+    const turns = pairs.map(([question, answer]) => ({ question, answer, status: "complete" }));
+    replaceConversation(turns, { image: null, path: null, missing: image }, openedNotice(image, more));
   } catch (error) {
     composer.notify(`${file.name} cannot be opened: ${error.message}`);
   }

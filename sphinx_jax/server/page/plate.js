@@ -42,9 +42,9 @@ export class Plate {
     lightOnHover(byId("stage"));
   }
 
-  /** Show the image part; text-only models have none. */
-  enable() {
-    byId("plate").hidden = false;
+  /** Show the image part, or not: text-only models have none. */
+  enable(isEnabled) {
+    byId("plate").hidden = !isEnabled;
   }
 
   get isEnabled() {
@@ -58,9 +58,9 @@ export class Plate {
     try {
       const image = await readImage(file);
       if (!(await this.mayChange(image.name))) return;
-      this.set(image);
+      const isKept = this.set(image);
       if (files.length > 1) this.notify(`The model looks at one image: ${image.name} was taken, the others were not.`);
-      if (!keepImage(image)) this.notify(`${image.name} is too large to be kept when this page is loaded anew.`);
+      if (!isKept) this.notify(`${image.name} is too large to be kept when this page is loaded anew.`);
     } catch (error) {
       this.notify(error.message);
     }
@@ -69,11 +69,10 @@ export class Plate {
   async remove() {
     if (!(await this.mayChange(null))) return;
     this.set(null);
-    keepImage(null);
     byId("pick").focus();
   }
 
-  /** Show `image`, or the invitation to add one. */
+  /** Show `image`, or the invitation to add one. Returns whether a reload will bring it back. */
   set(image) {
     this.image = image;
     byId("invite").hidden = image !== null;
@@ -81,7 +80,9 @@ export class Plate {
     byId("caption").hidden = image === null;
     byId("mat").classList.toggle("filled", image !== null);
     if (image !== null) this.showImage(image);
+    const isKept = keepImage(image);
     this.onChange();
+    return isKept;
   }
 
   showImage(image) {
@@ -102,11 +103,11 @@ export class Plate {
     );
   }
 
-  /** Draw the marks of a turn; they stay until those of another turn are shown. */
-  showMarks(marks, turnId) {
-    const drawn = this.image === null ? [] : marks;
-    drawMarks(byId("overlay"), byId("badges"), drawn, turnId, this.image ?? { width: 1, height: 1 });
-    byId("hide-marks").hidden = !drawn.length;
+  /** Draw the marks of a turn {id, marks, asked}; they stay until those of another turn are shown. */
+  showMarks(turn) {
+    if (this.image === null) return;
+    drawMarks(byId("overlay"), byId("badges"), turn, this.image);
+    byId("hide-marks").hidden = !turn.marks.length && !turn.asked.length;
   }
 
   toggleMarks() {

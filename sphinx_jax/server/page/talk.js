@@ -2,13 +2,14 @@
 
 import { announce, byId } from "./dom.js";
 import { toMessages } from "./conversation.js";
+import { parseMarks } from "./regions.js";
 import { streamAnswer } from "./server.js";
 import { TurnView } from "./turns.js";
 
 export class Talk {
   /**
-   * `onChange()` follows every change of the turns but the pieces of an answer; `onMarks(marks, id)` shows those
-   * of a turn; `onFailure(error)` is told of the requests that fail; `edit()` lets the user edit the last question.
+   * `onChange()` follows every change of the turns but the pieces of an answer; `onMarks(turn)` shows the marks
+   * {id, marks, asked} of one; `onFailure(error)` is told of the requests that fail; `edit()` lets the user edit the last question.
    */
   constructor({ onChange, onMarks, onFailure, edit, undo }) {
     Object.assign(this, { onChange, onMarks, onFailure });
@@ -20,7 +21,7 @@ export class Talk {
     this.wasAtEnd = true;
     this.keepEnd();
     this.actions = {
-      copy: (turn) => copyText(turn.answer),
+      copy: (turn) => this.copy(turn),
       show: (turn) => turn.id !== this.shownId && this.showMarks(turn),
       regenerate: () => this.regenerate(),
       edit,
@@ -101,6 +102,12 @@ export class Talk {
     this.showMarks(turn);
   }
 
+  async copy(turn) {
+    const isCopied = await copyText(turn.answer);
+    announce(byId("action-announcer"), isCopied ? "Copied" : "Not copied");
+    return isCopied;
+  }
+
   stop() {
     this.running?.abort();
   }
@@ -122,12 +129,12 @@ export class Talk {
   showLastMarks() {
     const turn = this.turns.findLast((candidate) => this.views.get(candidate).marks.length);
     if (turn) this.showMarks(turn);
-    else this.onMarks([]);
+    else this.onMarks({ id: 0, marks: [], asked: [] });
   }
 
   showMarks(turn) {
     this.shownId = turn.id;
-    this.onMarks(this.views.get(turn).marks, turn.id);
+    this.onMarks({ id: turn.id, marks: this.views.get(turn).marks, asked: parseMarks(turn.question) });
   }
 
   /** Keep the end in sight when a panel below takes room. */

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 import re
 import shutil
 import time
@@ -27,6 +28,13 @@ def png(size: tuple[int, int], colour: str = "#808080") -> bytes:
     """A plain image of `size`, width and height in pixels."""
     data = io.BytesIO()
     Image.new("RGB", size, colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def noise(size: tuple[int, int]) -> bytes:
+    """An image that does not compress."""
+    data = io.BytesIO()
+    Image.frombytes("RGB", size, random.Random(0).randbytes(size[0] * size[1] * 3)).save(data, "PNG")
     return data.getvalue()
 
 

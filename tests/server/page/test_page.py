@@ -1,18 +1,12 @@
 """The page in Chromium: images, questions, answers and errors, as a user meets them."""
 
 import base64
-import io
 import json
-import random
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from sphinx_jax.data.conversation import Conversation
-from sphinx_jax.data.images import load_image
-from sphinx_jax.inference import chat
-from tests.server.page.browser import LIVE_STREAM, ScriptedAnswers, png, sse, until, upload
+from tests.server.page.browser import LIVE_STREAM, ScriptedAnswers, noise, png, sse, until, upload
 
 pytestmark = pytest.mark.browser
 
@@ -137,14 +131,17 @@ def test_image_is_sent_as_it_is(visit, ask, way):
     assert others == [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Really?"}]
 
 
-def noise(size):
-    """An image that does not compress."""
-    image = Image.new("RGB", size)
-    image.frombytes(random.Random(0).randbytes(size[0] * size[1] * 3))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    assert load_image(out.getvalue()).size == size
-    return out.getvalue()
+def test_text_is_dropped_into_the_question(visit):
+    """A drop of text on its field is the browser's; anywhere else it is no image."""
+    page = visit()
+    drop = """(selector) => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.setData("text/plain", "words");
+      const event = new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true});
+      return document.querySelector(selector).dispatchEvent(event);
+    }"""
+    assert page.evaluate(drop, "#question") is True and not page.is_visible("#notice")
+    assert page.evaluate(drop, "#mat") is False and page.is_visible("#notice")
 
 
 def test_pasted_text_with_an_image_stays_text(visit):
@@ -259,9 +256,11 @@ def test_regenerate_edit_undo_clear(visit, ask):
     answers = ScriptedAnswers(page, *(sse(text) for text in ("One.", "Two.", "Two again.", "Three.")))
     ask(page, "First?")
     ask(page, "Second?")
-    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Regenerate").press("Enter")
     until(lambda: page.locator(".answer").last.inner_text() == "Two again.")
     assert [message["content"] for message in answers.requests[-1]["messages"]] == ["First?", "One.", "Second?"]
+    # The button is gone; the focus is not.
+    until(lambda: page.evaluate("document.activeElement.id") == "question")
     page.get_by_role("button", name="Edit").click()
     assert page.input_value("#question") == "Second?" and page.is_visible("#editing")
     page.click("#cancel-edit")
@@ -324,6 +323,12 @@ def test_tasks_have_the_exact_prompts(visit, place):
     assert filled == PROMPTS
     page.locator(f"{place} .task").nth(3).dispatch_event("click")
     assert page.evaluate("getSelection().toString()") == "blue backpack"
+
+
+def test_tasks_ask_for_an_image(visit):
+    page = visit()
+    page.click("#empty-tasks .task")
+    assert "add one" in page.inner_text("#notice-text")
 
 
 # What goes wrong
@@ -408,10 +413,12 @@ def test_waits_while_the_model_loads(visit):
 
     page = visit(load, ready=False)
     until(lambda: "compiling 3 of 7" in page.inner_text("#state-text"))
+    assert page.inner_text("#empty-title") == "Loading the model" and not page.is_visible("#empty-tasks")
     page.fill("#question", "Is it?")
     assert page.is_disabled("#send")
     states.clear()
     page.wait_for_selector("#send:enabled")
+    assert page.inner_text("#empty-title") == "Ask about an image" and page.is_visible("#empty-tasks")
 
 
 def test_text_only_models_have_no_image_parts(visit, ask, card):
@@ -424,124 +431,3 @@ def test_text_only_models_have_no_image_parts(visit, ask, card):
     paste(page, png((8, 8)))
     page.wait_for_selector("#notice:visible")
     assert "text only" in page.inner_text("#notice-text")
-
-
-# What stays
-
-
-def test_everything_survives_a_reload(visit, ask):
-    data = png((60, 40))
-    page = visit()
-    ScriptedAnswers(page, sse("<p>Yes</p>[0.1, 0.2, 0.3, 0.4]."))
-    page.set_input_files("#pick-file", upload(data, "kept.png"))
-    ask(page, "Is it?")
-    page.click("#parameters-button")
-    page.fill("#temperature", "0.5")
-    page.fill("#question", "a draft")
-    page.reload()
-    page.wait_for_selector("#send:enabled")
-    assert page.locator(".question").all_inner_texts() == ["Is it?"]
-    assert page.inner_text("#image-name") == "kept.png" and page.locator("#overlay rect.line").count() == 1
-    assert page.input_value("#temperature") == "0.5" and page.input_value("#question") == "a draft"
-    answers = ScriptedAnswers(page, sse("Still."))
-    ask(page, "And now?")
-    assert answers.image() == data and len(answers.requests[0]["messages"]) == 3
-
-
-def test_image_too_large_to_keep_is_asked_for(visit, ask):
-    """The tab's storage holds about 5 MB: the user is told, and continues with the file of that name."""
-    data = noise((1500, 1000))
-    page = visit()
-    ScriptedAnswers(page, sse("Yes."))
-    page.set_input_files("#pick-file", upload(data, "huge.png"))
-    page.wait_for_selector("#notice:visible")
-    assert "huge.png is too large to be kept" in page.inner_text("#notice-text")
-    ask(page, "Is it?")
-    page.reload()
-    page.wait_for_selector("#plate:visible")
-    assert "about huge.png" in page.inner_text("#invite-lead")
-    page.fill("#question", "More?")
-    page.press("#question", "Enter")
-    assert "Choose huge.png first" in page.inner_text("#notice-text")
-    answers = ScriptedAnswers(page, sse("Still."))
-    page.set_input_files("#pick-file", upload(data, "huge.png"))
-    page.wait_for_selector("#stage:visible")
-    ask(page, "More?")
-    assert answers.image() == data and len(answers.requests[0]["messages"]) == 3
-
-
-def test_save_writes_the_training_format(visit, ask, tmp_path):
-    """What is saved is what train.py reads, and what is opened is what was saved."""
-    page = visit()
-    ScriptedAnswers(page, sse("Ja, 「はい」."), sse("<p>Here</p>[0.1, 0.2]."))
-    page.set_input_files("#pick-file", upload(png((60, 40)), "cat.png"))
-    ask(page, "Is it?")
-    ask(page, "Where?")
-    with page.expect_download() as download:
-        page.click("#save")
-    download.value.save_as(tmp_path / "saved.json")
-    (record,) = json.loads((tmp_path / "saved.json").read_text())
-    assert record["image"] == "cat.png"
-    conversation = Conversation.from_record(record["conversations"], "saved.json")
-    expected = [("Is it?", "Ja, 「はい」."), ("Where?", "<p>Here</p>[0.1, 0.2].")]
-    assert conversation == Conversation.from_pairs(expected)
-
-    other = visit()
-    other.set_input_files("#open-file", tmp_path / "saved.json")
-    other.wait_for_selector(".turn >> nth=1")
-    assert other.locator(".question").all_inner_texts() == ["Is it?", "Where?"]
-    assert "about cat.png" in other.inner_text("#invite-lead")
-    other.set_input_files("#pick-file", upload(png((60, 40)), "cat.png"))
-    other.wait_for_selector("#stage:visible")
-    assert other.locator(".turn").count() == 2 and other.locator("#overlay path.line").count() == 1
-
-
-def test_opens_what_the_chat_saved(visit, model_free_chat, tmp_path):
-    """A file of infer.py's /save: its image is asked for by name, and its path is kept when saved anew."""
-    path = model_free_chat(tmp_path, [("Is it?", "Yes.")])
-    page = visit()
-    page.set_input_files("#open-file", path)
-    page.wait_for_selector(".turn")
-    page.set_input_files("#pick-file", upload(png((60, 40)), "cat.png"))
-    page.wait_for_selector("#stage:visible")
-    with page.expect_download() as download:
-        page.click("#save")
-    download.value.save_as(tmp_path / "again.json")
-    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
-
-
-@pytest.fixture
-def model_free_chat():
-    """Saves turns as the chat on the terminal does."""
-
-    def save(folder, pairs):
-        turns = [chat.Turn(*pair) for pair in pairs]
-        chat.save(SimpleNamespace(turns=turns), folder / "photos" / "cat.png", folder / "chat.json")  # type: ignore[arg-type]
-        return folder / "chat.json"
-
-    return save
-
-
-BAD_FILES = {
-    "{not json": "not JSON",
-    "[]": 'no record with "conversations"',
-    "null": 'no record with "conversations"',
-    '[{"conversations": [{"from": "gpt", "value": "x"}]}]': 'turn 1 must have "from": "human"',
-    '[{"conversations": [{"from": "human", "value": 3}]}]': "turn 1 must have",
-    '[{"conversations": [null]}]': "turn 1 must have",
-    '[{"conversations": [{"from": "human", "value": "x"}]}]': "has no answer",
-    '[{"conversations": []}]': "has no answer",
-    '[{"image": ["a", "b"], "conversations": []}]': '"image" must be',
-}
-
-
-def test_file_that_cannot_be_opened_changes_nothing(visit, ask):
-    page = visit()
-    ScriptedAnswers(page, sse("Yes."))
-    ask(page, "Is it?")
-    for text, says in BAD_FILES.items():
-        page.set_input_files("#open-file", upload(text.encode(), "bad.json", "application/json"))
-        page.wait_for_selector("#notice:visible")
-        assert says in page.inner_text("#notice-text")
-        assert page.locator(".turn").count() == 1
-        page.click("#notice-close")

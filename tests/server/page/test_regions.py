@@ -130,6 +130,29 @@ def test_an_earlier_answer_is_shown_when_it_is_pointed_at(visit, ask):
     assert not page.is_visible("#overlay rect.line")
 
 
+def test_region_of_the_question_is_shown_with_the_answer(visit, ask):
+    page = visit()
+    ScriptedAnswers(page, sse("A dog."), sse("None."))
+    page.set_input_files("#pick-file", upload(png(WIDE)))
+    box = [0.2, 0.4, 0.5, 0.6]
+    ask(page, f"What is in {box}?")
+    drawn = page.locator("#overlay .asked .line").bounding_box()
+    stage = page.locator("#stage").bounding_box()
+    scale = stage["width"] / WIDE[0]
+    corner = [(drawn["x"] - stage["x"]) / scale, (drawn["y"] - stage["y"]) / scale]
+    np.testing.assert_allclose(corner, pixels(box, WIDE)[:2], atol=2)
+    ask(page, "And elsewhere?")
+    assert page.locator("#overlay g").count() == 0
+
+
+def test_a_click_on_a_box_or_a_name_goes_to_its_line(answer):
+    page = answer("<p>a dog</p>[0.1, 0.45, 0.3, 0.6] and <p>cats</p>[0.5, 0.45, 0.6, 0.6; 0.7, 0.45, 0.8, 0.6].")
+    page.locator("#overlay g[data-mark$='-2.2']").click()
+    assert page.evaluate("document.activeElement.dataset.mark.slice(-4)") == "-2.2"
+    page.click(".name >> nth=0")
+    assert page.evaluate("document.activeElement.dataset.mark.slice(-4)") == "-1.1"
+
+
 def test_key_points_are_joined_by_the_skeleton(answer):
     """Two people, one after the other, the second without a nose: no line goes between them."""
     rng = np.random.default_rng(0)
