@@ -179,18 +179,11 @@ class _Exchange:
         seconds = time.perf_counter() - self._start
         describe = self._scope["state"].get("describe", str)
         status = self._status or "gone"
+        method, path = self._scope["method"], self._scope["path"]
         # What watches the server asks every few seconds.
-        level = logging.DEBUG if self._scope["path"] in ("/health", "/metrics") else logging.INFO
-        log.log(
-            level,
-            "%s %.200s %s %.3f s %s %s",
-            self._scope["method"],
-            path,
-            status,
-            seconds,
-            self.request_id,
-            describe(),
-        )
+        level = logging.DEBUG if path in ("/health", "/metrics") else logging.INFO
+        path = path if path.isprintable() else ascii(path)
+        log.log(level, "%s %.200s %s %.3f s %s %s", method, path, status, seconds, self.request_id, describe())
 
 
 async def _discard(receive: Receive) -> None:
