@@ -101,9 +101,10 @@ def read_mmbench(files: Sequence[Path]) -> list[Record]:
         if truths and truths[0] not in options:
             raise fields.wrong("answer", f"one of {', '.join(options)}")
         names = {"category": "category", "l2-category": "l2_category"}
-        extra: dict[str, Any] = {"options": options, "index": _whole_number(fields, index)}
+        text = fields.text("question")
+        extra: dict[str, Any] = {"options": options, "index": _whole_number(fields, index), "question": text}
         extra |= {key: fields.text(name) for name, key in names.items() if name in fields}
-        question = choice_question(fields.text("question"), options, fields.text("hint") if "hint" in fields else "")
+        question = choice_question(text, options, fields.text("hint") if "hint" in fields else "")
         image = _decode(fields, images.get(cell, cell))
         records.append(Record(number, image, question, truths, extra["index"], extra))
     return records

@@ -10,7 +10,7 @@ from sphinx_jax.errors import UserError
 class DataFolder:
     """The folder `--data`, and in it `annotations`, `data` and the folders of single benchmarks.
 
-    Upper and lower case are not told apart where a name as written does not exist: the original program's files name
+    Where a name as written does not exist, its case is ignored: the original program's files name
     `data/GQA`, and its scripts `data/gqa`.
     """
 
@@ -53,7 +53,8 @@ def _resolve(path: Path) -> Path | None:
     try:
         if path.is_file():
             return path
-        return _other_case(path) if len(path.parts) > 1 else None
+        found = _other_case(path) if len(path.parts) > 1 else None
+        return found if found is not None and found.is_file() else None
     except (OSError, ValueError):
         # No name of a file: too long, or with a NUL.
         return None

@@ -1,10 +1,11 @@
 """The file OUT/<task>.jsonl: a line a question as it ends, with all that is needed to score it again.
 
     {"n": 3, "id": null, "image": "cat.jpg", "question": "...", "prompt": "...", "truth": ["yes"], "extra": {},
-     "answer": "Yes", "score": 1.0, "matched": "yes", "tokens": 2, "finish": "stop"}
+     "answer": "Yes", "score": 1.0, "matched": "yes", "tokens": 2, "logprob": -0.02, "finish": "stop"}
 
-`n` is the record's number in its file, `truth` all accepted answers, `matched` what the metric read the answer as. A
-question that could not be asked, as its image is missing, has "error" in place of the last five.
+`n` is the record's number in its file, `truth` all accepted answers, `matched` what the metric read the answer as,
+`logprob` the log-probability of the whole answer. A question that could not be asked, as its image is missing, has
+"error" in place of the last six.
 """
 
 import json
@@ -41,6 +42,7 @@ def line_of(task: Task, record: Record, result: Completion | UserError) -> dict[
         "answer": answer,
         **scored(task, record, answer),
         "tokens": len(result.tokens),
+        "logprob": round(sum(result.logprobs), 6),
         "finish": result.finish,
     }
 

@@ -31,7 +31,7 @@ def _table(lines: Lines) -> str:
     rows.writeheader()
     for line in lines:
         extra = line["extra"]
-        row = {"index": extra["index"], "question": line["question"], "prediction": line.get("answer", "")}
+        row = {"index": extra["index"], "question": extra["question"], "prediction": line.get("answer", "")}
         rows.writerow(row | extra["options"])
     return text.getvalue()
 

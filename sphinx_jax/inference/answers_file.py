@@ -140,7 +140,7 @@ class AnswersFile:
         old_settings, old_questions = self._recorded()
         if old_settings:
             check_settings(old_settings, settings, f"--out {self.name}")
-        for key in self.done & old_questions.keys() & questions.keys():
+        for key in sorted(self.done & old_questions.keys() & questions.keys()):
             if questions[key] != old_questions[key]:
                 raise UserError(
                     f"--out {self.name}: the question with {self._key} {key} was another one; choose another file, or "
