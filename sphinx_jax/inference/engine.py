@@ -23,6 +23,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import LENGTHS, bucket, positions_for, power_of_two, prefill_tokens
 from sphinx_jax.inference.data_parallel import round_up_to_groups
+from sphinx_jax.inference.expert_load import padded_batch
 from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadded
 from sphinx_jax.inference.requests import PreparedImage, Request
@@ -253,6 +254,20 @@ class Engine:
         pixels = np.stack([image.normalised() for image in images]) if images else None
         key = ("logits", *tokens.shape, pixels is not None)
         return self._run(key, self._programs.logits(), self.params, tokens, pixels)
+
+    def expert_load(
+        self, texts: Sequence[Sequence[int]], images: Sequence[PreparedImage] | None
+    ) -> Int[np.ndarray, "layers kinds experts"]:
+        """How many assignments to experts the tokens of some texts make, each with its image or all without; kinds are
+        `expert_load.KINDS`."""
+        size = self.round_up(power_of_two(len(texts)))
+        tokens, lengths = padded_batch(texts, size)
+        pixels = None
+        if images is not None:
+            padding = [images[0]] * (size - len(images))
+            pixels = np.stack([image.normalised() for image in [*images, *padding]])
+        key = ("expert load", *tokens.shape, pixels is not None)
+        return np.asarray(self._run(key, self._programs.expert_load(), self.params, tokens, lengths, pixels))
 
     def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
         """Log-probabilities of the tokens of a text, each given those before it."""

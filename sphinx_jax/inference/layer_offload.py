@@ -289,6 +289,12 @@ class OffloadEngine(Engine):
             sampled = sampled._replace(**joined)
         return rest._replace(cache=cache, prefixes=state.prefixes), sampled
 
+    def expert_load(
+        self, texts: Sequence[Sequence[int]], images: Sequence[PreparedImage] | None
+    ) -> Int[np.ndarray, "layers kinds experts"]:
+        """Raises UserError: the program needs all layers on the devices."""
+        raise UserError("the experts' load needs the layers on the devices: start without --offload")
+
     def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
         """Raises UserError: the program needs all layers on the devices."""
         raise UserError("log-probabilities of a prompt need the layers on the devices: start without --offload")

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import sharding
 from sharding import Program
 from sphinx_jax.config import SphinxConfig
-from sphinx_jax.inference import steps
+from sphinx_jax.inference import expert_load, steps
 from sphinx_jax.inference.prompt_logprobs import score
 from sphinx_jax.model import bind
 
@@ -87,6 +87,14 @@ class Programs:
 
         def function(params: dict, tokens: jax.Array) -> Any:
             return score(self.graph, self._vocab_size, params, tokens)
+
+        return Program(function, (), self.replicated, slices_in_place=True)
+
+    def expert_load(self) -> Program:
+        """params, tokens, lengths, normalised images or None -> assignments to experts; see `expert_load.count`."""
+
+        def function(*args: Any) -> Int[Array, "layers kinds experts"]:
+            return expert_load.count(self.graph, *args)
 
         return Program(function, (), self.replicated, slices_in_place=True)
 
