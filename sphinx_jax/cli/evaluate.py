@@ -26,12 +26,15 @@ from sphinx_jax.cli import common
 from sphinx_jax.cli.evaluate_options import Options
 from sphinx_jax.cli.model_options import load_model, remark, start_process
 from sphinx_jax.cli.progress import show_progress
+from sphinx_jax.evaluation import expert_load
 from sphinx_jax.evaluation.data_folder import DataFolder
 from sphinx_jax.evaluation.records import Record
+from sphinx_jax.evaluation.report import write_report
+from sphinx_jax.evaluation.report_images import Images
 from sphinx_jax.evaluation.results import read_run, score_folder, write_results
 from sphinx_jax.evaluation.run import Asking, answer_task
 from sphinx_jax.evaluation.settings import model_settings, options_used, prepare_folder, run_description
-from sphinx_jax.evaluation.tables import terminal_table
+from sphinx_jax.evaluation.tables import Result, terminal_table
 from sphinx_jax.evaluation.tasks import TASKS, choose
 from sphinx_jax.inference.batch_file import Progress
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         list_tasks(data)
         return 0
     if options.score:
-        return show(options.score, read_run(options.score))
+        return score(options.score, options.report)
     start_process(options)
     ImageFile.LOAD_TRUNCATED_IMAGES = options.lenient_images
     # The primary process alone has the records, which may hold images.
@@ -72,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
         f"loaded after {loaded - start:.1f} s, {totals.answered:,} questions answered in {seconds:.1f} s, "
         f"{totals.skipped:,} answered before: {out}"
     )
+    images = Images(data, records)
+    if options.report:
+        expert_load.measure(model, [TASKS[name] for name in names], out, images)
     if not is_primary_process():
         return 0
     run = {
@@ -84,7 +90,20 @@ def main(argv: Sequence[str]) -> int:
         "tokens": totals.tokens,
         "tokens_per_second": round(totals.tokens / seconds, 1),
     }
-    return show(out, run)
+    results = score_folder(out)
+    if options.report:
+        write_report(out, results, run, images)
+    return show(out, results, run)
+
+
+def score(out: Path, report: bool) -> int:
+    """Score the answers of an earlier evaluation again."""
+    results, run = score_folder(out), read_run(out)
+    if report:
+        folder = run.get("options", {}).get("data")
+        data = DataFolder(Path(folder)) if folder and Path(folder).is_dir() else None
+        write_report(out, results, run, Images(data))
+    return show(out, results, run)
 
 
 def read_records(options: Options, data: DataFolder | None, records: dict[str, list[Record]]) -> list[str]:
@@ -104,9 +123,8 @@ def folder_settings(model: Sphinx, options: Options, out: Path) -> dict[str, Any
     return settings
 
 
-def show(out: Path, run: Mapping[str, Any]) -> int:
-    """Score the answers in a folder, write its tables, and print the results; the exit code is 1 on an error."""
-    results = score_folder(out)
+def show(out: Path, results: Mapping[str, Result], run: Mapping[str, Any]) -> int:
+    """Write the results and print their table; the exit code is 1 on an error."""
     write_results(out, results, run)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
     console.print(terminal_table(results))
