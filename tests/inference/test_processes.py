@@ -1,5 +1,7 @@
 """Two processes of two devices each, started as a user would, answer as one process of one device does."""
 
+import collections
+import dataclasses
 import json
 import os
 import socket
@@ -12,6 +14,9 @@ import pytest
 import sharding
 import sphinx_jax
 from sphinx_jax.data import easy_vqa
+from sphinx_jax.inference.scheduler import Scheduler
+from tests.instruments.mixed_requests import COUNT as COUNT_MIXED
+from tests.instruments.mixed_requests import SHAPE, mixed_requests, some_images
 
 INFER = Path(__file__).parents[2] / "infer.py"
 COUNT = 12
@@ -48,6 +53,45 @@ def test_only_answers_on_standard_output(closed, said):
     done = subprocess.run(["sh", "-c", program], cwd=INFER.parent, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, said), done.stderr
     assert ("library" in done.stderr) == (closed == "")
+
+
+@pytest.mark.slow
+def test_mixed_requests_in_two_processes(tmp_path):
+    """200 that arrive and are cancelled at random moments: each gives what it gives alone in one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = [sys.executable, "-m", "tests.instruments.mixed_requests", address]
+    started = [
+        subprocess.Popen(
+            [*program, str(i), str(tmp_path / "said.json")],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            cwd=INFER.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    found = json.loads((tmp_path / "said.json").read_text())
+    assert len(found["said"]) == COUNT_MIXED and found["reused"] > 0
+
+    model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=128)
+    scheduler = Scheduler(model.engine, dataclasses.replace(SHAPE, num_prefixes=0, prefix_len=0))
+    requests = list(mixed_requests(model, some_images(), COUNT_MIXED))
+    finishes = collections.Counter()
+    # They arrive from the last to the first.
+    for request, (text, tokens, finish) in zip(reversed(requests), found["said"], strict=True):
+        alone = scheduler.submit(request)
+        while scheduler.has_work:
+            scheduler.step()
+        finishes[finish] += 1
+        if finish == "cancelled":
+            assert alone.text.startswith(text) and alone.tokens[: len(tokens)] == tokens
+        else:
+            assert (alone.text, alone.tokens, alone.finish) == (text, tokens, finish)
+    assert finishes["cancelled"] > 5 and finishes["stop"] > 5
 
 
 @pytest.mark.slow

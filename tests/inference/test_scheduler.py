@@ -14,9 +14,9 @@ from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.inference.scheduler import Scheduler
+from tests.instruments.mixed_requests import PROMPTS, mixed_requests, serve_at_random
 
-CACHE_LEN, NEW = 128, 12
-PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
+CACHE_LEN = 128
 
 
 def make_scheduler(engine, num_seqs=4, num_prefixes=4, prefix_len=64):
@@ -31,24 +31,6 @@ def finish(scheduler):
             if sequence.finish is not None:
                 ended[sequence] = ended.get(sequence, 0) + 1
     return ended
-
-
-def mixed_requests(model, images, count, seed=0):
-    """Greedy and sampled, with stop strings, log-probabilities, repetition penalty, images and none."""
-    random = np.random.default_rng(seed)
-    for _ in range(count):
-        params = SamplingParams(
-            max_new_tokens=int(random.integers(1, NEW)),
-            temperature=float(random.choice([0, 0, 0.7, 1.3])),
-            top_p=float(random.choice([0.5, 0.95, 1])),
-            top_k=int(random.choice([0, 0, 5])),
-            repetition_penalty=float(random.choice([1, 1, 1.5])),
-            seed=int(random.integers(100)),
-            stop=tuple(random.choice(["e", "a", "is", "ab", "the "], random.integers(3), replace=False)),
-            top_logprobs=int(random.choice([0, 0, 3])),
-        )
-        image = images[random.integers(len(images))] if random.random() < 0.6 else None
-        yield model.request(PROMPTS[random.integers(4)], image, params, raw=bool(random.random() < 0.2))
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +63,9 @@ def assert_same(completion, expected):
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["one", "data2-tensor2"])
 def test_mixed_requests_give_what_each_gives_alone(mesh, model, make_model, images, alone):
     """200 of them, arriving at random times, some streaming, some cancelled at random moments."""
-    scheduler, random = make_scheduler(make_model(**mesh).engine), np.random.default_rng(3)
-    waiting = list(mixed_requests(model, images, 200))
-    sequences, cancelled, events = [], set(), {}
-    while waiting or scheduler.has_work:
-        for _ in range(min(random.integers(0, 6), len(waiting))):
-            sequences.append(scheduler.submit(waiting.pop(), streams=bool(random.random() < 0.5)))
-        for sequence in scheduler.step():
-            events[sequence] = events.get(sequence, 0) + (sequence.finish is not None)
-        running = [s for s in sequences if s.finish is None]
-        if running and random.random() < 0.15:
-            sequence = running[random.integers(len(running))]
-            scheduler.cancel(sequence)
-            cancelled.add(sequence)
+    scheduler = make_scheduler(make_model(**mesh).engine)
+    requests = list(mixed_requests(model, images, 200))
+    sequences, cancelled, events = serve_at_random(scheduler, requests, seed=3)
     assert len(sequences) == 200 and len(cancelled) > 5
     assert all(events[s] == 1 for s in sequences if s not in cancelled)
     assert scheduler.tokens_reused > 0
@@ -221,8 +193,9 @@ def test_a_device_error_ends_every_sequence_once_and_the_next_request_works(mode
 
         patch.setattr(Engine, "decode", fail)
         ended = scheduler.step()
-    assert sorted(s.finish for s in ended) == ["error"] * 4
-    assert "the device is gone" in ended[0].error and "\n" not in ended[0].error
+    assert [s.finish for s in ended] == ["error"] * 4
+    error = ended[0].error or ""
+    assert "the device is gone" in error and "\n" not in error
     # Those that had no slot yet are served, by a new state.
     assert all(s.finish == "length" or s.finish == "stop" for s in finish(scheduler)) and failing[5].tokens
     assert len(ended[0].tokens) == 1
