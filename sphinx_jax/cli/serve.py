@@ -41,6 +41,10 @@ except ImportError as missing:
     ) from missing
 
 
+BACKLOG = 512
+"""Connections that the kernel holds until they are accepted."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code."""
     options = common.parse(Options, argv, "serve.py", __doc__ or "")
@@ -104,6 +108,8 @@ def listen(options: Options) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((options.host, options.port))
+        # Now, not when the event loop runs: two servers may bind one port, and only one may listen.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise UserError(

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import jax
 import numpy as np
 from PIL import Image
 
+import sphinx_jax
+
 ROOT = Path(__file__).parents[2]
+
+CONTEXT = 2048
+NANO = ("--checkpoint", sphinx_jax.SHIPPED, "--max-num-seqs", 4, "--queue", 12, "--max-model-len", CONTEXT)
+"""The same sizes in all tests: the programs of one server are those of the next."""
 
 
 class Answer(NamedTuple):
@@ -84,10 +89,10 @@ class Server(NamedTuple):
 
     def metric(self, name: str) -> float:
         """A counter or gauge without labels, or the sum over its labels."""
-        lines = self.get("/metrics").body.decode().splitlines()
-        values = [float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0].partition("{")[0] == name]
-        assert values, f"no metric {name}"
-        return sum(values)
+        text = self.get("/metrics").body.decode()
+        assert name.removesuffix("_total") in text, f"no metric {name}"
+        lines = text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.split(" ")[0].partition("{")[0] == name)
 
     def wait_until_idle(self, seconds: float = 20) -> None:
         deadline = time.monotonic() + seconds
@@ -111,12 +116,9 @@ def serving(folder: Path, *argv: object, env: Mapping[str, str] | None = None) -
 def start(folder: Path, *argv: object, env: Mapping[str, str] | None = None) -> tuple[subprocess.Popen, Path]:
     """A server that has just been started, and the file of what it prints."""
     log = folder / "serve.log"
-    # Programs that the tests before it compiled are not compiled again.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    # Below pytest's own folder, which all its processes share: what one server compiled the next one reads.
+    shared = next(parent for parent in folder.parents if parent.name.startswith("pytest-of-"))
+    cache = {"XDG_CACHE_HOME": str(shared / "serve-cache"), "JAX_PLATFORMS": "cpu"}
     with log.open("wb") as out:
         program = [sys.executable, ROOT / "serve.py", "--port", 0, *argv]
         process = subprocess.Popen(

@@ -5,13 +5,12 @@ import pytest
 import sharding
 import sphinx_jax
 from sphinx_jax.data import easy_vqa
-from tests.instruments.serving import data_url, serving
+from tests.instruments.serving import CONTEXT, NANO, data_url, serving
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    arguments = "--checkpoint", sphinx_jax.SHIPPED, "--max-num-seqs", 8, "--queue", 24, "--max-model-len", 512
-    with serving(tmp_path_factory.mktemp("server"), *arguments) as server:
+    with serving(tmp_path_factory.mktemp("server"), *NANO) as server:
         yield server
 
 
@@ -28,4 +27,4 @@ def held_out():
 @pytest.fixture(scope="session")
 def model():
     """The same model behind the Python interface, with the server's context."""
-    return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=512)
+    return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=CONTEXT)

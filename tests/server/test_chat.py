@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.instruments.serving import data_url, image_part, png, text_part
+from tests.instruments.serving import CONTEXT, data_url, image_part, png, text_part
 
 
 def content_of(answer):
@@ -143,7 +143,7 @@ def test_stop_strings_and_lengths(server):
 
 def test_without_a_limit_an_answer_takes_what_the_context_leaves(server):
     usage = server.chat(temperature=2, top_p=1, seed=1, ignore_eos=True).json["usage"]
-    assert usage["total_tokens"] == 512
+    assert usage["total_tokens"] == CONTEXT
 
 
 def test_roles(server, model, held_out):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.instruments.serving import data_url, image_part, png, text_part
+from tests.instruments.serving import CONTEXT, data_url, image_part, png, text_part
 
 USER = {"role": "user", "content": "hi"}
 
@@ -70,7 +70,12 @@ def test_echo_scores_a_text(server, model, max_tokens):
 
 def test_models(server):
     (card,) = server.get("/v1/models").json["data"]
-    assert (card["id"], card["object"], card["owned_by"], card["max_model_len"]) == ("nano", "model", "sphinx-jax", 512)
+    assert (card["id"], card["object"], card["owned_by"], card["max_model_len"]) == (
+        "nano",
+        "model",
+        "sphinx-jax",
+        CONTEXT,
+    )
     assert card["image_size"] == 64 and set(card["defaults"]) == {"temperature", "top_p", "max_tokens", "seed"}
     assert server.get("/v1/models/nano").json == card
     missing = server.get("/v1/models/gpt-4")
@@ -198,13 +203,13 @@ def test_a_truncated_image_and_a_huge_one(server):
 
 
 def test_a_prompt_that_is_too_long(server):
-    answer = server.chat("word " * 2000)
+    answer = server.chat("word " * CONTEXT)
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
-    assert "512" in answer.error["message"]
+    assert str(CONTEXT) in answer.error["message"]
     # Not even tokenized.
     assert server.chat("word " * 1_000_000).error["code"] == "context_length_exceeded"
     cut = server.chat("word " * 90, max_tokens=100_000).json
-    assert cut["usage"]["total_tokens"] <= 512
+    assert cut["usage"]["total_tokens"] <= CONTEXT
 
 
 BODIES = {
