@@ -5,6 +5,9 @@ import { PLACEHOLDER } from "./regions.js";
 import { setKey } from "./server.js";
 import { fillIn, showTasks } from "./tasks.js";
 
+/** Buttons and what they open. */
+const PANELS = { "tasks-button": "tasks-panel", "parameters-button": "parameters" };
+
 export class Composer {
   /** `onSend()` is called for Enter and Send, `onStop()` for Stop and Escape, `onChange()` after each edit, `onTask()` for a task. */
   constructor({ onSend, onStop, onChange, onTask }) {
@@ -32,9 +35,7 @@ export class Composer {
       if (event.key === "Escape") this.onEscape();
     });
     byId("notice-close").addEventListener("click", () => this.notify(""));
-    for (const [opener, panel] of [["tasks-button", "tasks-panel"], ["parameters-button", "parameters"]]) {
-      byId(opener).addEventListener("click", () => this.open(opener, panel, byId(panel).hidden));
-    }
+    for (const opener of Object.keys(PANELS)) byId(opener).addEventListener("click", () => this.togglePanel(opener));
   }
 
   get text() {
@@ -53,23 +54,36 @@ export class Composer {
     this.onChange();
   }
 
-  open(opener, panel, isOpen) {
-    byId(panel).hidden = !isOpen;
-    byId(opener).setAttribute("aria-expanded", String(isOpen));
+  togglePanel(opener) {
+    if (byId(PANELS[opener]).hidden) this.openPanel(opener);
+    else this.closePanels();
+  }
+
+  /** Open the panel of a button, and close the other. */
+  openPanel(opener) {
+    this.closePanels();
+    byId(PANELS[opener]).hidden = false;
+    byId(opener).setAttribute("aria-expanded", "true");
+  }
+
+  closePanels() {
+    for (const [opener, panel] of Object.entries(PANELS)) {
+      byId(panel).hidden = true;
+      byId(opener).setAttribute("aria-expanded", "false");
+    }
   }
 
   /** Stop an answer; without one, close the panel that is open. */
   onEscape() {
     if (!byId("stop").hidden) this.onStop();
-    for (const [opener, panel] of [["tasks-button", "tasks-panel"], ["parameters-button", "parameters"]]) {
-      if (byId(panel).hidden) continue;
-      this.open(opener, panel, false);
-      byId(opener).focus();
-    }
+    const opener = Object.keys(PANELS).find((id) => !byId(PANELS[id]).hidden);
+    if (!opener) return;
+    this.closePanels();
+    byId(opener).focus();
   }
 
   pickTask(task) {
-    this.open("tasks-button", "tasks-panel", false);
+    this.closePanels();
     fillIn(this.field, task);
     this.changed();
     this.onTask();

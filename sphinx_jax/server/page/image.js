@@ -79,9 +79,9 @@ export function watchPastes(onFiles) {
   });
 }
 
-/** Let `button` open the file dialog of `input`, and call `onFiles(files)` with what is chosen there. */
-export function watchPicker(button, input, onFiles) {
-  button.addEventListener("click", () => input.click());
+/** Let `buttons` open the file dialog of `input`, and call `onFiles(files)` with what is chosen there. */
+export function watchPicker(buttons, input, onFiles) {
+  for (const button of buttons) button.addEventListener("click", () => input.click());
   input.addEventListener("change", () => {
     const files = [...input.files];
     // The same file can be chosen again.

@@ -113,7 +113,8 @@ async function loadCard() {
 /** Say what is awaited in the place of the tasks. */
 function showWaiting(status, progress) {
   byId("empty-title").textContent = STATES[status] ?? status;
-  byId("empty-lead").textContent = [progress && `${progress}.`, WAITING].filter(Boolean).join(" ");
+  const step = progress ? `${progress[0].toUpperCase()}${progress.slice(1)}. ` : "";
+  byId("empty-lead").textContent = step + WAITING;
 }
 
 function showCard(model) {
@@ -127,7 +128,7 @@ function showCard(model) {
   const hasImages = model.image_size !== null;
   plate.enable(hasImages);
   byId("empty-tasks").hidden = !hasImages;
-  byId("tasks-button").hidden = !hasImages;
+  offerTasks();
   byId("empty-title").textContent = hasImages ? "Ask about an image" : "Ask a question";
   byId("empty-lead").textContent = hasImages ? TEACHING : "This model reads text only.";
 }
@@ -141,7 +142,7 @@ async function send() {
   if (byId("send").disabled || talk.isBusy) return;
   const invalid = parameters.invalidField();
   if (invalid) {
-    composer.open("parameters-button", "parameters", true);
+    composer.openPanel("parameters-button");
     composer.notify(`${invalid.labels[0].textContent}: ${invalid.validationMessage}`);
     return invalid.focus();
   }
@@ -159,6 +160,7 @@ function talkChanged() {
   byId("save").disabled = !answered(talk.turns).length;
   byId("clear").disabled = !talk.turns.length || talk.isBusy;
   byId("open").disabled = talk.isBusy;
+  offerTasks();
   keep();
 }
 
@@ -188,6 +190,12 @@ function cancelEdit() {
   setEditing(false);
   composer.text = "";
   composer.field.focus();
+}
+
+/** Before the first question the tasks are on the page itself. */
+function offerTasks() {
+  byId("tasks-button").hidden = !plate.isEnabled || !talk.turns.length;
+  if (byId("tasks-button").hidden) composer.closePanels();
 }
 
 function taskPicked() {
@@ -289,7 +297,7 @@ function listen() {
   byId("cancel-edit").addEventListener("click", cancelEdit);
   byId("clear").addEventListener("click", clear);
   byId("save").addEventListener("click", save);
-  watchPicker(byId("open"), byId("open-file"), open);
+  watchPicker([byId("open")], byId("open-file"), open);
   lightOnHover(byId("turn-list"));
 }
 

@@ -34,9 +34,8 @@ export class Plate {
     const take = (files) => this.take(files);
     watchDrops(byId("mat"), take);
     watchPastes(take);
-    watchPicker(byId("pick"), byId("pick-file"), take);
-    watchPicker(byId("replace"), byId("pick-file"), take);
-    watchPicker(byId("camera"), byId("camera-file"), take);
+    watchPicker([byId("pick"), byId("replace")], byId("pick-file"), take);
+    watchPicker([byId("camera")], byId("camera-file"), take);
     byId("remove").addEventListener("click", () => this.remove());
     byId("hide-marks").addEventListener("click", () => this.toggleMarks());
     lightOnHover(byId("stage"));

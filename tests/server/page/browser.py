@@ -34,7 +34,8 @@ def png(size: tuple[int, int], colour: str = "#808080") -> bytes:
 def noise(size: tuple[int, int]) -> bytes:
     """An image that does not compress."""
     data = io.BytesIO()
-    Image.frombytes("RGB", size, random.Random(0).randbytes(size[0] * size[1] * 3)).save(data, "PNG")
+    image = Image.frombytes("RGB", size, random.Random(0).randbytes(size[0] * size[1] * 3))
+    image.save(data, "PNG", compress_level=0)
     return data.getvalue()
 
 

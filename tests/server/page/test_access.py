@@ -44,12 +44,13 @@ def test_axe_finds_nothing_serious(visit, ask, axe, scheme, device):
     ask(page, "And then?")
     page.fill("#question", "A draft")
     page.click("#tasks-button")
-    page.click("#parameters-button")
-    page.fill("#temperature", "9")
     page.locator(".legend-row").first.focus()
     assert axe(page) == []
-    page.click("#tasks-button")
     page.click("#parameters-button")
+    assert not page.is_visible("#tasks-panel")
+    page.fill("#temperature", "9")
+    assert axe(page) == []
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="Edit").click()
     page.click("#mark-region")
     page.evaluate("document.getElementById('key-form').hidden = false")
@@ -163,3 +164,20 @@ def test_loads_from_this_server_alone(visit, address):
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert {response.status for response in seen} == {200}
     assert page.evaluate("document.querySelectorAll('[style]:not([style*=\"--ratio\"]):not(#question)').length") == 0
+
+
+@pytest.mark.parametrize("panel", ["tasks", "parameters"])
+def test_question_stays_in_sight_on_a_phone(visit, ask, panel):
+    """With an image, a panel and a notice, Send is still within the window."""
+    page = visit(**PHONE)
+    ScriptedAnswers(page, sse("Yes."))
+    page.set_input_files("#pick-file", upload(png((600, 400))))
+    page.wait_for_selector("#stage:visible")
+    ask(page, "Is it?")
+    page.set_input_files("#pick-file", upload(b"x", "no-image.txt", "text/plain"))
+    page.wait_for_selector("#notice:visible")
+    page.click(f"#{panel}-button")
+    box = page.locator("#send").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 640
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == f"{panel}-button"

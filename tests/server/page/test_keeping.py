@@ -1,7 +1,6 @@
 """What the page keeps: over a reload in the tab's storage, and for longer in a file of the training format."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -33,7 +32,7 @@ def test_everything_survives_a_reload(visit, ask):
 
 def test_image_too_large_to_keep_is_asked_for(visit, ask):
     """The tab's storage holds about 5 MB: the user is told, and continues with the file of that name."""
-    data = noise((1500, 1000))
+    data = noise((1400, 980))
     page = visit()
     ScriptedAnswers(page, sse("Yes."))
     page.set_input_files("#pick-file", upload(data, "huge.png"))
@@ -79,9 +78,9 @@ def test_save_writes_the_training_format(visit, ask, tmp_path):
     assert other.locator(".turn").count() == 2 and other.locator("#overlay path.line").count() == 1
 
 
-def test_opens_what_the_chat_saved(visit, model_free_chat, tmp_path):
+def test_opens_what_the_chat_saved(visit, tmp_path):
     """A file of infer.py's /save: its image is asked for by name, and its path is kept when saved anew."""
-    path = model_free_chat(tmp_path, [("Is it?", "Yes.")])
+    path = saved_by_the_chat(tmp_path, [("Is it?", "Yes.")])
     page = visit()
     page.set_input_files("#open-file", path)
     page.wait_for_selector(".turn")
@@ -93,16 +92,13 @@ def test_opens_what_the_chat_saved(visit, model_free_chat, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
 
 
-@pytest.fixture
-def model_free_chat():
-    """Saves turns as the chat on the terminal does."""
-
-    def save(folder, pairs):
-        turns = [chat.Turn(*pair) for pair in pairs]
-        chat.save(SimpleNamespace(turns=turns), folder / "photos" / "cat.png", folder / "chat.json")  # type: ignore[arg-type]
-        return folder / "chat.json"
-
-    return save
+def saved_by_the_chat(folder, pairs):
+    """The file that /save of the chat on the terminal writes."""
+    # Without a model: /save looks at the turns only.
+    made = object.__new__(chat.Chat)
+    made.turns = [chat.Turn(*pair) for pair in pairs]
+    chat.save(made, folder / "photos" / "cat.png", folder / "chat.json")
+    return folder / "chat.json"
 
 
 BAD_FILES = {

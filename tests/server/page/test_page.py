@@ -122,7 +122,7 @@ def test_image_is_sent_as_it_is(visit, ask, way):
         case "paste":
             paste(page, data)
     page.wait_for_selector("#stage:visible")
-    assert page.inner_text("#image-size").startswith("900 × 200")
+    assert page.inner_text("#image-size").startswith("900 × 200") and not page.is_visible("#notice")
     ask(page, "Is it?")
     ask(page, "Really?")
     assert answers.image() == data
@@ -310,9 +310,11 @@ def test_parameters_begin_as_the_servers(visit, ask, card):
 
 
 @pytest.mark.parametrize("place", ["#empty-tasks", "#panel-tasks"])
-def test_tasks_have_the_exact_prompts(visit, place):
+def test_tasks_have_the_exact_prompts(visit, ask, place):
     page = visit()
     if place == "#panel-tasks":
+        ScriptedAnswers(page, sse("Yes."))
+        ask(page, "Is it?")
         page.click("#tasks-button")
     filled = []
     for i in range(len(PROMPTS)):

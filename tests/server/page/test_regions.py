@@ -292,6 +292,7 @@ def test_fingers_scroll_until_region_marking_is_on(visit):
     swipe()
     assert page.input_value("#question") == ""
     page.tap("#mark-region")
+    page.wait_for_selector("#mark-region[aria-pressed=true]")
     box = page.locator("#stage").bounding_box()
     swipe()
     until(lambda: page.input_value("#question").startswith("[0.1"))
