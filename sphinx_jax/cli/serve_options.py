@@ -104,7 +104,7 @@ def api_key(options: Options) -> str | None:
     elif key is None and (from_environment := os.environ.get(KEY_VARIABLE)) is not None:
         key, where = from_environment.strip(), KEY_VARIABLE
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(f"{where}: a key is one word of printable ASCII characters; make another")
+        raise UserError(f"{where}: a key is printable ASCII without spaces; make another")
     return key
 
 

@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 class Bridge:
-    """`load(report)` runs in the thread that owns the model from then on; `report` takes a word on its progress."""
+    """`load(report)` runs in the thread that owns the model from then on; `report` takes a text on its progress."""
 
     def __init__(self, load: Callable[[Callable[[str], None]], Served], queue: int | None):
         self._load, self._queue = load, queue

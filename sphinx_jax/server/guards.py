@@ -59,23 +59,23 @@ class Guards:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        exchange = _Exchange(scope, headers, send)
+        response = _LoggedResponse(scope, headers, send)
         try:
             self._check(scope, headers)
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                await self._with_body(scope, headers, receive, exchange)
+                await self._with_body(scope, headers, receive, response)
             else:
-                await self._app(scope, receive, exchange.send)
+                await self._app(scope, receive, response.send)
         except ApiError as error:
             self._count_rejection(error.code or error.type)
-            if not exchange.has_body:
+            if not response.body_is_read:
                 await _discard(receive)
-            await exchange.fail(error)
+            await response.fail(error)
         except Exception:
-            log.exception("%s: the server failed", exchange.request_id)
-            await exchange.fail(ApiError("the server failed; its log says why", status=500, code="internal_error"))
+            log.exception("%s: the server failed", response.request_id)
+            await response.fail(ApiError("the server failed; its log says why", status=500, code="internal_error"))
         finally:
-            exchange.log()
+            response.log()
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raises ApiError on a wrong host, key or content type."""
@@ -107,7 +107,9 @@ class Guards:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _with_body(self, scope: Scope, headers: dict[str, str], receive: Receive, exchange: "_Exchange") -> None:
+    async def _with_body(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, response: "_LoggedResponse"
+    ) -> None:
         """Run the application with the whole body, which is counted as long as the application holds it."""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body_bytes:
@@ -122,7 +124,7 @@ class Guards:
                     if message["type"] == "http.disconnect":
                         return
                     part, more = message.get("body", b""), message.get("more_body", False)
-                    exchange.has_body = not more
+                    response.body_is_read = not more
                     counted += len(part)
                     self._bodies_bytes += len(part)
                     if counted > self._max_body_bytes:
@@ -130,10 +132,10 @@ class Guards:
                     if self._bodies_bytes > MAX_BODIES_BYTES:
                         raise overloaded("too many large requests at once; try again in a moment")
                     parts.append(part)
-            await self._app(scope, _replay(b"".join(parts), receive), exchange.send)
+            await self._app(scope, _replay(b"".join(parts), receive), response.send)
         except TimeoutError:
             error = ApiError(f"the body did not come within {BODY_SECONDS:g} seconds", status=408, code="timeout")
-            await exchange.fail(error)
+            await response.fail(error)
         finally:
             self._bodies_bytes -= counted
 
@@ -145,7 +147,7 @@ class Guards:
         )
 
 
-class _Exchange:
+class _LoggedResponse:
     """One request and its response: adds the request id, and knows what was sent."""
 
     def __init__(self, scope: Scope, headers: dict[str, str], send: Send):
@@ -153,7 +155,7 @@ class _Exchange:
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         self._scope, self._send, self._start = scope, send, time.perf_counter()
         self._status: int | None = None
-        self.has_body = False
+        self.body_is_read = False
         """The whole body was read."""
         scope.setdefault("state", {})["request_id"] = self.request_id
 
