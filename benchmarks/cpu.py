@@ -11,6 +11,9 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -23,6 +26,7 @@ import numpy as np
 from jobs import OurModel, time_after_idle, training
 
 from sphinx_jax import checkpoints
+from sphinx_jax.cli.startup import keep_freed_memory, prepare_process
 from sphinx_jax.config import preset
 
 try:
@@ -80,7 +84,22 @@ def compare(name: str, quick: bool) -> Iterator[dict]:
         }
 
 
+def machine() -> str:
+    """CPU, kernel and huge pages, with which the ratios move."""
+
+    def field(file: str, pattern: str) -> str:
+        found = re.search(pattern, Path(file).read_text()) if Path(file).exists() else None
+        return found[1] if found else "unknown"
+
+    cpu = field("/proc/cpuinfo", r"model name\s*: (.*)")
+    huge_pages = field("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]")
+    return f"{cpu}, {os.cpu_count()} logical cores, {platform.system()} {platform.release()}, huge pages: {huge_pages}"
+
+
 def main() -> None:
+    # As the entry points: ours and transformers' side both keep what they free.
+    prepare_process()
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="only this preset")
     parser.add_argument("--quick", action="store_true", help="one repetition: a smoke test")
@@ -88,7 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     names = ("jax", "torch", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    print(f"{time.strftime('%Y-%m-%d')}, {versions}, {torch.get_num_threads()} threads, float32\n")
+    print(f"{time.strftime('%Y-%m-%d')}, {versions}, {torch.get_num_threads()} threads, float32")
+    print(f"{machine()}\n")
     print("| model | job | ours, tokens/s | transformers, tokens/s | their experts | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows = []
@@ -106,7 +126,8 @@ def main() -> None:
             )
             print(f"| {' | '.join(cells)} |", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+        described = {"versions": versions, "machine": machine(), "rows": rows}
+        options.json.write_text(json.dumps(described, indent=2) + "\n")
 
 
 if __name__ == "__main__":

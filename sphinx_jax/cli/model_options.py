@@ -12,6 +12,7 @@ import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError
 from sphinx_jax.cli import common
+from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import MAX_MODEL_LEN
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
@@ -86,6 +87,7 @@ def load_model(options: ModelOptions, **more: Any) -> Sphinx:
         **more,
     )
     sharding.check_processes(model.mesh)
+    keep_freed_memory()
     remark(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     return model
 

@@ -10,6 +10,7 @@ from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import CheckpointSource
 from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
+from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.cli.train_options import Options
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.easy_vqa import IMAGE_SIZE
@@ -84,6 +85,7 @@ def run(options: Options) -> None:
         if train_config.lora and source:
             checkpoints.lora.write_adapter_info(out, source, train_config.lora)
     initial_model = checkpoint.params if checkpoint else None
+    keep_freed_memory()
     summary = train(program, task, out, run_config=options.run, resume=options.resume, initial_model=initial_model)
     if not is_primary_process():
         return
