@@ -29,6 +29,7 @@ from sphinx_jax.server.protocol import ChatRequest, CompletionRequest, Detokeniz
 from sphinx_jax.server.settings import Settings
 from sphinx_jax.server.streaming import EventStream, Gone, unless_gone
 from sphinx_jax.server.ticket import Ticket
+from sphinx_jax.sphinx import Sphinx
 
 T = TypeVar("T")
 
@@ -148,6 +149,9 @@ class Api:
             asked = parse(body, TokenizeRequest)
             self._known(asked.model)
             tokens = tokenize(model, asked.prompt)[0 if asked.add_special_tokens else 1 :]
+            # lm-eval asks for the id of a special token by its name.
+            if not asked.add_special_tokens and (special := _special_token(model, asked.prompt)) is not None:
+                tokens = [special]
             return {"tokens": tokens, "count": len(tokens), "max_model_len": model.engine.max_model_len}
 
         return JsonResponse(await self._in_thread(work, await request.body()))
@@ -247,6 +251,12 @@ class Api:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, data)
         except UserError as error:
             raise ApiError(str(error)) from error
+
+
+def _special_token(model: Sphinx, text: str) -> int | None:
+    """The id of BOS or EOS if `text` is its name."""
+    ids = (model.tokenizer.bos_id, model.tokenizer.eos_id)
+    return {model.tokenizer.token_name(token): token for token in ids}.get(text)
 
 
 def describe(tickets: Sequence[Ticket]) -> str:

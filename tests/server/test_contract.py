@@ -90,7 +90,13 @@ def test_tokens_there_and_back(server, model):
     bare = server.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json["tokens"]
     assert bare == tokens["tokens"][1:]
     assert server.post("/detokenize", {"tokens": bare}).json == {"prompt": text}
-    assert server.get("/tokenizer_info").json["eos_token"] == "</s>"
+    special = server.get("/tokenizer_info").json
+    assert special == {"bos_token": "<s>", "eos_token": "</s>"}
+    # lm-eval looks their ids up so. Within a text they are characters, as everywhere.
+    named = [server.post("/tokenize", {"prompt": name, "add_special_tokens": False}) for name in special.values()]
+    assert [answer.json["tokens"] for answer in named] == [[model.tokenizer.bos_id], [model.tokenizer.eos_id]]
+    within = server.post("/tokenize", {"prompt": "a </s>", "add_special_tokens": False}).json["tokens"]
+    assert within == model.tokenizer.encode("a </s>", bos=False, eos=False) and 2 not in within
 
 
 def test_paths_of_the_server(server):
