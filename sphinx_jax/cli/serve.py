@@ -29,6 +29,7 @@ from sphinx_jax.inference import generate, warmup
 from sphinx_jax.inference.bucketing import SERVER_CHUNKS
 from sphinx_jax.inference.capacity import num_seqs
 from sphinx_jax.inference.lockstep import Lockstep, connect, follow
+from sphinx_jax.inference.prompt_logprobs import padded_lens
 from sphinx_jax.inference.scheduler import Scheduler
 from sphinx_jax.server.settings import Settings
 
@@ -62,14 +63,14 @@ def main(argv: Sequence[str]) -> int:
     # Whatever is wrong with these is known before the weights are read.
     chosen = sharding.broadcast_from_primary(prepare)
     if not sharding.is_primary_process():
-        _, scheduler, leader = load(options, lambda progress: None)
-        follow(scheduler, leader[0])
+        model, scheduler, leader = load(options, lambda progress: None)
+        follow(model.engine, scheduler, leader[0])
         return 0
     start_log()
 
     def load_served(report: Callable[[str], None]) -> Served:
         model, scheduler, followers = load(options, report)
-        return Served(model, Lockstep(scheduler, followers))
+        return Served(model, Lockstep(model.engine, scheduler, followers))
 
     return run_server(listeners[0], chosen, load_served)
 
@@ -130,5 +131,9 @@ def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Sched
     warmup.compile_all(
         engine, shape, SERVER_CHUNKS, lambda done, total: report(f"compiling, {done} of {total} programs are done")
     )
+    if not options.offload:
+        for length in padded_lens(options.max_model_len - 1):
+            report(f"compiling log-probabilities of {length} tokens")
+            engine.prompt_logprobs([0] * length)
     host = (options.processes.coordinator or "").rpartition(":")[0].strip("[]") or None
     return model, scheduler, connect(host)

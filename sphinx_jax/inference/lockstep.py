@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 
 from sharding import broadcast_from_primary
+from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.prompt_logprobs import PromptLogprobs
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.scheduler import Scheduler
 from sphinx_jax.inference.sequence import Sequence as EngineSequence
@@ -28,11 +30,17 @@ class Plan(NamedTuple):
     cancelled: list[int]
 
 
+class Score(NamedTuple):
+    """Not a round: the log-probabilities of a text are asked for."""
+
+    tokens: list[int]
+
+
 class Lockstep:
     """A scheduler, and the connections to the processes that follow it. `round` is all that changes it."""
 
-    def __init__(self, scheduler: Scheduler, followers: Sequence[Connection] = ()):
-        self.scheduler, self._followers = scheduler, list(followers)
+    def __init__(self, engine: Engine, scheduler: Scheduler, followers: Sequence[Connection] = ()):
+        self._engine, self.scheduler, self._followers = engine, scheduler, list(followers)
         self._number_of: dict[EngineSequence, int] = {}
         self._count = 0
 
@@ -40,9 +48,7 @@ class Lockstep:
         self, submitted: Sequence[Request], cancelled: Sequence[EngineSequence]
     ) -> tuple[list[EngineSequence], list[EngineSequence]]:
         """(the sequence of each request submitted, the sequences with something new or an end)."""
-        plan = Plan(list(submitted), [self._number_of[sequence] for sequence in cancelled])
-        for connection in self._followers:
-            connection.send(plan)
+        self._send(Plan(list(submitted), [self._number_of[sequence] for sequence in cancelled]))
         new = [self.scheduler.submit(request, streams=True) for request in submitted]
         for sequence in new:
             self._number_of[sequence] = self._count
@@ -55,11 +61,20 @@ class Lockstep:
                 self._number_of.pop(sequence, None)
         return new, changed
 
+    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+        """Log-probabilities of the tokens of a text, computed by all processes."""
+        self._send(Score(tokens))
+        return self._engine.prompt_logprobs(tokens)
+
     def close(self) -> None:
         """No more rounds: the followers return."""
+        self._send(None)
         for connection in self._followers:
-            connection.send(None)
             connection.close()
+
+    def _send(self, plan: Plan | Score | None) -> None:
+        for connection in self._followers:
+            connection.send(plan)
 
     def watch(self, on_loss: Callable[[], None]) -> None:
         """Call `on_loss`, in a thread of its own, as soon as a follower is gone. Followers never send."""
@@ -73,12 +88,12 @@ class Lockstep:
         on_loss()
 
 
-def follow(scheduler: Scheduler, leader: Connection) -> None:
+def follow(engine: Engine, scheduler: Scheduler, leader: Connection) -> None:
     """Make the rounds of process 0 until it closes. The process ends with exit code 1 if process 0 is gone.
 
     A process that waits in a collective for one that is gone cannot return: only ending it helps.
     """
-    plans: list[Plan | None] = []
+    plans: list[Plan | Score | None] = []
     changed = threading.Condition()
 
     def receive() -> None:
@@ -103,6 +118,9 @@ def follow(scheduler: Scheduler, leader: Connection) -> None:
             plan = plans.pop(0)
         if plan is None:
             return
+        if isinstance(plan, Score):
+            engine.prompt_logprobs(plan.tokens)
+            continue
         for request in plan.submitted:
             sequences[count] = scheduler.submit(request, streams=True)
             count += 1

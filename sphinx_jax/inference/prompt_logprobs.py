@@ -13,7 +13,7 @@ from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.model import bind
 
 LENGTHS = (128, 512, 2048)
-"""Texts are padded to these, or to powers of two past them: a program for each is compiled when it is first needed."""
+"""Texts are padded to these, or to powers of two past them: a program for each."""
 
 CHUNK = 128
 """Positions whose logits are in memory at a time."""
@@ -30,6 +30,14 @@ class PromptLogprobs(NamedTuple):
 def padded_len(length: int) -> int:
     """The length that a text of so many tokens is padded to."""
     return next((size for size in LENGTHS if size >= length), 1 << (length - 1).bit_length())
+
+
+def padded_lens(max_len: int) -> list[int]:
+    """The lengths that texts of up to `max_len` tokens are padded to."""
+    lengths = [padded_len(1)]
+    while lengths[-1] < max_len:
+        lengths.append(padded_len(lengths[-1] + 1))
+    return lengths
 
 
 def score(

@@ -1,6 +1,7 @@
 """The routes of the server, and the application that is made of them."""
 
 import asyncio
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs
 from sphinx_jax.server import chat, completions
-from sphinx_jax.server.api_errors import ApiError, JsonResponse
+from sphinx_jax.server.api_errors import ApiError, JsonResponse, overloaded
 from sphinx_jax.server.bridge import Bridge
 from sphinx_jax.server.generation import Generation, Prompt, generation, tokenize
 from sphinx_jax.server.guards import Guards
@@ -35,6 +36,9 @@ T = TypeVar("T")
 
 THREADS = 2
 """Threads that parse bodies and decode images, beside the event loop and the engine's."""
+
+MAX_PENDING = 256
+"""Bodies that wait for these threads: an image may take a second of them."""
 
 PAGE_MAX_TOKENS = 512
 """What the page asks for, unless its reader says otherwise."""
@@ -55,6 +59,7 @@ class Api:
         self._bridge, self._settings, self._metrics = bridge, settings, metrics
         self._created = int(time.time())
         self._pool = ThreadPoolExecutor(THREADS, "bodies")
+        self._pending = 0
 
     def routes(self) -> list[Route]:
         """Every route of the server."""
@@ -206,24 +211,25 @@ class Api:
         if body.stream:
             self._submit(request, work)
             return self._stream(completions.completion_events(model, name, body, work), work)
-        before = [completions.NO_ECHO] * len(work.tickets)
-        if body.echo:
-            before = completions.echoes(model, body, prompts, await self._prompt_logprobs(request, body, prompts))
-        if not body.max_new_tokens:
-            return JsonResponse(completions.echo_object(model, name, body, prompts, before))
-        self._submit(request, work)
-        return await self._whole(request, completions.completion_object(model, name, body, work, before), work)
 
-    async def _prompt_logprobs(self, request: Request, body: CompletionRequest, prompts: list) -> list:
+        async def answer() -> dict[str, Any]:
+            before = [completions.NO_ECHO] * len(work.tickets)
+            if body.echo:
+                before = completions.echoes(model, body, await self._prompt_logprobs(body, prompts))
+            if not body.max_new_tokens:
+                return completions.echo_object(model, name, body, prompts, before)
+            self._submit(request, work)
+            return await completions.completion_object(model, name, body, work, before)
+
+        return await self._whole(request, answer(), work)
+
+    async def _prompt_logprobs(self, body: CompletionRequest, prompts: list[Prompt]) -> list[PromptLogprobs | None]:
         """The log-probabilities of the tokens of each prompt, between two rounds of the scheduler."""
-        if body.logprobs is None:
+        served = self._bridge.served
+        if body.logprobs is None or served is None:
             return [None] * len(prompts)
-        engine = self._bridge.model.engine
-
-        def work_on(tokens: list[int]) -> Callable[[], PromptLogprobs]:
-            return lambda: engine.prompt_logprobs(tokens)
-
-        return [await self._bridge.call(work_on(prompt.tokens)) for prompt in prompts]
+        score = served.lockstep.prompt_logprobs
+        return [await self._bridge.call(functools.partial(score, prompt.tokens)) for prompt in prompts]
 
     def _generation(self, body: Any, prompts: list, max_new_tokens: int | None, top_logprobs: int) -> Generation:
         bridge = self._bridge
@@ -246,11 +252,16 @@ class Api:
             self._bridge.give_up(work.tickets)
 
     async def _in_thread(self, function: Callable[[bytes], T], data: bytes) -> T:
-        """`function(data)` beside the event loop. Raises ApiError for what a user caused."""
+        """`function(data)` beside the event loop. Raises ApiError for what a user caused, or if too many wait."""
+        if self._pending >= MAX_PENDING:
+            raise overloaded("too many requests are being read; try again in a moment")
+        self._pending += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, data)
         except UserError as error:
             raise ApiError(str(error)) from error
+        finally:
+            self._pending -= 1
 
 
 def _special_token(model: Sphinx, text: str) -> int | None:

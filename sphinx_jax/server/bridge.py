@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.lockstep import Lockstep
 from sphinx_jax.inference.sequence import Sequence as EngineSequence
-from sphinx_jax.server.api_errors import overloaded, unavailable
+from sphinx_jax.server.api_errors import ApiError, overloaded, unavailable
 from sphinx_jax.server.ticket import Ticket
 from sphinx_jax.sphinx import Sphinx
 
@@ -115,7 +115,7 @@ class Bridge:
                 self._changed.notify()
 
     async def call(self, function: Callable[[], T]) -> T:
-        """`function()` in the thread that owns the model, between two rounds. With one process only."""
+        """`function()` in the thread that owns the model, between two rounds."""
         self.check_accepting()
         future: Future = Future()
         with self._changed:
@@ -138,8 +138,7 @@ class Bridge:
     def lose(self, reason: str) -> None:
         """End everything: called from any thread when the model cannot go on. The engine's thread may hang."""
         self.failure = RuntimeError(reason)
-        self._in_loop(self._end_all, reason)
-        self._in_loop(self._set, "failed")
+        self._in_loop(self._fail, reason)
 
     def stop(self, seconds: float) -> bool:
         """End the thread; whether it did within `seconds`."""
@@ -158,11 +157,21 @@ class Bridge:
         if not self._open:
             self.is_idle.set()
 
-    def _set(self, status: Status) -> None:
+    def _set_ready(self) -> None:
         # A server that drains while it loads stays draining.
-        if self.status != "draining" or status == "failed":
-            self.status = status
-        (self.is_ready if status == "ready" else self.has_ended).set()
+        if self.status == "loading":
+            self.status = "ready"
+        self.is_ready.set()
+
+    def _fail(self, reason: str) -> None:
+        """Nothing is accepted any more, and what was accepted ends: in one callback, so that nothing comes between."""
+        self.status = "failed"
+        for ticket in self._open:
+            ticket.end("error", reason)
+        self._wake(list(self._open))
+        for _, future in _taken(self._calls):
+            future.set_exception(ApiError(reason, status=500, code="engine_error"))
+        self.has_ended.set()
 
     # The engine's thread
 
@@ -170,14 +179,13 @@ class Bridge:
         try:
             self.served = self._load(self._report)
             self.served.lockstep.watch(self._on_loss)
-            self._in_loop(self._set, "ready")
+            self._in_loop(self._set_ready)
             self._serve(self.served)
         except BaseException as error:
             if not isinstance(error, UserError):
                 log.exception("the engine has failed")
             self.failure = error
-            self._in_loop(self._end_all, f"the engine has failed: {type(error).__name__}")
-            self._in_loop(self._set, "failed")
+            self._in_loop(self._fail, f"the engine has failed: {type(error).__name__}")
 
     def _on_loss(self) -> None:
         if not self._stops:
@@ -230,11 +238,6 @@ class Bridge:
         ticket.deliver(sequence, served.model.config.num_image_tokens if sequence.request.image else 0)
         if sequence.finish is not None:
             del self._tickets[sequence], self._sequences[ticket]
-
-    def _end_all(self, reason: str) -> None:
-        for ticket in self._open:
-            ticket.end("error", reason)
-        self._wake(list(self._open))
 
     def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
         """Call `function` in the event loop. After the loop has closed nobody is left to tell."""

@@ -36,15 +36,10 @@ def completion_prompts(model: Sphinx, body: CompletionRequest) -> list[Prompt]:
     return [Prompt(tokens, raw=True, continues=True) for tokens in prompts]
 
 
-def echoes(
-    model: Sphinx, body: CompletionRequest, prompts: Sequence[Prompt], logprobs: Sequence[PromptLogprobs | None]
-) -> list[Echo]:
-    """What `body.echo` puts before the answers to each prompt."""
-    given = body.prompts
-    texts = [item if isinstance(item, str) else model.tokenizer.decode(item) for item in given]
-    return [
-        Echo(text, values) for text, _, values in zip(texts, prompts, logprobs, strict=True) for _ in range(body.n or 1)
-    ]
+def echoes(model: Sphinx, body: CompletionRequest, logprobs: Sequence[PromptLogprobs | None]) -> list[Echo]:
+    """What `body.echo` puts before each answer; `logprobs` are those of each prompt."""
+    texts = [item if isinstance(item, str) else model.tokenizer.decode(item) for item in body.prompts]
+    return [Echo(text, values) for text, values in zip(texts, logprobs, strict=True) for _ in range(body.n or 1)]
 
 
 async def completion_object(

@@ -47,6 +47,10 @@ def test_two_processes_serve_what_one_does_and_end_together(two, held_out):
     sampled = {"temperature": 1.5, "top_p": 1, "seed": 7, "max_tokens": 12}
     (expected,) = model.complete(["Why?"], temperature=1.5, top_p=1.0, seed=7, max_new_tokens=12)
     assert server.chat("Why?", **sampled).json["choices"][0]["message"]["content"] == expected.text
+    scored = {"prompt": "What color is it?", "max_tokens": 0, "echo": True, "logprobs": 1}
+    values = server.post("/v1/completions", scored).json["choices"][0]["logprobs"]["token_logprobs"]
+    tokens = model.tokenizer.encode("What color is it?", bos=True, eos=False)
+    assert values[1:] == pytest.approx(model.engine.prompt_logprobs(tokens).logprobs, abs=1e-4)
     # One that leaves is cancelled in both processes, and the next is served.
     begin(server, {"stream": True}).close()
     server.wait_until_idle(10)
