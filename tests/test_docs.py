@@ -11,7 +11,7 @@ from sphinx_jax.cli import common
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
-COMMANDS = ("train", "infer", "convert")
+COMMANDS = ("train", "infer", "serve", "evaluate", "convert")
 
 GENERATED = (".", "OUT", "adapters", "params", "site")
 """First folder of paths that a run, a checkpoint or a build creates."""
@@ -92,7 +92,14 @@ def test_documented_commands_parse(page, name, arguments, monkeypatch):
 def test_documented_options_exist(capsys):
     """Every option in backticks, except those of benchmarks and other programs, is in some `--help`."""
     helps = ""
-    for name, *subcommand in (["train"], ["infer"], ["convert", "convert"], ["convert", "inspect"]):
+    for name, *subcommand in (
+        ["train"],
+        ["infer"],
+        ["serve"],
+        ["evaluate"],
+        ["convert", "convert"],
+        ["convert", "inspect"],
+    ):
         with pytest.raises(SystemExit):
             importlib.import_module(f"sphinx_jax.cli.{name}").main([*subcommand, "--help"])
         helps += capsys.readouterr().out
