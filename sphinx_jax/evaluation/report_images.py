@@ -20,6 +20,10 @@ _SIDE = 360
 """Pixels of an image in the report at most, along its longer side."""
 
 
+_LOSSLESS_SIDE = 128
+"""Pixels up to which an image is kept as it is: enlarged, it would show how JPEG stores it."""
+
+
 class Images:
     """The images of an evaluation. Those that are cells of a table are read again with its records, once."""
 
@@ -48,12 +52,13 @@ def figure(image: Image.Image, line: Mapping[str, Any]) -> str:
     small = image.copy()
     small.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=85)
+    kind = "png" if max(image.size) <= _LOSSLESS_SIDE else "jpeg"
+    small.save(data, kind, quality=85)
     content = base64.b64encode(data.getvalue()).decode()
-    boxes = "".join(f'<rect class="{kind}" {_rectangle(box)}/>' for kind, box in _boxes(line, width, height))
+    boxes = "".join(f'<rect class="{whose}" {_rectangle(box)}/>' for whose, box in _boxes(line, width, height))
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(str(line["image"]))}">'
-        f'<image href="data:image/jpeg;base64,{content}" width="{width}" height="{height}"/>{boxes}</svg>'
+        f'<image href="data:image/{kind};base64,{content}" width="{width}" height="{height}"/>{boxes}</svg>'
     )
 
 

@@ -34,7 +34,8 @@ article dl { margin: 0; } article dl div { display: grid; grid-template-columns:
 article footer { color: var(--dim); font-size: 12px; margin-top: 6px; }
 .none { display: grid; place-items: center; height: 90px; background: var(--page); color: var(--dim); font-size: 13px;
   border-radius: 4px; }
-rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; } rect.truth { stroke: #17a34a; }
+rect { fill: none; stroke-width: 2.5; vector-effect: non-scaling-stroke; filter: drop-shadow(0 0 1px #000); }
+rect.truth { stroke: #22c55e; }
 rect.answer { stroke: #f97316; stroke-dasharray: 6 4; }
 ul { margin: 0; padding-left: 20px; overflow-wrap: anywhere; }
 """

@@ -14,6 +14,7 @@ from PIL import Image
 import sharding
 import sphinx_jax
 from sphinx_jax.cli import common, evaluate
+from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
 from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.sphinx import Sphinx
@@ -24,8 +25,11 @@ def nano() -> Sphinx:
     return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=256)
 
 
-class FakeEngine:
-    compile_seconds = 0.0
+class FakeEngine(Engine):
+    """One that only knows how long a prompt is."""
+
+    def __init__(self):
+        pass
 
     def prompt_len(self, request: Request) -> int:
         return len(request.tokens)

@@ -51,7 +51,7 @@ def test_text_of_models_and_files_is_no_markup(run, fake, tmp_path):
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "action"):
-            assert attributes.get(name, "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+            assert attributes.get(name, "data:image/").startswith("data:image/")
     policy = next(found["content"] for tag, found in page.tags if found.get("http-equiv"))
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
