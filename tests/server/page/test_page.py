@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -230,7 +231,10 @@ def test_answer_streams_and_is_announced_once(live):
     live.wait_for_timeout(200)
     assert live.evaluate("announced") == ["Because of the sun1."]
     assert live.get_attribute(".answer", "aria-busy") == "false"
-    assert "5 tokens" in live.inner_text(".statistics")
+    assert re.fullmatch(
+        r"5 tokens · [\d.]+ tokens/s · first token after \d+ ms · ended by the model \(stop\)",
+        live.inner_text(".statistics"),
+    )
 
 
 @pytest.mark.parametrize("way", ["button", "Escape"])
