@@ -17,31 +17,10 @@ from sphinx_jax.data import easy_vqa
 from sphinx_jax.inference.scheduler import Scheduler
 from tests.instruments.mixed_requests import COUNT as COUNT_MIXED
 from tests.instruments.mixed_requests import SHAPE, mixed_requests, some_images
+from tests.instruments.two_processes import in_two
 
 INFER = Path(__file__).parents[2] / "infer.py"
 COUNT = 12
-
-
-def in_two(*argv):
-    """What either says on its standard output, and on standard error, once both have ended; and the exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    program = [sys.executable, INFER, "--checkpoint", sphinx_jax.SHIPPED, "--max-model-len", "256", *argv]
-    program += ["--dtype", "float32", "--mesh.data", "2", "--mesh.tensor", "2", "--simulate-devices", "2"]
-    program += ["--coordinator", address, "--num-processes", "2", "--process-id"]
-    started = [
-        subprocess.Popen(
-            [*map(str, program), str(i)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=240) for process in started]
-    return said, [process.returncode for process in started]
 
 
 @pytest.mark.parametrize(("closed", "said"), [("", "answer\n"), (">&-", ""), ("2>&-", "library\nanswer\n")])
@@ -109,7 +88,7 @@ def test_a_file_and_a_question_in_two_processes(tmp_path):
 
     out = tmp_path / "answers.jsonl"
     said, codes = in_two(
-        "--batch", tmp_path / "questions.jsonl", "--out", out, "--max-new-tokens", 8, "--max-num-seqs", 4
+        INFER, "--batch", tmp_path / "questions.jsonl", "--out", out, "--max-new-tokens", 8, "--max-num-seqs", 4
     )
     assert codes == [0, 0], said
     found = [json.loads(line) for line in out.read_text().splitlines()]
@@ -121,11 +100,11 @@ def test_a_file_and_a_question_in_two_processes(tmp_path):
     assert failed["id"] == 5 and "gone.png" in failed["error"]
     assert "11 answered, 0 answered before, 1 failed" in said[0][1] and "answered" not in said[1][1]
 
-    said, codes = in_two("--image", images[0], "--prompt", questions[0])
+    said, codes = in_two(INFER, "--image", images[0], "--prompt", questions[0])
     assert codes == [0, 0], said
     assert [out for out, _ in said] == [f"{expected[0]}\n", ""]
 
     # Read by the first alone, and told by both.
-    said, codes = in_two("--batch", tmp_path / "none.jsonl", "--out", out)
+    said, codes = in_two(INFER, "--batch", tmp_path / "none.jsonl", "--out", out)
     assert codes == [2, 2], said
     assert all("none.jsonl: cannot read the file" in error.splitlines()[-1] for _, error in said)
