@@ -122,17 +122,23 @@ class Scheduler:
     def step(self) -> list[Sequence]:
         """One round: prefill, then decode. The sequences that have new tokens or have ended.
 
-        While something streams, a round prefills one chunk and decodes a few steps; otherwise it fills all free slots
-        first. An error of the device ends every sequence that has a slot; requests that wait are served afterwards.
+        While something streams, a round prefills INTERACTIVE_BUDGET tokens at most and decodes a few steps; otherwise
+        it fills all free slots first. An error of the device ends every sequence that has a slot; requests that wait
+        are served afterwards.
         """
         self._check_owner()
         changed: list[Sequence] = []
         try:
             if self._state is None:
                 self._state = self._engine.new_state(self.shape)
+            spent = 0
             while picks := self._pick():
+                before = self.tokens_prefilled
                 changed += self._prefill(picks)
-                if self._streams:
+                chunk = self.tokens_prefilled - before
+                spent += chunk
+                # What streams stands still for one budget: for a chunk that fills it, or for several small ones.
+                if self._streams and spent + chunk > INTERACTIVE_BUDGET:
                     break
             if self._running:
                 changed += self._decode()

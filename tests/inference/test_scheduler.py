@@ -125,28 +125,44 @@ def test_several_answers_to_one_prompt_share_it(model, images):
     assert len({sequence.text for sequence in sequences}) > 1
 
 
-def test_running_sequences_wait_for_one_chunk_at_most(model, images, monkeypatch):
-    """While one streams, there is a decode call between any two chunks."""
-    calls = []
-    for name in ("prefill", "decode"):
-        original = getattr(Engine, name)
-        monkeypatch.setattr(
-            Engine, name, lambda self, *args, name=name, original=original: calls.append(name) or original(self, *args)
-        )
+@pytest.mark.parametrize("budget", [16, 40, 2048])
+def test_running_sequences_wait_for_one_budget_at_most(model, images, monkeypatch, budget):
+    """While one streams, no more tokens than the budget are prefilled between two decode calls."""
+    prefilled, chunks = [0], 0
+    prefill, decode = Engine.prefill, Engine.decode
+
+    def count_chunk(self, state, chunk, *args):
+        nonlocal chunks
+        chunks += 1
+        return prefill(self, state, chunk, *args)
+
+    def count_round(self, *args):
+        prefilled.append(scheduler.tokens_prefilled)
+        return decode(self, *args)
+
+    monkeypatch.setattr(Engine, "prefill", count_chunk)
+    monkeypatch.setattr(Engine, "decode", count_round)
     monkeypatch.setattr(model.engine, "prefill_tokens", 16)
+    monkeypatch.setattr("sphinx_jax.inference.scheduler.INTERACTIVE_BUDGET", budget)
     # One decode step a call, however fast.
     monkeypatch.setattr("sphinx_jax.inference.scheduler.STREAM_SECONDS", 0)
     scheduler = make_scheduler(model.engine, num_prefixes=0)
     streaming = scheduler.submit(model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=60)), streams=True)
     while not streaming.tokens:
         scheduler.step()
-    calls.clear()
+    prefilled[:], chunks = [scheduler.tokens_prefilled], 0
     for prompt in PROMPTS[:3]:
         scheduler.submit(model.request(prompt, images[0], SamplingParams(max_new_tokens=2)))
     while streaming.finish is None:
         scheduler.step()
-    assert calls.count("prefill") >= 3
-    assert "prefill prefill" not in " ".join(calls)
+    rounds = np.diff(prefilled)
+    assert chunks >= 3 and rounds.sum() > 48
+    # A chunk is never split: one that is larger than the budget stands alone.
+    largest = 16 + model.config.num_image_tokens
+    assert rounds.max() <= max(budget, largest)
+    # Every chunk in a round of its own, some together, or all in one.
+    least, most = {16: (chunks, chunks), 40: (2, chunks - 1), 2048: (1, 1)}[budget]
+    assert least <= (rounds > 0).sum() <= most
 
 
 def test_a_cancelled_sequence_frees_its_slot_within_one_call(model):
