@@ -127,7 +127,7 @@ def start(folder: Path, *argv: object, env: Mapping[str, str] | None = None) -> 
     return process, log
 
 
-def wait_ready(process: subprocess.Popen, log: Path, seconds: float = 240) -> str:
+def wait_ready(process: subprocess.Popen, log: Path, seconds: float = 600) -> str:
     """The address that a server prints once it is ready."""
     deadline = time.monotonic() + seconds
     while True:
