@@ -1,6 +1,7 @@
 """The full model at nano size: the same numbers on every mesh, causality, segments and dtypes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ def make_batch():
     }
 
 
+@functools.cache
+def initial_params():
+    """Drawn once: every mesh draws the same."""
+    return jax.tree.map(np.asarray, sharding.init_params(make, 0, sharding.make_mesh())[1])
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """Loss, gradients and logits on one device."""
@@ -44,7 +51,8 @@ def one_device():
 
 
 def run(mesh):
-    graph, params = sharding.init_params(make, 0, mesh)
+    graph, abstract = sharding.abstract_params(make, mesh)
+    params = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), initial_params(), abstract)
     batch = make_batch()
     loss = make_loss(graph, CONFIG)
 
@@ -59,6 +67,12 @@ def run(mesh):
 
 def close(ours, theirs, rtol=1e-5):
     assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs) + 1e-8
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    """Of the whole model; of the decoder on every mesh in tests/sharding/test_init.py."""
+    params = sharding.init_params(make, 0, sharding.make_mesh(**QUICK))[1]
+    jax.tree.map(lambda ours, one: np.testing.assert_array_equal(np.asarray(ours), one), params, initial_params())
 
 
 @pytest.mark.parametrize(
