@@ -5,6 +5,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+# pytest's option --jaxtyping-packages names it.
+import tests.type_checker  # noqa: F401
 from sphinx_jax.cli.startup import prepare_process
 
 # Before jax: its CUDA plugin logs to every worker's standard error that there is no driver.

@@ -34,7 +34,7 @@ class SamplingParams:
     """Above 1, tokens of the prompt and of the answer so far become less probable; 1 changes nothing."""
     seed: int = 0
     """With a temperature, the same seed gives the same text, on every mesh and in every batch."""
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     """The answer ends before any of these texts."""
     ignore_eos: bool = False
     """Neither EOS nor the template's end signal ends the answer: for measurements that need its length fixed."""

@@ -176,7 +176,7 @@ def test_zip_directory_that_points_outside_the_file(tmp_path):
 
 def test_written_file_is_aligned_and_reads_back(tmp_path):
     tensors = {f"layer.{i}": np.full((i, 3), i, np.float16) for i in range(1, 5)} | {
-        "scalar": np.float32(2).reshape(())
+        "scalar": np.full((), 2, np.float32)
     }
     path = tmp_path / "a.pth"
     with torch_files.Writer(path, {name: (t.shape, t.dtype) for name, t in tensors.items()}) as file:

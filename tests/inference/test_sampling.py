@@ -22,8 +22,8 @@ def test_nucleus_is_the_originals(case):
     with np.errstate(divide="ignore"):
         logits = take("logits") if f"case{case}_logits" in GOLDEN else np.log(take("probs"))
     rows = len(logits)
-    temperature, top_p = (np.full(rows, take(name), np.float32) for name in ("temperature", "top_p"))
-    kept, order = nucleus(logits, temperature, top_p, np.zeros(rows, np.int32))
+    temperature, top_p = (jnp.full(rows, take(name), jnp.float32) for name in ("temperature", "top_p"))
+    kept, order = nucleus(jnp.asarray(logits), temperature, top_p, jnp.zeros(rows, jnp.int32))
     expected = take("masked_sorted_probs")
     np.testing.assert_array_equal(np.asarray(kept) > 0, expected > 0)
     np.testing.assert_allclose(kept, expected, atol=2e-7)
@@ -36,19 +36,19 @@ def test_nucleus_is_the_originals(case):
 
 
 def test_top_k_leaves_the_best_k_and_then_top_p_counts_among_them():
-    logits = np.log(np.array([[0.4, 0.05, 0.3, 0.25]], np.float32))
-    kept, order = nucleus(logits, *np.float32([[1], [0.5]]), np.int32([2]))
+    logits = jnp.log(jnp.array([[0.4, 0.05, 0.3, 0.25]]))
+    kept, order = nucleus(logits, jnp.ones(1), jnp.full(1, 0.5), jnp.array([2]))
     # Of 0.4 and 0.3, scaled to 4/7 and 3/7, the first alone passes one half.
     np.testing.assert_allclose(kept, [[1, 0, 0, 0]])
-    kept, order = nucleus(logits, *np.float32([[1], [1]]), np.int32([2]))
+    kept, order = nucleus(logits, jnp.ones(1), jnp.ones(1), jnp.array([2]))
     np.testing.assert_allclose(kept, [[4 / 7, 3 / 7, 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(order[:, :2], [[0, 2]])
 
 
 def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones():
-    logits = np.array([[2.0, -2.0, 2.0, -2.0]], np.float32)
-    seen = np.array([[True, True, False, False]])
-    np.testing.assert_allclose(penalize(logits, seen, np.float32([4])), [[0.5, -8, 2, -2]])
+    logits = jnp.array([[2.0, -2.0, 2.0, -2.0]])
+    seen = jnp.array([[True, True, False, False]])
+    np.testing.assert_allclose(penalize(logits, seen, jnp.full(1, 4.0)), [[0.5, -8, 2, -2]])
 
 
 @jax.jit
