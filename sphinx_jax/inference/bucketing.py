@@ -30,11 +30,14 @@ class ChunkSizes(NamedTuple):
     """Prompts in each data-parallel group, padding included: the first of BATCHES."""
     budget: int
     """Tokens of all prompts of a group at most, image tokens included."""
+    least: int
+    """Tokens of all prompts of a group at least, padding included, if more prompts may make a chunk: a smaller one
+    would hardly be faster, as all weights are read for it, and would be one more program to compile."""
 
 
-FILE_CHUNKS = ChunkSizes(LENGTHS, BATCHES, PREFILL_BUDGET)
+FILE_CHUNKS = ChunkSizes(LENGTHS, BATCHES, PREFILL_BUDGET, least=512)
 
-SERVER_CHUNKS = ChunkSizes((32, 128, 256, 512, 1024, 2048), BATCHES[:2], INTERACTIVE_BUDGET)
+SERVER_CHUNKS = ChunkSizes((32, 128, 256, 512, 1024, 2048), BATCHES[:2], INTERACTIVE_BUDGET, least=1)
 """So few that all of them are compiled before the first request: `warmup.compile_all`."""
 
 
@@ -63,20 +66,28 @@ def prompts_per_chunk(length: int, num_image_tokens: int, chunks: ChunkSizes, gr
     return max(size for size in chunks.batches if size <= most)
 
 
+def batch_sizes(length: int, num_image_tokens: int, chunks: ChunkSizes, groups: int, num_seqs: int) -> tuple[int, ...]:
+    """The numbers of prompts, padding included, that chunks of this length have in each of `groups`."""
+    most = prompts_per_chunk(length, num_image_tokens, chunks, groups)
+    sizes = [size for size in BATCHES if size <= batch_bucket(min(most, max(num_seqs // groups, 1)))]
+    enough = [size for size in sizes if size * (length + num_image_tokens) >= chunks.least]
+    return tuple(enough or sizes[-1:])
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is `n` or more."""
     return 1 << (n - 1).bit_length()
 
 
-def kv_bucket(n: int, cache_len: int) -> int:
+def kv_bucket(n: int, cache_len: int, copies: bool) -> int:
     """Cache positions that decode steps read for sequences of up to `n`: the least of 256, 512, 1,024, ... that is `n`
-    or more, up to a third of `cache_len`; past that all of it.
+    or more and less than `cache_len`, or else all of it.
 
-    XLA copies a slice of the KV cache before the product that reads it (compiled for an A100): read, write and read
-    again. More than a third of the cache is read faster where it is.
+    `copies`: the platform copies a part of the cache before it reads it: read, write and read again. More than a third
+    of the cache is read faster where it is.
     """
     size = max(power_of_two(n), MIN_KV_LEN)
-    return size if 3 * size <= cache_len else cache_len
+    return size if size * (3 if copies else 1) <= cache_len else cache_len
 
 
 def prefill_tokens(mesh: Mesh) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from sphinx_jax.inference.bucketing import LENGTHS, bucket
+from sphinx_jax.inference.bucketing import FILE_CHUNKS, ChunkSizes, batch_sizes, bucket
 from sphinx_jax.inference.data_parallel import assign
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.requests import Request
@@ -28,14 +28,17 @@ class Pick(NamedTuple):
 
 
 def build_chunk(
-    engine: Engine, state: State, picks: SequenceOf[Pick], lengths: tuple[int, ...] = LENGTHS
+    engine: Engine, state: State, picks: SequenceOf[Pick], sizes: ChunkSizes = FILE_CHUNKS
 ) -> tuple[Chunk, tuple[Float[Array, "crops tokens dim"], ...] | None, list[int | None]]:
     """The chunk, the image embeddings that go with it, and which pick each of its places is (None: padding).
 
-    All picks begin their prompt with an image in this chunk, or none does. Tokens are padded to one of `lengths`.
+    All picks begin their prompt with an image in this chunk, or none does.
     """
-    places = assign([pick.sequence.slot for pick in picks], engine.groups, state.num_seqs)
-    text = bucket(max(pick.length for pick in picks), lengths)
+    text = bucket(max(pick.length for pick in picks), sizes.lengths)
+    with_image = picks[0].sequence.request.image is not None and not picks[0].sequence.prefilled
+    num_image_tokens = engine.config.num_image_tokens * with_image
+    batches = batch_sizes(text, num_image_tokens, sizes, engine.groups, state.num_seqs)
+    places = assign([pick.sequence.slot for pick in picks], engine.groups, state.num_seqs, batches)
     # Padding starts where the first pick does: a chunk that is every prompt's first stays one.
     chunk = empty_chunk(engine, state, len(places), text, _start(engine, picks[0].sequence))
     params = [GREEDY if i is None else picks[i].sequence.request.params for i in places]
@@ -60,9 +63,10 @@ def build_chunk(
         if request.params.repetition_penalty != 1:
             fields["seen"][place, sequence.prompt] = True
     embeds = None
-    images = [pick.sequence.request.image for pick in picks if pick.sequence.request.image is not None]
-    if images and not picks[0].sequence.prefilled:
-        encoded = engine.encode(images)
+    if with_image:
+        images = [pick.sequence.request.image for pick in picks]
+        sizes_of_all = [size * engine.groups for size in batches]
+        encoded = engine.encode([image for image in images if image is not None], sizes_of_all)
         embeds = tuple(encoded[i or 0] for i in places)
     return Chunk(**fields), embeds, places
 

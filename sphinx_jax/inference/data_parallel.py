@@ -6,8 +6,6 @@ is split over the groups too, so that keys and values are computed where the slo
 
 from collections.abc import Sequence
 
-from sphinx_jax.inference.bucketing import batch_bucket
-
 
 def round_up_to_groups(count: int, groups: int) -> int:
     """The least multiple of `groups` that is `count` or more."""
@@ -19,13 +17,14 @@ def group_of(slot: int, groups: int, num_slots: int) -> int:
     return slot * groups // num_slots
 
 
-def assign(slots: Sequence[int], groups: int, num_slots: int) -> list[int | None]:
+def assign(slots: Sequence[int], groups: int, num_slots: int, sizes: Sequence[int]) -> list[int | None]:
     """What goes where in a chunk: indices into `slots`, None for padding.
 
-    Every group has the same number of places, a size of `bucketing.BATCHES`.
+    Every group has the same number of places: the least of `sizes` that is enough.
     """
     by_group: list[list[int]] = [[] for _ in range(groups)]
     for index, slot in enumerate(slots):
         by_group[group_of(slot, groups, num_slots)].append(index)
-    each = batch_bucket(max(map(len, by_group)))
+    most = max(map(len, by_group))
+    each = next(size for size in sizes if size >= most)
     return [group[i] if i < len(group) else None for group in by_group for i in range(each)]

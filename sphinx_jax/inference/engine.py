@@ -21,13 +21,21 @@ from sphinx_jax.data.conversation import DEFAULT_TEMPLATE
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.bucketing import LENGTHS, bucket, positions_for, power_of_two, prefill_tokens
+from sphinx_jax.inference.bucketing import (
+    BATCHES,
+    LENGTHS,
+    bucket,
+    positions_for,
+    power_of_two,
+    prefill_tokens,
+)
 from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.expert_load import padded_batch
 from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadded
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.stop_strings import stop_table
+from sphinx_jax.kernels.attention import copies_kv_slices
 
 MAX_MODEL_LEN = 4096
 """Positions that a prompt, its image and its answer may take, unless the user sets another number."""
@@ -79,6 +87,7 @@ class Engine:
             )
         self.config, self.tokenizer, self.mesh, self.max_model_len = config, tokenizer, mesh, max_model_len
         self.params, self.prefill_tokens = params, prefill_tokens(mesh)
+        self.copies_kv_slices = copies_kv_slices(mesh.devices.flat[0].platform)
         self.groups = sharding.num_shards("batch", mesh)
         """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype
@@ -209,15 +218,23 @@ class Engine:
         self._image_embeds.clear()
         self.images_encoded = 0
 
-    def encode(self, images: Sequence[PreparedImage]) -> list[Float[Array, "crops tokens dim"]]:
-        """The embeddings of each image. An image seen before, in this call or an earlier one, is not encoded again."""
-        assert self.config.vision is not None, "a model without encoders has no images"
+    def encode(
+        self, images: Sequence[PreparedImage], sizes: Sequence[int] = BATCHES
+    ) -> list[Float[Array, "crops tokens dim"]]:
+        """The embeddings of each image. An image seen before, in this call or an earlier one, is not encoded again.
+
+        The encoders run on the least of `sizes` that is enough, padding included, or on `max_images`.
+        """
         wanted = {image.digest: image for image in images}
         found = {digest: self._image_embeds[digest] for digest in wanted if digest in self._image_embeds}
         new = [digest for digest in wanted if digest not in found]
-        for first in range(0, len(new), self.max_images):
-            group = new[first : first + self.max_images]
-            found |= dict(zip(group, self._encode([wanted[digest] for digest in group]), strict=False))
+        at_once = min(sizes[-1], self.max_images)
+        for first in range(0, len(new), at_once):
+            group = [wanted[digest] for digest in new[first : first + at_once]]
+            size = next(size for size in self.encoder_sizes(sizes) if size >= len(group))
+            padded_group = group + group[:1] * (size - len(group))
+            embeds = self._run_encoders(np.stack([image.normalised() for image in padded_group]))
+            found |= {image.digest: own for image, own in zip(group, embeds, strict=False)}
         self.images_encoded += len(new)
         for digest, embeds in found.items():
             self._image_embeds[digest] = embeds
@@ -226,12 +243,8 @@ class Engine:
             self._image_embeds.popitem(last=False)
         return [found[image.digest] for image in images]
 
-    def _encode(self, images: list[PreparedImage]) -> tuple[Float[Array, "crops tokens dim"], ...]:
-        padding = images[:1] * (power_of_two(len(images)) - len(images))
-        return self._run_encoders(np.stack([image.normalised() for image in images + padding]))
-
     def abstract_embeds(self, num_images: int) -> tuple[Float[Array, "crops tokens dim"], ...]:
-        """The shapes of the embeddings of so many images, a power of two; the encoders' program is compiled."""
+        """The shapes of the embeddings of so many images, padding included; the encoders' program is compiled."""
         assert self.config.vision is not None
         size = self.config.vision.image_size
         return self._run_encoders(jax.ShapeDtypeStruct((num_images, size, size, 3), np.float32))
@@ -242,8 +255,12 @@ class Engine:
     @property
     def max_images(self) -> int:
         """Images encoded in one call at most."""
-        assert self.config.vision is not None
+        assert self.config.vision is not None, "a model without encoders has no images"
         return max(1, ENCODE_PIXELS // self.config.vision.image_size**2)
+
+    def encoder_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """The numbers of images that the encoders run on, of `sizes` of chunks: no more than `max_images`."""
+        return sorted({min(size, self.max_images) for size in sizes})
 
     # The whole model at once
 

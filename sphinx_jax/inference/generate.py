@@ -18,6 +18,9 @@ from sphinx_jax.inference.sequence import Sequence
 MAX_NUM_SEQS = 64
 """Sequences that decode at the same time, unless the user sets another number; the KV cache grows with it."""
 
+AHEAD = 8
+"""Chunks of requests that wait while others run."""
+
 MAX_PREFIXES = 64
 """Prefixes kept in the pool, unless the user sets the pool's bytes."""
 
@@ -51,7 +54,8 @@ def run(
     waits until all slots are free. Raises UserError on a request that does not fit.
     """
     most = MOST_ON_GPU if max_num_seqs == "auto" else max_num_seqs
-    look_ahead = most + BATCHES[-1] * engine.groups
+    # So many that the prompts whose images are new fill a chunk, where several ask about one.
+    look_ahead = most + AHEAD * BATCHES[-1] * engine.groups
     source = enumerate(requests)
     index_of, held, scheduler = {}, [], None
     while True:
@@ -125,6 +129,7 @@ def compile_alone(engine: Engine, request: Request) -> None:
         state, _ = engine.prefill(state, chunk, embeds, False)
         sequence.prefilled += length
     longest = min(prompt_len + request.params.max_new_tokens, engine.max_model_len)
-    for kv_len in sorted({kv_bucket(n, shape.cache_len) for n in range(prompt_len + 1, longest + 1)}):
+    lengths = range(prompt_len + 1, longest + 1)
+    for kv_len in sorted({kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in lengths}):
         engine.decode(state, np.zeros(shape.num_seqs, bool), 1, 0, kv_len, False)
     engine.forget_images()

@@ -317,7 +317,7 @@ class Scheduler:
         """Run a chunk; the sequences whose prompts end in it, with their first token."""
         engine = self._engine
         assert self._state is not None
-        chunk, embeds, places = build_chunk(engine, self._state, picks, self._chunks.lengths)
+        chunk, embeds, places = build_chunk(engine, self._state, picks, self._chunks)
         wants_top = any(pick.sequence.request.params.top_logprobs for pick in picks)
         self._state, sampled = engine.prefill(self._state, chunk, embeds, wants_top)
         self.tokens_prefilled += sum(pick.length for pick in picks)
@@ -347,7 +347,7 @@ class Scheduler:
         chunk = min(BATCHES[-1] * self._engine.groups, max(1, self.shape.num_seqs // 4))
         until = max(0, len(self._running) - chunk) if self._waiting else 0
         longest = max(self._cache_filled(sequence) for sequence in self._running.values())
-        kv_len = kv_bucket(longest + num_steps, self.shape.cache_len)
+        kv_len = kv_bucket(longest + num_steps, self.shape.cache_len, self._engine.copies_kv_slices)
         cancelled = np.zeros(self.shape.num_seqs, bool)
         cancelled[list(self._cancelled)] = True
         self._cancelled.clear()

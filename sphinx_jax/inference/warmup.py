@@ -14,10 +14,8 @@ from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import (
     SERVER_CHUNKS,
     ChunkSizes,
-    batch_bucket,
+    batch_sizes,
     kv_bucket,
-    power_of_two,
-    prompts_per_chunk,
 )
 from sphinx_jax.inference.chunks import empty_chunk
 from sphinx_jax.inference.engine import Engine
@@ -58,15 +56,14 @@ def programs(engine: Engine, shape: StateShape, chunks: ChunkSizes = SERVER_CHUN
     Their number does not grow with the model. With the chunks of a server, on a GPU that prefills 2,048 tokens at a
     time, and 16 sequences of 4,096 positions: 33 for SPHINX-MoE.
     """
-    return [*_encodes(engine, shape, chunks), *_prefills(engine, shape, chunks), *_decodes(shape)]
+    return [*_encodes(engine, shape, chunks), *_prefills(engine, shape, chunks), *_decodes(engine, shape)]
 
 
 def _encodes(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator[Encode]:
     if engine.config.vision is None:
         return
-    most = max((spec.batch for spec in _prefills(engine, shape, chunks) if spec.has_image), default=0)
-    most = min(most, engine.max_images)
-    yield from map(Encode, sorted({power_of_two(number) for number in range(1, most + 1)}))
+    sizes = {spec.batch for spec in _prefills(engine, shape, chunks) if spec.has_image}
+    yield from map(Encode, engine.encoder_sizes(sorted(sizes)))
 
 
 def _prefills(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator[Prefill]:
@@ -80,15 +77,14 @@ def _prefills(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator
             fits = before + length <= shape.cache_len and before + shortest < engine.max_model_len
             if shortest > engine.prefill_tokens or not fits:
                 break
-            most = prompts_per_chunk(length, num_image_tokens, chunks, engine.groups)
-            most = min(most, shape.num_seqs // engine.groups)
-            for batch in sorted({batch_bucket(number) for number in range(1, most + 1)}):
+            for batch in batch_sizes(length, num_image_tokens, chunks, engine.groups, shape.num_seqs):
                 yield Prefill(batch * engine.groups, length, has_image, start)
             shortest = length + 1
 
 
-def _decodes(shape: StateShape) -> Iterator[Decode]:
-    yield from map(Decode, sorted({kv_bucket(number, shape.cache_len) for number in range(1, shape.cache_len + 1)}))
+def _decodes(engine: Engine, shape: StateShape) -> Iterator[Decode]:
+    filled = range(1, shape.cache_len + 1)
+    yield from map(Decode, sorted({kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in filled}))
 
 
 def compile_all(
@@ -142,7 +138,7 @@ def _compile(engine: Engine, state: steps.State, spec: ProgramSpec) -> None:
     elif isinstance(spec, Prefill):
         chunk = empty_chunk(engine, state, spec.batch, spec.length, spec.start)
         # Embeddings have one shape, however many images are encoded together.
-        embeds = engine.abstract_embeds(1) * spec.batch if spec.has_image else None
+        embeds = engine.abstract_embeds(min(spec.batch, engine.max_images))[:1] * spec.batch if spec.has_image else None
         engine.prefill(state, chunk, embeds, False)
     else:
         engine.decode(state, np.zeros(state.num_seqs, bool), 1, 0, spec.kv_len, False)

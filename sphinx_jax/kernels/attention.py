@@ -48,12 +48,15 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
 
     Scores and softmax are float32. Keys and values are never repeated: the group is a dimension of the query alone.
     """
+    is_slice = isinstance(mask, Causal) and mask.kv_len is not None and mask.kv_len < k.shape[1]
     if isinstance(mask, Causal) and mask.kv_len is not None:
-        # A copy of these positions on GPUs: callers ask for it where it is shorter than reading the whole cache.
         k, v, mask = k[:, : mask.kv_len], v[:, : mask.kv_len], Causal(mask.start)
     if q.shape[1] == 1:
         _log_implementation(q, "decode")
-        decode = sharded_map(_decode_attention, (_QUERY_AXES, _KEY_AXES, _KEY_AXES, _MASK_AXES), _QUERY_AXES, ())
+        function = _decode_attention
+        if is_slice and not copies_kv_slices(sharding.platform()):
+            function = _decode_attention_of_slice
+        decode = sharded_map(function, (_QUERY_AXES, _KEY_AXES, _KEY_AXES, _MASK_AXES), _QUERY_AXES, ())
         return decode(q, k, v, dense_mask(mask, 1, k.shape[1]))
     if isinstance(mask, Causal) and _supports_flash(q, k):
         _log_implementation(q, "flash")
@@ -64,6 +67,11 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
     mask_axes = _START_AXES if isinstance(mask, Causal) else _MASK_AXES
     in_axes = (_QUERY_AXES, _KEY_AXES, _KEY_AXES, mask_axes)
     return sharded_map(_local_dense_or_blockwise, in_axes, _QUERY_AXES, ())(q, k, v, mask)
+
+
+def copies_kv_slices(platform: str) -> bool:
+    """Whether decode steps on `platform` copy the first positions of a longer KV cache before they read them."""
+    return platform == "cpu"
 
 
 def _log_implementation(q: Queries, implementation: Implementation) -> None:
@@ -183,3 +191,16 @@ def _decode_attention(q: Queries, k: Keys, v: Keys, mask: Bool[Array, "#batch 1 
     weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(v.dtype)
     out_BHC = jnp.einsum("bhs,bsc->bhc", weights_BHS, flatten_heads(v))
     return jnp.sum(out_BHC.reshape(batch, kv_heads, group, kv_heads, head_dim) * own_head, axis=3)[:, None]
+
+
+def _decode_attention_of_slice(q: Queries, k: Keys, v: Keys, mask: Bool[Array, "#batch 1 kv_len"]) -> Queries:
+    """The same for keys and values that are a part of a longer KV cache, read in place on GPUs.
+
+    cuBLAS takes no such part: XLA copies it before a product. A sum of products is compiled to a reduction, into which
+    the slice is fused. Each key is multiplied by the queries of its own group only.
+    """
+    q_BKGD, scale = q[:, 0].astype(jnp.float32), q.shape[-1] ** -0.5
+    scores_BSKG = jnp.sum(q_BKGD[:, None] * k[:, :, :, None].astype(jnp.float32), axis=-1) * scale
+    weights_BSKG = jax.nn.softmax(jnp.where(mask[:, 0, :, None, None], scores_BSKG, -jnp.inf), axis=1)
+    out_BKGD = jnp.sum(weights_BSKG[..., None] * v[:, :, :, None].astype(jnp.float32), axis=1)
+    return out_BKGD.astype(v.dtype)[:, None]

@@ -10,14 +10,13 @@ import sharding
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import (
+    BATCHES,
     FILE_CHUNKS,
     LENGTHS,
-    batch_bucket,
+    batch_sizes,
     bucket,
     positions_for,
-    power_of_two,
     prefill_tokens,
-    prompts_per_chunk,
 )
 from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.engine import ENCODE_PIXELS
@@ -83,8 +82,7 @@ class AbstractInputs:
     def _batch_size(self, length: int, has_image: bool) -> int:
         """Prompts of one chunk, padding included: as `data_parallel.assign`."""
         num_image_tokens = self._config.num_image_tokens * has_image
-        per_group = prompts_per_chunk(length, num_image_tokens, FILE_CHUNKS, self._groups)
-        return self._groups * batch_bucket(min(per_group, self.shape.num_seqs // self._groups))
+        return self._groups * batch_sizes(length, num_image_tokens, FILE_CHUNKS, self._groups, self.shape.num_seqs)[-1]
 
     def _chunk(self, batch_size: int, length: int) -> steps.Chunk:
         integers = self.replicated((batch_size,))
@@ -109,6 +107,6 @@ class AbstractInputs:
         if not (vision := self._config.vision):
             return []
         num_images = self._batch_size(bucket(1), has_image=True)
-        num_images = power_of_two(min(num_images, max(1, ENCODE_PIXELS // vision.image_size**2)))
+        num_images = min(num_images, BATCHES[-1], max(1, ENCODE_PIXELS // vision.image_size**2))
         images = self.replicated((num_images, vision.image_size, vision.image_size, 3), jnp.float32)
         return [Job("encode images", self.programs.encode(), (params, images), (0,))]

@@ -14,7 +14,7 @@ def test_slots_are_rounded_up_to_whole_groups():
 
 
 def test_one_group_gets_its_prompts_in_order_and_padding_after_them():
-    assert assign([5, 0, 7], groups=1, num_slots=8) == [0, 1, 2, None]
+    assert assign([5, 0, 7], groups=1, num_slots=8, sizes=BATCHES) == [0, 1, 2, None]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -23,7 +23,7 @@ def test_every_prompt_goes_to_the_group_that_holds_its_slot(groups):
     for _ in range(200):
         num_slots = groups * draw.randint(1, 6)
         slots = draw.sample(range(num_slots), draw.randint(1, num_slots))
-        places = assign(slots, groups, num_slots)
+        places = assign(slots, groups, num_slots, BATCHES)
         each = len(places) // groups
         assert len(places) == groups * each and each in BATCHES
         assert sorted(i for i in places if i is not None) == list(range(len(slots)))

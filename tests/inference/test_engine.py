@@ -1,5 +1,7 @@
 """Decoding against the teacher-forced forward pass, and everything that must not change an answer."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -260,8 +262,12 @@ def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
 
 
 def test_decode_steps_read_a_bucket_or_the_whole_cache():
-    assert [kv_bucket(n, 4096) for n in (1, 256, 257, 1024, 1025, 4000)] == [256, 256, 512, 1024, 4096, 4096]
-    assert all(kv_bucket(n, cache_len) >= min(n, cache_len) for cache_len in (64, 700, 6144) for n in range(1, 6145, 7))
+    lengths = 1, 256, 257, 1024, 1025, 2048, 2049, 4000
+    assert [kv_bucket(n, 4096, True) for n in lengths] == [256, 256, 512, 1024, 4096, 4096, 4096, 4096]
+    assert [kv_bucket(n, 4096, False) for n in lengths] == [256, 256, 512, 1024, 2048, 2048, 4096, 4096]
+    for cache_len, copies in itertools.product((64, 700, 6144), (True, False)):
+        sizes = [(n, kv_bucket(n, cache_len, copies)) for n in range(1, 6145, 7)]
+        assert all(min(n, cache_len) <= size <= cache_len for n, size in sizes)
 
 
 def test_buckets_waste_at_most_half():

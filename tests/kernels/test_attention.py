@@ -109,6 +109,18 @@ def test_chunk(chunk_attention, length):
     assert relative_error(attend_from(start, q, k, v), chunk_attention(start, q, k, v)) < 1e-6
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_decode_of_a_part_of_the_cache(chunk_attention, monkeypatch, copies):
+    """Read in place, as on GPUs, or not: what is past the part is not read, whatever it holds."""
+    monkeypatch.setitem(attention.__globals__, "copies_kv_slices", lambda platform: copies)
+    start = np.array([0, 5, 14])
+    q, k, v, _, _ = draw_chunk(jnp.float32, start, 1, 40)
+    filled = jnp.arange(40)[:, None, None] < 16
+    k_nan, v_nan = (jnp.where(filled, x, jnp.nan) for x in (k, v))
+    actual = jax.jit(lambda *args: attention(*args, Causal(jnp.asarray(start), 16)))(q, k_nan, v_nan)
+    assert relative_error(actual, chunk_attention(start, q, k[:, :16], v[:, :16])) < 1e-6
+
+
 def test_chunk_on_hopper(interpreted, chunk_attention, caplog):
     """Chunk length, starts and cache_len are no multiples of the tile. Keys past a sequence's end are ignored."""
     start = np.array([0, 77, 256])
