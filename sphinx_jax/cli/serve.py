@@ -15,6 +15,7 @@ The server listens at once; /health says when it is ready, and so does the last 
 import functools
 import logging
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
@@ -100,6 +101,8 @@ def start_log() -> None:
     own.setLevel(logging.INFO)
     own.addHandler(handler)
     own.propagate = False
+    # Damaged images: who sends them is told.
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def listen(options: Options) -> socket.socket:

@@ -35,7 +35,7 @@ from sphinx_jax.sphinx import Sphinx
 T = TypeVar("T")
 
 THREADS = 2
-"""Threads that parse bodies and decode images, beside the event loop and the engine's."""
+"""Threads that parse bodies, and as many that decode images, beside the event loop and the engine's."""
 
 MAX_PENDING = 256
 """Bodies that wait for these threads: an image may take a second of them."""
@@ -58,7 +58,8 @@ class Api:
     def __init__(self, bridge: Bridge, settings: Settings, metrics: Metrics):
         self._bridge, self._settings, self._metrics = bridge, settings, metrics
         self._created = int(time.time())
-        self._pool = ThreadPoolExecutor(THREADS, "bodies")
+        # Two pools: what has no image does not wait for large ones.
+        self._pool, self._image_pool = ThreadPoolExecutor(THREADS, "bodies"), ThreadPoolExecutor(THREADS, "images")
         self._pending = 0
 
     def routes(self) -> list[Route]:
@@ -256,8 +257,9 @@ class Api:
         if self._pending >= MAX_PENDING:
             raise overloaded("too many requests are being read; try again in a moment")
         self._pending += 1
+        pool = self._image_pool if b'"image_url"' in data else self._pool
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, data)
+            return await asyncio.get_running_loop().run_in_executor(pool, function, data)
         except UserError as error:
             raise ApiError(str(error)) from error
         finally:
