@@ -119,7 +119,7 @@ function clamp(percent) {
 }
 
 /** Light everything that belongs to `key`: the region, its name and its line in the list; null lights nothing. */
-export function light(key) {
+function light(key) {
   for (const marked of document.querySelectorAll("[data-mark]")) {
     marked.classList.toggle("lit", key !== null && belongTogether(marked.dataset.mark, key));
   }
@@ -127,7 +127,7 @@ export function light(key) {
 }
 
 /** Bring the focus to the line of a list that belongs to `key`. */
-export function focusLine(key) {
+function focusLine(key) {
   const lines = [...document.querySelectorAll(".legend-row")];
   lines.find((line) => belongTogether(line.dataset.mark, key))?.focus();
 }

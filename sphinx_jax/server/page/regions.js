@@ -31,7 +31,7 @@ const SKELETON = [
 ];
 
 /** The boxes and points between brackets: arrays of 4 or 2 fractions; other groups are left out. */
-export function parseGroups(text) {
+function parseGroups(text) {
   return text.split(";").map(parseGroup).filter((group) => group !== null);
 }
 

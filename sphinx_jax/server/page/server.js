@@ -5,7 +5,7 @@ import { events } from "./events.js";
 const KEY = "sphinx-jax.key";
 
 /** A request that failed: `status` is 0 if the server did not answer, 200 if the stream ended in an error. */
-export class RequestError extends Error {
+class RequestError extends Error {
   constructor(message, status, param = null) {
     super(message);
     this.status = status;

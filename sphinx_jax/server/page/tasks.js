@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 import { PLACEHOLDER } from "./regions.js";
 
 /** `variable` is the part of the prompt that the user replaces. */
-export const TASKS = [
+const TASKS = [
   { label: "Open question", prompt: "What's in the image?" },
   { label: "Long description", prompt: "Generate a detailed description about the image." },
   { label: "Caption", prompt: "Provide a one-sentence caption for the provided image." },
