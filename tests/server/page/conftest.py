@@ -5,16 +5,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import sphinx_jax
-from tests.instruments.serving import serving
+from tests.instruments.serving import NANO, serving
 from tests.server.page import browser
 
 
 @pytest.fixture(scope="session")
 def address(chromium, tmp_path_factory):
     """Of a running server; of none if there is no browser to look at it."""
-    arguments = "--checkpoint", sphinx_jax.SHIPPED, "--max-num-seqs", 4, "--max-model-len", 512
-    with serving(tmp_path_factory.mktemp("page"), *arguments) as server:
+    with serving(tmp_path_factory.mktemp("page"), *NANO) as server:
         yield server.url
 
 
