@@ -54,7 +54,7 @@ def programs(engine: Engine, shape: StateShape, chunks: ChunkSizes = SERVER_CHUN
     """Every program that a scheduler can run on a state of `shape`, besides the one that makes the state.
 
     Their number does not grow with the model. With the chunks of a server, on a GPU that prefills 2,048 tokens at a
-    time, and 16 sequences of 4,096 positions: 33 for SPHINX-MoE.
+    time, and 16 sequences of 4,096 positions: 34 for SPHINX-MoE.
     """
     return [*_encodes(engine, shape, chunks), *_prefills(engine, shape, chunks), *_decodes(engine, shape)]
 
