@@ -1,6 +1,7 @@
 """Smoke tests of the benchmarks: gpu.py without a GPU, others at tiny size."""
 
 import importlib
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -101,3 +102,10 @@ def test_overhead_of_a_mesh(benchmark, monkeypatch):
     assert found["collectives_mib"] == pytest.approx(2 * 4 * parameters / 2**20, rel=0.01)
     assert found["relative_flops"] == pytest.approx(1, abs=0.01)
     assert all(found[f"{part}_seconds"] > 0 for part in ("step", "one_device", "collectives"))
+
+
+def test_the_peer_of_the_benchmarks_installs_without_torchvision():
+    """torchvision's only build beside the pinned torch is for CUDA, and breaks transformers' import of Mixtral."""
+    needed = [line for line in importlib.metadata.requires("sphinx-jax") or () if 'extra == "parity"' in line]
+    names = {line.split("=")[0].split(">")[0].split(";")[0].strip() for line in needed}
+    assert names == {"torch", "transformers", "safetensors"}
