@@ -390,8 +390,7 @@ def _sample_next(
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     # The only collective between data-parallel groups: every device then knows all tokens, and which sequences ended.
     token, logprob = constrain(token, None), constrain(logprob, None)
-    ids, values = _top(logprobs, wants_top)
-    top = constrain(ids, None, None), constrain(values, None, None)
+    top = _top(logprobs, wants_top)
     count = jnp.where(state.done, state.count, state.count + 1)
     stop = jnp.where(state.done, state.stop, stops[state.stop, token].astype(jnp.int32))
     state = state._replace(
@@ -409,13 +408,22 @@ def _top(
 ) -> tuple[Int[Array, "batch top"], Float[Array, "batch top"]]:
     """The most probable tokens and their log-probabilities, in falling order; zeros where nobody asked.
 
-    A branch, not a program of its own: whoever asks first need not wait for a compilation.
+    A branch, not a program of its own: whoever asks first need not wait for a compilation. Each data-parallel group
+    looks through its own sequences, and what it found is gathered within the branch: nobody else pays for it.
     """
     number = num_top(logprobs.shape[-1])
 
+    def most_probable(logprobs: Array) -> Array:
+        return jax.lax.top_k(logprobs, number)[1]
+
+    def values_of(logprobs: Array, ids: Array) -> Array:
+        return jnp.take_along_axis(logprobs, ids, axis=-1)
+
     def find() -> tuple[Array, Array]:
-        values, ids = jax.lax.top_k(logprobs, number)
-        return ids, values
+        rows = ("batch", None)
+        ids = sharded_map(most_probable, (rows,), rows, sum_over=())(logprobs)
+        values = sharded_map(values_of, (rows, rows), rows, sum_over=())(logprobs, ids)
+        return constrain(ids, None, None), constrain(values, None, None)
 
     def nothing() -> tuple[Array, Array]:
         shape = (len(logprobs), number)
