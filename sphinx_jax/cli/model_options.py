@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 import sharding
@@ -74,12 +75,10 @@ def start_process(options: ModelOptions) -> int:
 
 def load_model(options: ModelOptions, **more: Any) -> Sphinx:
     """The model that the options name, on their mesh; `more` are arguments of `sphinx_jax.load`."""
-    own_mesh = options.mesh != sharding.MeshShape()
-    mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh)) if own_mesh else None
-    checkpoint = options.checkpoint or sharding.broadcast_from_primary(default_checkpoint)
+    checkpoint = chosen_checkpoint(options)
     model = sphinx_jax.load(
         checkpoint,
-        mesh,
+        chosen_mesh(options),
         options.dtype,
         max_model_len=options.max_model_len,
         quantize=options.quantize,
@@ -90,6 +89,16 @@ def load_model(options: ModelOptions, **more: Any) -> Sphinx:
     keep_freed_memory()
     remark(f"{checkpoint} on {model.mesh.size} device{'s' * (model.mesh.size > 1)}")
     return model
+
+
+def chosen_checkpoint(options: ModelOptions) -> Path:
+    """--checkpoint, or the default of process 0."""
+    return options.checkpoint or sharding.broadcast_from_primary(default_checkpoint)
+
+
+def chosen_mesh(options: ModelOptions) -> Mesh | None:
+    """The mesh of the --mesh options; None: none was given."""
+    return None if options.mesh == sharding.MeshShape() else sharding.make_mesh(**dataclasses.asdict(options.mesh))
 
 
 def default_checkpoint() -> Path:

@@ -21,14 +21,15 @@ from multiprocessing.connection import Connection
 
 import sharding
 from sphinx_jax import Sphinx, UserError, checkpoints
+from sphinx_jax.checkpoints.loaded_model import model_mesh
 from sphinx_jax.cli import common
-from sphinx_jax.cli.model_options import load_model, start_process
+from sphinx_jax.cli.model_options import chosen_checkpoint, chosen_mesh, load_model, start_process
 from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.cli.serve_options import Options, check_options, settings
 from sphinx_jax.config import preset
 from sphinx_jax.inference import generate, warmup
 from sphinx_jax.inference.bucketing import SERVER_CHUNKS
-from sphinx_jax.inference.capacity import num_seqs
+from sphinx_jax.inference.capacity import check_cache_fits, num_seqs
 from sphinx_jax.inference.lockstep import Lockstep, connect, follow
 from sphinx_jax.inference.prompt_logprobs import padded_lens
 from sphinx_jax.inference.scheduler import Scheduler
@@ -122,8 +123,17 @@ def listen(options: Options) -> socket.socket:
     return listener
 
 
+def check_memory(options: Options) -> None:
+    """Raises UserError, before the weights are read, on a KV cache that no device has memory for."""
+    source = checkpoints.open(chosen_checkpoint(options))
+    mesh = chosen_mesh(options) or model_mesh(source.config)
+    sequences = 1 if options.max_num_seqs == "auto" else options.max_num_seqs
+    check_cache_fits(source.config.language, mesh, options.dtype or source.dtype, sequences, options.max_model_len)
+
+
 def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Scheduler, list[Connection]]:
     """The model, a scheduler whose programs are all compiled, and the connections to the other processes."""
+    check_memory(options)
     report("reading the weights")
     model = load_model(options, refuse_forged_turns=options.refuse_forged_turns)
     engine = model.engine
@@ -134,6 +144,8 @@ def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Sched
     warmup.compile_all(
         engine, shape, SERVER_CHUNKS, lambda done, total: report(f"compiling, {done} of {total} programs are done")
     )
+    # Now: a request that found no memory would end the server.
+    scheduler.allocate()
     if not options.offload:
         for length in padded_lens(options.max_model_len - 1):
             report(f"compiling log-probabilities of {length} tokens")

@@ -7,12 +7,18 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 import sharding
+from sphinx_jax.config import DecoderConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import warmup
 from sphinx_jax.inference.bucketing import ChunkSizes
+from sphinx_jax.inference.data_parallel import round_up_to_groups
 from sphinx_jax.inference.engine import IMAGE_CACHE_BYTES, Engine
 from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.steps import abstract_state
 
 NumSeqs = int | Literal["auto"]
 """A number of sequences, or as many as fit."""
@@ -49,12 +55,35 @@ def max_num_seqs(free_bytes: int, state_bytes: Callable[[int], int], groups: int
     return fit[-1]
 
 
+def check_cache_fits(config: DecoderConfig, mesh: Mesh, dtype: str, sequences: int, positions: int) -> None:
+    """Raises UserError if the KV cache alone exceeds the memory of a device, or of the host of a CPU.
+
+    What is said here is said before the weights are read; that parameters and temporaries fit beside it is not.
+    """
+    sequences = round_up_to_groups(sequences, sharding.num_shards("batch", mesh))
+    state = abstract_state(
+        config, sequences, positions, 0, 0, dtype=jnp.dtype(dtype), mesh=mesh, rules=sharding.DEFAULT_RULES
+    )
+    needed, device = sharding.bytes_per_device(state), mesh.local_devices[0]
+    stats = device.memory_stats() or {}
+    there = stats.get("bytes_limit") or _host_bytes() // len(mesh.local_devices)
+    if needed > there:
+        raise UserError(
+            f"the KV cache of {sequences} sequences of {positions} positions takes {needed / 2**30:.1f} GiB on each "
+            f"device, which has {there / 2**30:.1f} GiB; use a shorter --max-model-len or a smaller --max-num-seqs"
+        )
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def num_seqs(engine: Engine, wanted: NumSeqs, shape_of: Callable[[int], StateShape], chunks: ChunkSizes) -> int:
     """`wanted`, or with "auto" as many sequences as the devices of `engine` have memory for.
 
     `shape_of` gives the shape of the state of so many sequences. A CPU gives a quarter of the host's memory, shared by
-    its simulated devices. On a GPU the largest programs are compiled for what
-    would fit without them, and their temporaries are taken off; nothing is run. All processes get the same number.
+    its simulated devices. On a GPU the largest programs are compiled for what would fit without them, and their
+    temporaries are taken off; nothing is run. All processes get the same number.
     """
     if wanted != "auto":
         return wanted
@@ -64,8 +93,7 @@ def num_seqs(engine: Engine, wanted: NumSeqs, shape_of: Callable[[int], StateSha
 
     device = engine.mesh.local_devices[0]
     if device.platform == "cpu":
-        host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = int(host_bytes * CPU_SHARE) // len(engine.mesh.local_devices)
+        free = int(_host_bytes() * CPU_SHARE) // len(engine.mesh.local_devices)
         return max_num_seqs(sharding.least_of_processes(free), state_bytes, engine.groups, MOST_ON_CPU)
     stats = device.memory_stats()
     free = int((stats["bytes_limit"] - stats["bytes_in_use"]) * GPU_SHARE) - IMAGE_CACHE_BYTES

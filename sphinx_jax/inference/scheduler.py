@@ -119,6 +119,12 @@ class Scheduler:
         else:
             self._free(sequence)
 
+    def allocate(self) -> None:
+        """Make the state on the device, if there is none. Raises UserError if it does not fit into memory."""
+        self._check_owner()
+        if self._state is None:
+            self._state = self._engine.new_state(self.shape)
+
     def step(self) -> list[Sequence]:
         """One round: prefill, then decode. The sequences that have new tokens or have ended.
 
@@ -129,8 +135,7 @@ class Scheduler:
         self._check_owner()
         changed: list[Sequence] = []
         try:
-            if self._state is None:
-                self._state = self._engine.new_state(self.shape)
+            self.allocate()
             spent = 0
             while picks := self._pick():
                 before = self.tokens_prefilled

@@ -2,6 +2,8 @@
 
 import pytest
 
+import sharding
+from sphinx_jax.config import preset
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import capacity, generate, warmup
 from sphinx_jax.inference.bucketing import FILE_CHUNKS
@@ -108,3 +110,16 @@ def test_auto_answers_as_a_number_does(model, images):
     requests = [model.request("is there a circle?", image, SamplingParams(max_new_tokens=3)) for image in images] * 3
     auto, four = (generate.run_all(model.engine, requests, number) for number in ("auto", 4))
     assert [completion.tokens for completion in auto] == [completion.tokens for completion in four]
+
+
+def test_a_cache_that_no_device_holds_is_refused_before_anything_is_read(monkeypatch):
+    """Two of key and value, bytes by hand: layers x positions x heads x head dimension x 4 bytes."""
+    config, mesh = preset("nano").language, sharding.make_mesh()
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    # What the state holds besides is small beside a cache of a million positions.
+    needed = per_position * 4 * 1_000_000
+    monkeypatch.setattr(capacity, "_host_bytes", lambda: int(needed * 1.01) * len(mesh.local_devices))
+    capacity.check_cache_fits(config, mesh, "float32", 4, 1_000_000)
+    monkeypatch.setattr(capacity, "_host_bytes", lambda: int(needed * 0.99) * len(mesh.local_devices))
+    with pytest.raises(UserError, match="use a shorter --max-model-len or a smaller --max-num-seqs"):
+        capacity.check_cache_fits(config, mesh, "float32", 4, 1_000_000)

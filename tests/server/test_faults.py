@@ -184,7 +184,13 @@ def test_what_stops_a_server_from_starting(tmp_path, capsys):
             assert said.startswith("error: ") and reason in said, (argv, said)
 
 
-def test_a_checkpoint_that_is_none_ends_the_server(tmp_path):
-    process, log = start(tmp_path, "--checkpoint", tmp_path / "none")
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [(("--checkpoint", "none"), "none"), (("--max-model-len", 10**8), "use a shorter --max-model-len")],
+)
+def test_a_model_that_cannot_be_served_ends_the_server(tmp_path, argv, reason):
+    """In the thread that loads it: the server listens already."""
+    process, log = start(tmp_path, *argv)
     assert process.wait(60) == 2
-    assert log.read_text().strip().splitlines()[-1].startswith("error: ")
+    last = log.read_text().strip().splitlines()[-1]
+    assert last.startswith("error: ") and reason in last
