@@ -51,7 +51,7 @@ def test_mixed_requests_in_two_processes(tmp_path):
         )
         for i in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=400)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors
     found = json.loads((tmp_path / "said.json").read_text())
     assert len(found["said"]) == COUNT_MIXED and found["reused"] > 0
