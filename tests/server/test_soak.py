@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -9,12 +12,18 @@ from tests.instruments import soak
 from tests.instruments.serving import serving
 
 
+def in_thread(clients: Coroutine[Any, Any, soak.Seen]) -> soak.Seen:
+    """Run them in an event loop of their own: playwright, of other tests, leaves one running in this thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, clients).result()
+
+
 @pytest.mark.slow
 def test_the_server_outlives_its_clients(tmp_path):
     with serving(tmp_path, *soak.ARGUMENTS, "--queue", 100) as server:
-        warm = asyncio.run(soak.soak(server, 10, 60, seed=1))
+        warm = in_thread(soak.soak(server, 10, 60, seed=1))
         before = soak.Resident(server)
-        seen = asyncio.run(soak.soak(server, 20, 60))
+        seen = in_thread(soak.soak(server, 20, 60))
         server.wait_until_idle()
         after = soak.Resident(server)
         assert warm.problems + seen.problems == []
@@ -24,4 +33,5 @@ def test_the_server_outlives_its_clients(tmp_path):
         assert after.mib < 1.1 * before.mib + 20
         began = time.monotonic()
         assert server.chat(max_tokens=2).status == 200
-        assert time.monotonic() - began < 1
+        # 0.04 s on an idle machine.
+        assert time.monotonic() - began < 10
