@@ -87,8 +87,9 @@ async def _run(listener: socket.socket, settings: Settings, load: Callable[[Call
     server.should_exit = True
     await serving
     code = _code(bridge)
-    if not bridge.stop(STOP_SECONDS):
-        # It is in a call of the device, or loading: nothing ends that but the end of the process.
+    if not bridge.stop(STOP_SECONDS) or code:
+        # The thread is in a call of the device, or loads: nothing ends that but the end of the process. And after a
+        # failure jax would wait at its exit for processes that are gone.
         logging.shutdown()
         os._exit(code)
     return code
