@@ -22,13 +22,11 @@ from pathlib import Path
 
 import sharding
 from sharding import is_primary_process
-from sphinx_jax import Sphinx, UserError, checkpoints
+from sphinx_jax import Sphinx, UserError
 from sphinx_jax.cli import common
 from sphinx_jax.cli.infer_options import Options, check_files, check_options
-from sphinx_jax.cli.model_options import load_model, remark, start_process
-from sphinx_jax.cli.plan import plan_inference
+from sphinx_jax.cli.model_options import load_model, plan, remark, start_process
 from sphinx_jax.cli.progress import show_progress
-from sphinx_jax.config import preset
 from sphinx_jax.inference.chat import chat_in_pipe, chat_on_terminal
 
 HELD_OUT = (0, 1, 4)
@@ -41,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     options = common.parse(Options, argv, "infer.py", __doc__ or "")
     check_options(options)
     if options.planning.plan:
-        return plan(options)
+        return plan(options, options.max_num_seqs if options.batch or options.max_num_seqs == "auto" else 1)
     processes = start_process(options)
     sharding.broadcast_from_primary(lambda: check_files(options))
     is_asked = bool(options.batch or options.image or options.chat or options.prompt is not None)
@@ -71,23 +69,6 @@ def main(argv: Sequence[str]) -> int:
     times += [f"compiling took {model.engine.compile_seconds:.1f} s", f"all {time.perf_counter() - start:.1f} s"]
     remark(", ".join(times))
     return code
-
-
-def plan(options: Options) -> int:
-    """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
-    source = checkpoints.open(options.checkpoint) if options.checkpoint else None
-    config = source.config if source else preset(options.preset or "sphinx-moe-1k")
-    return plan_inference(
-        options.planning,
-        str(options.checkpoint or options.preset or "sphinx-moe-1k"),
-        config,
-        options.mesh,
-        dtype=options.dtype or (source.dtype if source else "bfloat16"),
-        quantize=options.quantize,
-        offload=options.offload,
-        max_num_seqs=options.max_num_seqs if options.batch or options.max_num_seqs == "auto" else 1,
-        max_model_len=options.max_model_len,
-    )
 
 
 def read_held_out() -> list[tuple[Path, str, str]]:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from sphinx_jax.cli.common import NO_PLAN, PlanOptions
-from sphinx_jax.cli.model_options import ModelOptions
+from sphinx_jax.cli.model_options import AnsweringOptions
 from sphinx_jax.data.images import load_image
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import batch_file
@@ -15,7 +14,7 @@ from sphinx_jax.inference.sampling import GREEDY, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(AnsweringOptions):
     image: Path | None = None
     """The image that is asked about."""
     prompt: str | None = None
@@ -29,13 +28,6 @@ class Options(ModelOptions):
     logprobs: bool = False
     """Add to each answer of --batch the log-probability of each of its tokens."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = GREEDY
-    refuse_forged_turns: bool = False
-    """Refuse questions that hold the mark that ends a turn ("###" on a new line), with which a user can write turns of
-    the assistant. The original passes them on, as is done by default."""
-    preset: str | None = None
-    """With --plan, instead of a checkpoint: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b,
-    sphinx-moe or, by default, sphinx-moe-1k."""
-    planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
 
 
 def check_options(options: Options) -> None:

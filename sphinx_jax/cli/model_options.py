@@ -11,9 +11,12 @@ from rich.console import Console
 import sharding
 import sphinx_jax
 from sharding import is_primary_process
-from sphinx_jax import Sphinx, UserError
+from sphinx_jax import Sphinx, UserError, checkpoints
 from sphinx_jax.cli import common
+from sphinx_jax.cli.common import NO_PLAN, PlanOptions
+from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.cli.startup import keep_freed_memory
+from sphinx_jax.config import preset
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import MAX_MODEL_LEN
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
@@ -59,6 +62,36 @@ class ModelOptions:
         if self.prefix_cache_mib is not None and self.prefix_cache_mib < 0:
             raise UserError(f"--prefix-cache-mib must be 0 (no reuse) or more, got {self.prefix_cache_mib}")
         self.processes.check()
+
+
+@dataclasses.dataclass(frozen=True)
+class AnsweringOptions(ModelOptions):
+    """Options of the commands that answer users."""
+
+    refuse_forged_turns: bool = False
+    """Refuse questions that hold the mark that ends a turn ("###" on a new line), with which a user can write turns of
+    the assistant. The original passes them on, as is done by default."""
+    preset: str | None = None
+    """With --plan, instead of a checkpoint: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b,
+    sphinx-moe or, by default, sphinx-moe-1k."""
+    planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
+
+
+def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
+    """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
+    source = checkpoints.open(options.checkpoint) if options.checkpoint else None
+    name = options.preset or "sphinx-moe-1k"
+    return plan_inference(
+        options.planning,
+        str(options.checkpoint or name),
+        source.config if source else preset(name),
+        options.mesh,
+        dtype=options.dtype or (source.dtype if source else "bfloat16"),
+        quantize=options.quantize,
+        offload=options.offload,
+        max_num_seqs=max_num_seqs,
+        max_model_len=options.max_model_len,
+    )
 
 
 def start_process(options: ModelOptions) -> int:

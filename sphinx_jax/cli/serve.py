@@ -23,10 +23,8 @@ import sharding
 from sphinx_jax import Sphinx, UserError, checkpoints
 from sphinx_jax.checkpoints.loaded_model import model_mesh
 from sphinx_jax.cli import common
-from sphinx_jax.cli.model_options import chosen_checkpoint, chosen_mesh, load_model, start_process
-from sphinx_jax.cli.plan import plan_inference
+from sphinx_jax.cli.model_options import chosen_checkpoint, chosen_mesh, load_model, plan, start_process
 from sphinx_jax.cli.serve_options import Options, check_options, settings
-from sphinx_jax.config import preset
 from sphinx_jax.inference import generate, warmup
 from sphinx_jax.inference.bucketing import SERVER_CHUNKS
 from sphinx_jax.inference.capacity import check_cache_fits, num_seqs
@@ -53,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     options = common.parse(Options, argv, "serve.py", __doc__ or "")
     check_options(options)
     if options.planning.plan:
-        return plan(options)
+        return plan(options, options.max_num_seqs)
     start_process(options)
     listeners: list[socket.socket] = []
 
@@ -75,23 +73,6 @@ def main(argv: Sequence[str]) -> int:
         return Served(model, Lockstep(model.engine, scheduler, followers))
 
     return run_server(listeners[0], chosen, load_served)
-
-
-def plan(options: Options) -> int:
-    """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
-    source = checkpoints.open(options.checkpoint) if options.checkpoint else None
-    config = source.config if source else preset(options.preset or "sphinx-moe-1k")
-    return plan_inference(
-        options.planning,
-        str(options.checkpoint or options.preset or "sphinx-moe-1k"),
-        config,
-        options.mesh,
-        dtype=options.dtype or (source.dtype if source else "bfloat16"),
-        quantize=options.quantize,
-        offload=options.offload,
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=options.max_model_len,
-    )
 
 
 def start_log() -> None:

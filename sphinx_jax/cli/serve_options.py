@@ -3,12 +3,8 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from sphinx_jax.cli.common import NO_PLAN, PlanOptions
-from sphinx_jax.cli.model_options import ModelOptions, default_checkpoint
+from sphinx_jax.cli.model_options import AnsweringOptions, default_checkpoint
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.server.settings import Settings
@@ -19,7 +15,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(AnsweringOptions):
     host: str = "127.0.0.1"
     """Address to listen at. The default is reachable from this machine only; 0.0.0.0 from everywhere."""
     port: int = 8000
@@ -47,13 +43,6 @@ class Options(ModelOptions):
     """/metrics needs no key."""
     drain_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
-    refuse_forged_turns: bool = False
-    """Refuse messages that hold the mark that ends a turn ("###" on a new line), with which a user can write turns of
-    the assistant. The original passes them on, as is done by default."""
-    preset: str | None = None
-    """With --plan, instead of a checkpoint: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b,
-    sphinx-moe or, by default, sphinx-moe-1k."""
-    planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
 
 
 def check_options(options: Options) -> None:

@@ -51,7 +51,7 @@ def test_hostile_bodies(server):
                 return
             began = time.monotonic()
             try:
-                status, answer = exchange(connection, path, body)
+                status, answer = ask(connection, path, body)
                 fault = fault_of(status, answer)
             except (OSError, http.client.HTTPException) as error:
                 status, fault = 0, repr(error)
@@ -93,7 +93,7 @@ def test_large_images_hold_nothing_else_up(server):
     still_answers(server)
 
 
-def exchange(connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, bytes]:
+def ask(connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, bytes]:
     """The status and the whole answer, on a connection that is kept; on a new one if the server has closed it, as it
     does after some idle seconds."""
     try:
