@@ -29,13 +29,19 @@ def is_quantized(path: Path) -> bool:
 def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind: QuantizedDtype) -> Quantized:
     """Shapes and shardings of a quantized parameter: each device has the scales of its own shard of the values.
 
-    Raises UserError if a shard boundary falls inside a group of values with one scale.
+    Raises UserError if a shard boundary falls inside a group of values with one scale, or inside a byte.
     """
     axis = CONTRACTION_AXES[path[-1]]
-    shapes = jax.eval_shape(lambda w: quantize(w, kind, axis), leaf)
     position = len(leaf.shape) + axis
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)  # abstract_params makes no other
+    local_outputs = sharding.shard_shape(leaf.shape)[-1]
+    if local_outputs % 2 and kind == "int4":
+        raise UserError(
+            f"int4 packs two outputs in a byte, and the mesh leaves {local_outputs} of {path[-1]}'s {leaf.shape[-1]} "
+            "outputs to a device: use a smaller mesh, or int8"
+        )
+    shapes = jax.eval_shape(lambda w: quantize(w, kind, axis), leaf)
     num_groups = shapes.scales.shape[position]
     num_shards = leaf.shape[position] // sharding.shard_shape(leaf.shape)[position]
     if num_groups % num_shards and kind == "int4":

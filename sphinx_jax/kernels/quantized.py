@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, UInt8
 
 QuantizedDtype = Literal["int8", "int4"]
 
@@ -24,9 +24,9 @@ GROUP_SIZE = {"int8": None, "int4": 64}
 class Quantized:
     """values x scales; each scale belongs to a group of values along `axis`, a negative dimension index.
 
-    A drop-in for an array of weights: it has the array's `shape`, and `astype` dequantizes. Two int4 values share a
-    byte, as jax cannot pass arrays of its own int4 type to programs compiled ahead of time: the low four bits hold the
-    first half of a group, the high four bits the second half.
+    A drop-in for an array of weights: it has the array's `shape`, and `astype` dequantizes. int4 values are integers in
+    [-8, 7] in two's complement. As jax cannot pass arrays of its own int4 type to programs compiled ahead of time, a
+    byte holds two neighbours along the last dimension, the outputs of a product: the first in the low four bits.
     """
 
     # Of arrays: int8[*shape] or packed uint8[*packed_shape], and float[*group_shape]. Not checked at run time: trees of
@@ -39,7 +39,7 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """Of the dequantized weights."""
         shape = list(self.values.shape)
-        shape[self.axis] *= 2 if self.values.dtype == jnp.uint8 else 1
+        shape[-1] *= 2 if self.values.dtype == jnp.uint8 else 1
         return tuple(shape)
 
     @property
@@ -55,36 +55,56 @@ class Quantized:
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The dequantized weights."""
-        shape, axis = self.shape, self.values.ndim + self.axis
-        values = _split_groups(self.values, axis, self.scales.shape[axis])
-        if values.dtype == jnp.uint8:
-            halves = jnp.stack([values & 15, values >> 4], axis=axis + 1)
-            values = halves.astype(jnp.int8) - 8
-            values = values.reshape(*shape[:axis], self.scales.shape[axis], -1, *shape[axis + 1 :])
+        axis = self.values.ndim + self.axis
+        values = _split_groups(_unpack(self.values), axis, self.scales.shape[axis])
         weights = values.astype(jnp.float32) * jnp.expand_dims(self.scales, axis + 1).astype(jnp.float32)
-        return weights.reshape(shape).astype(dtype)
+        return weights.reshape(self.shape).astype(dtype)
 
 
 Weight = Array | Quantized
 
 
 def quantize(weights: Float[Array, "..."], dtype: QuantizedDtype, axis: int) -> Quantized:
-    """Round each weight to the nearest multiple of its group's scale; the largest gets the largest integer.
+    """Round weights to integers times one scale per group; `axis`, negative, is the contracted dimension.
 
-    `axis`, negative, is the contracted dimension. Scales are rounded to bfloat16 first, and the integers allow for it.
+    Raises ValueError if the last dimension cannot be packed: int4 needs an even one.
     """
-    position, max_value = weights.ndim + axis, {"int8": 127, "int4": 7}[dtype]
+    if dtype == "int4" and weights.shape[-1] % 2:
+        raise ValueError(f"int4 packs two outputs in a byte; {weights.shape[-1]} outputs are odd")
+    position = weights.ndim + axis
     size = weights.shape[position]
     groups = _split_groups(weights.astype(jnp.float32), position, size // math.gcd(size, GROUP_SIZE[dtype] or size))
-    scales = (jnp.max(jnp.abs(groups), axis=position + 1, keepdims=True) / max_value).astype(jnp.bfloat16)
+    values, scales = _round_to_nearest(groups, position + 1, {"int8": 127, "int4": 7}[dtype])
+    values = values.reshape(weights.shape)
+    return Quantized(_pack(values) if dtype == "int4" else values, scales.squeeze(position + 1), axis)
+
+
+def _round_to_nearest(
+    groups: Float[Array, "..."], axis: int, max_value: int
+) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+    """Integers, and bfloat16 scales of size 1 along `axis`, the dimension of a group's values.
+
+    Each weight becomes the nearest multiple of its group's scale; the largest gets the largest integer. Scales are
+    rounded to bfloat16 first, and the integers allow for it.
+    """
+    scales = (jnp.max(jnp.abs(groups), axis=axis, keepdims=True) / max_value).astype(jnp.bfloat16)
     # A group of zeros has scale 0; any divisor gives zeros.
     steps = jnp.round(groups / jnp.where(scales == 0, 1, scales).astype(jnp.float32))
-    values = jnp.clip(steps, -max_value, max_value).astype(jnp.int8)
-    if dtype == "int4":
-        low, high = jnp.split((values + 8).astype(jnp.uint8), 2, axis=position + 1)
-        values = low | high << 4
-    values = values.reshape(*weights.shape[:position], -1, *weights.shape[position + 1 :])
-    return Quantized(values, scales.squeeze(position + 1), axis)
+    return jnp.clip(steps, -max_value, max_value).astype(jnp.int8), scales
+
+
+def _pack(values: Int8[Array, "*rows out"]) -> UInt8[Array, "*rows out/2"]:
+    """Pairs of int4 values along the last dimension in a byte, the first in the low four bits."""
+    low, high = (values[..., i::2].astype(jnp.uint8) for i in range(2))
+    return low & 15 | high << 4
+
+
+def _unpack(values: Array) -> Array:
+    """int8 values as they are; packed ones as int4[*rows, out]."""
+    if values.dtype != jnp.uint8:
+        return values
+    pairs = jax.lax.bitcast_convert_type(values, jnp.int4)
+    return pairs.reshape(*values.shape[:-1], -1)
 
 
 def _split_groups(x: Array, axis: int, num_groups: int) -> Array:

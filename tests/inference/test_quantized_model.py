@@ -11,7 +11,7 @@ from sphinx_jax.config import preset
 from sphinx_jax.data import easy_vqa
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.quantization import abstract_quantized_params
+from sphinx_jax.quantization import abstract_quantized, abstract_quantized_params
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.55), ("int4", 0.32)])
@@ -54,6 +54,16 @@ def test_every_mesh_rounds_alike():
         for mesh in (sharding.make_mesh(), sharding.make_mesh(tensor=2, expert=2, fsdp=2))
     ]
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_byte_is_not_split():
+    mesh = sharding.make_mesh(fsdp=2)
+    weights = jax.ShapeDtypeStruct(
+        (64, 6), "float32", sharding=sharding.named_sharding(("mlp", "embed"), (64, 6), mesh)
+    )
+    with pytest.raises(UserError, match="leaves 3 of w_out's 6 outputs to a device: use a smaller mesh, or int8"):
+        abstract_quantized(("language", "w_out"), weights, "int4")
+    assert abstract_quantized(("language", "w_out"), weights, "int8").shape == (64, 6)
 
 
 def test_what_cannot_be(tmp_path):

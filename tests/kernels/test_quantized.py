@@ -1,5 +1,7 @@
 """Weight-only quantization against numpy, and experts with quantized weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -38,6 +40,17 @@ def test_rounding(dtype, axis):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(actual)) == (
         weights.size * bits // 8 + 2 * num_groups * weights.size // weights.shape[axis]
     )
+
+
+def test_a_byte_holds_two_outputs():
+    integers = np.random.default_rng(2).integers(-7, 8, (64, 3, 4))
+    integers[0] = 7
+    packed = quantize(jnp.asarray(integers, jnp.float32), "int4", -3)
+    np.testing.assert_array_equal(packed.values, integers[..., ::2] % 16 + integers[..., 1::2] % 16 * 16)
+    lowest = dataclasses.replace(packed, values=jnp.full_like(packed.values, 0x88))
+    np.testing.assert_array_equal(lowest.astype(jnp.float32), -8)
+    with pytest.raises(ValueError, match="3 outputs are odd"):
+        quantize(jnp.ones((64, 3)), "int4", -2)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
