@@ -55,9 +55,10 @@ class Sequence:
             self.finish = "stop"
 
     def end(self, finish: FinishReason, error: str | None = None) -> None:
-        """The one terminal event; text that was held back is certain now."""
+        """The one terminal event. Text that was held back is certain now, unless the sequence was broken off."""
         self.finish, self.error = finish, error
-        self._add_text(self._text.finish())
+        if finish in ("stop", "length"):
+            self._add_text(self._text.finish())
 
     def _add_text(self, text: str) -> None:
         if text:

@@ -70,7 +70,7 @@ def test_mixed_requests_in_two_processes(tmp_path):
             assert alone.text.startswith(text) and alone.tokens[: len(tokens)] == tokens
         else:
             assert (alone.text, alone.tokens, alone.finish) == (text, tokens, finish)
-    assert finishes["cancelled"] > 5 and finishes["stop"] > 5
+    assert finishes["cancelled"] > 2 and finishes["stop"] > 2
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.inference.scheduler import Scheduler
+from sphinx_jax.inference.sequence import Sequence
 from tests.instruments.mixed_requests import PROMPTS, mixed_requests, serve_at_random
 
 CACHE_LEN = 128
@@ -177,6 +178,18 @@ def test_a_cancelled_sequence_frees_its_slot_within_one_call(model):
     scheduler.step()
     assert second.tokens
     finish(scheduler)
+
+
+def test_text_held_back_is_not_shown_when_a_sequence_is_broken_off(model):
+    """It may be the beginning of a stop string, which the whole answer would end before."""
+    request = model.request("why?", None, SamplingParams(stop=("ab",)), raw=True)
+    tokens = model.tokenizer.encode("a", bos=False, eos=False)
+    for finish_reason, expected in {"cancelled": "", "error": "", "length": "a"}.items():
+        sequence = Sequence(request, model.tokenizer, streams=True)
+        sequence.append(tokens, [0.0] * len(tokens), [])
+        assert sequence.text == ""
+        sequence.end(finish_reason)
+        assert sequence.text == expected
 
 
 def test_a_chat_continues_in_its_slot(model, images):
