@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sharding.errors import LayoutError
+from sphinx_jax import allocator
 
 GIB = 2**30
 
@@ -41,9 +42,19 @@ class Gpu:
         return self.bf16_tflops * 1e12
 
     @property
+    def pool_bytes(self) -> int:
+        """What XLA can allocate: the capacity of plans."""
+        return allocator.pool_bytes(self.memory_bytes)
+
+    @property
     def host_bandwidth(self) -> float:
-        """Host-to-device bandwidth in bytes per second: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before."""
-        return (63.0 if self.compute_capability >= (9, 0) else 31.5) * 1e9
+        """Bytes per second of copies from pinned host memory: 16 lanes of PCIe 5 from Hopper on, of PCIe 4 before.
+
+        As measured by nvbandwidth (host_to_device_memcpy_ce), of theoretical 63.0 and 31.5 GB/s: 55.6 on an H100
+        (NVIDIA's post on nvbandwidth), 23.9 to 26.4 on eight RTX 4090 (NVIDIA/nvbandwidth issue 15), 24.8 on A100s
+        (issue 53).
+        """
+        return (55.0 if self.compute_capability >= (9, 0) else 24.0) * 1e9
 
     def target_description(self) -> str:
         """The GPU as a GpuTargetConfigProto in text form, which XLA's compiler takes instead of a device."""

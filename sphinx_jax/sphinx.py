@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints.loaded_model import Loaded, Params
+from sphinx_jax.checkpoints.loaded_model import Loaded, Params, model_mesh
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.images import load_image, padded_resize
 from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.data.tokenizer_files import load_tokenizer
 from sphinx_jax.errors import UserError
-from sphinx_jax.inference import generate
+from sphinx_jax.inference import generate, pinned_memory
 from sphinx_jax.inference.batch_file import Progress, answer_file
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.chat import Chat
@@ -58,7 +58,8 @@ def load(
     questions that hold the end mark of a turn, with which a user could write turns of the assistant. `compile_for` is
     called with the model while its weights are being read, to compile what will run (`Sphinx.compile_for`); with
     `quantize` or `offload` it is not called, and programs are compiled when they are first needed.
-    Raises UserError if `path` holds no checkpoint or a damaged one, LayoutError if the mesh does not fit.
+    Raises UserError if `path` holds no checkpoint or a damaged one, or if the host has too little memory for
+    `offload`; LayoutError if the mesh does not fit.
     """
     if quantize not in (None, *GROUP_SIZE):
         raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP_SIZE)}")
@@ -78,6 +79,9 @@ def load(
     callback = on_abstract_model if compile_for and not (quantize or offload) else None
     source = checkpoints.open(path)
     check_tokenizer(source)
+    if offload:
+        mesh = mesh or model_mesh(source.config)
+        pinned_memory.check(source.config, mesh, dtype or source.dtype, quantize)
     loaded = checkpoints.load(source, mesh, dtype, unstacked=True, transform=transform, on_abstract_model=callback)
     if abstract:
         model = abstract[0]

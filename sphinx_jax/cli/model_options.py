@@ -17,6 +17,7 @@ from sphinx_jax.cli.common import NO_PLAN, PlanOptions
 from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.config import preset
+from sphinx_jax.inference import pinned_memory
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import MAX_MODEL_LEN
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
@@ -95,14 +96,18 @@ def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
 
 
 def start_process(options: ModelOptions) -> int:
-    """Join the other processes and make the devices; returns the number of processes. Call it before jax's devices are
-    used."""
+    """Join the other processes and set what jax's devices need; returns the number of processes.
+
+    Call it before jax's devices are used."""
     processes = sharding.start_processes(options.processes)
     if processes > 1:
         common.divert_native_stdout()
     common.enable_compilation_cache()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
+    if options.offload:
+        checkpoint = options.checkpoint or default_checkpoint()
+        pinned_memory.set_host_limit(checkpoint, options.dtype, options.quantize, options.mesh.data)
     return processes
 
 

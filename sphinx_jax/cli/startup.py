@@ -11,6 +11,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from sphinx_jax.allocator import set_memory_fraction
 from sphinx_jax.memory_plan.native_stderr import drop_no_driver_messages
 
 # Of glibc's <malloc.h>.
@@ -18,10 +19,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def prepare_process() -> None:
-    """Restrict jax to the CPU where its CUDA plugin is installed and there is no CUDA driver.
+    """Give XLA most of each GPU; restrict jax to the CPU where its CUDA plugin is installed without a CUDA driver.
 
-    The user's JAX_PLATFORMS has precedence. Call it before anything imports jax.
+    The user's own settings have precedence. Call it before anything imports jax.
     """
+    set_memory_fraction()
     if _has_driver():
         return
     # Threads keep the arena that they begin with, and other arenas than the first map large blocks in any case.

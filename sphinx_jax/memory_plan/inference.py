@@ -20,7 +20,7 @@ from sphinx_jax.memory_plan.aot import planning_mesh
 from sphinx_jax.memory_plan.jobs import Job, compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
 from sphinx_jax.memory_plan.offload import offload_jobs
-from sphinx_jax.memory_plan.report import CONTEXT_BYTES, Plan
+from sphinx_jax.memory_plan.report import RESERVE_BYTES, Plan
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 
@@ -109,6 +109,7 @@ def inference_plan(
         tokens_per_second=max_num_seqs / decode_seconds,
         command=" ".join(("python infer.py", f"--checkpoint {name.upper()} --max-model-len {max_model_len}", *flags)),
         notes=notes,
+        pinned=host_bytes,
     )
 
 
@@ -139,7 +140,7 @@ def largest_plan(name: str, config: SphinxConfig, gpu: Gpu, shape: MeshShape, **
 
     # Temporaries are known once a number is compiled: first for what would fit without them. Fewer sequences have no
     # more of them.
-    above = most(gpu.memory_bytes - CONTEXT_BYTES - (0 if options.get("offload") else bytes_per_device(params)))
+    above = most(gpu.pool_bytes - RESERVE_BYTES - (0 if options.get("offload") else bytes_per_device(params)))
     without_temporaries = plan(above)
     fitting = most(without_temporaries.headroom + state_bytes(above))
     return without_temporaries if fitting == above else plan(fitting)

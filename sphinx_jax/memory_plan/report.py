@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sphinx_jax.hardware import GIB, Gpu
-from sphinx_jax.memory_plan.aot import Compiler, Memory
+from sphinx_jax.memory_plan.aot import GPUS_PER_HOST, Compiler, Memory
 from sphinx_jax.memory_plan.hlo import Collective
 
-CONTEXT_BYTES = 1 * GIB
-"""Reserved on every GPU: the CUDA context, loaded kernels, cuBLAS and cuDNN workspaces."""
+RESERVE_BYTES = GIB // 2
+"""Reserved in XLA's pool on every GPU: workspaces of the kernels that autotuning chooses, and gaps between arrays.
 
-COMMUNICATION_BYTES = GIB // 2
-"""Reserved on each of several GPUs: the buffers of NCCL."""
+On an H200 the programs that autotuning chose took 0.14 GiB more than planned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +54,21 @@ class Plan:
     command: str
     """The command line of the planned run."""
     notes: tuple[str, ...] = ()
+    pinned: int = 0
+    """Bytes of pinned host memory for each device."""
 
     @property
     def num_gpus(self) -> int:
         return math.prod(self.mesh.values())
 
     @property
-    def reserve(self) -> int:
-        """Bytes that are set aside and not compiled."""
-        return CONTEXT_BYTES + (COMMUNICATION_BYTES if self.num_gpus > 1 else 0)
+    def host_pinned_bytes(self) -> int:
+        """Pinned memory of a host with all GPUs of the plan, or with GPUS_PER_HOST of them."""
+        return self.pinned * math.gcd(self.num_gpus, GPUS_PER_HOST)
 
     @property
     def per_device(self) -> dict[str, int]:
-        """Bytes on one device by purpose, their total, and the capacity of the GPU."""
+        """Bytes on one device by purpose, their total, and the capacity: what XLA can allocate on the GPU."""
         parts = {
             "parameters_bytes": sum(self.parameters.values()),
             "optimizer_bytes": self.optimizer,
@@ -75,14 +76,14 @@ class Plan:
             "kv_cache_bytes": self.kv_cache,
             "inputs_bytes": self.inputs,
             "temporaries_bytes": self.temporaries,
-            "reserve_bytes": self.reserve,
+            "reserve_bytes": RESERVE_BYTES,
         }
-        return parts | {"total_bytes": sum(parts.values()), "capacity_bytes": self.gpu.memory_bytes}
+        return parts | {"total_bytes": sum(parts.values()), "capacity_bytes": self.gpu.pool_bytes}
 
     @property
     def headroom(self) -> int:
         """Free bytes on one device; negative if the plan does not fit."""
-        return self.gpu.memory_bytes - self.per_device["total_bytes"]
+        return self.gpu.pool_bytes - self.per_device["total_bytes"]
 
     @property
     def fits(self) -> bool:
@@ -103,6 +104,7 @@ class Plan:
             "num_gpus": self.num_gpus,
             "mesh": dict(self.mesh),
             "per_device": self.per_device,
+            "host": {"pinned_bytes": self.host_pinned_bytes},
             "parameters": dict(self.parameters),
             "share": dict(self.share),
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
@@ -150,6 +152,8 @@ def print_plan(plan: Plan) -> None:
     )
     console.print(verdict, style="bold green" if plan.fits else "bold red")
     fractions = [f"{share * plan.num_gpus:.3f}/{plan.num_gpus} of the {name}" for name, share in plan.share.items()]
+    if plan.pinned:
+        console.print(f"host: {plan.host_pinned_bytes / GIB:.1f} GiB of pinned memory")
     console.print(f"per-device share: {', '.join(fractions)}")
     if plan.collectives:
         console.print(_collectives_table(plan))
@@ -175,12 +179,12 @@ def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
         ("KV cache", plan.kv_cache, ""),
         ("inputs", plan.inputs, "all other arguments of the programs"),
         ("temporaries", plan.temporaries, f"largest in: {largest.name}"),
-        ("reserve", plan.reserve, "CUDA context, cuBLAS and cuDNN workspaces, NCCL: reserved, not compiled"),
+        ("reserve", sizes["reserve_bytes"], "workspaces of autotuned kernels, gaps between arrays: not compiled"),
     ]
     return [
         *(row for row in rows if row[1]),
         ("total", sizes["total_bytes"], ""),
-        (f"capacity of {plan.gpu.name}", sizes["capacity_bytes"], ""),
+        ("capacity", sizes["capacity_bytes"], f"XLA's pool on {plan.gpu.name}, of {plan.gpu.memory_bytes / GIB:.2f}"),
     ]
 
 

@@ -22,6 +22,7 @@ from sharding import MeshShape
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.memory_plan import aot
+from sphinx_jax.memory_plan.report import RESERVE_BYTES
 from sphinx_jax.memory_plan.training import training_batch, training_plan
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
@@ -90,7 +91,7 @@ def main() -> None:
     # All plans first: their compilation must not disturb a measurement.
     plans = [training_plan("small", CONFIG, find_gpu("l4"), MeshShape(), config, shapes) for config in train_configs]
     for train_config, plan in zip(train_configs, plans, strict=True):
-        planned = plan.per_device["total_bytes"] - plan.reserve
+        planned = plan.per_device["total_bytes"] - RESERVE_BYTES
         print(json.dumps({"planned": planned, "measured": measure(train_config, host_batch)}))
 
 

@@ -67,7 +67,8 @@ def test_json_of_inference(small, capsys, needs_gpu_compiler):
         f"{part}_bytes"
         for part in ("parameters", "optimizer", "gradients", "kv_cache", "inputs", "temporaries", "reserve")
     }
-    assert total == sum(parts.values()) < capacity == 24 * 2**30
+    assert total == sum(parts.values()) < capacity == find_gpu("rtx3090").pool_bytes < 24 * 2**30
+    assert plan["host"] == {"pinned_bytes": 0}
     assert parts["kv_cache_bytes"] == 2 * 2 * 64 * 2 * 16 * 2 / 2
     assert {c["kind"] for c in plan["collectives"]} >= {"all-reduce"}
     assert all(set(c) == {"kind", "axes", "count", "bytes"} for c in plan["collectives"])
@@ -96,7 +97,7 @@ def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
 
 def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
     gpu = tmp_path / "small.json"
-    gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small GPU", "memory_mib": 1024}))
+    gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small GPU", "memory_mib": 512}))
     assert infer.main(["--plan", "--gpu", str(gpu), "--preset", "small", "--max-model-len", "64"]) == 1
     assert "does not fit" in capsys.readouterr().out
 
@@ -119,7 +120,7 @@ def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
 def test_auto_is_a_number_that_fits(monkeypatch, small, capsys, tmp_path):
     """The plan that is printed fits, and the state of the next number does not beside its temporaries."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
-    gpu = dataclasses.replace(find_gpu("rtx3090"), name="small GPU", memory_mib=1024 + 512)
+    gpu = dataclasses.replace(find_gpu("rtx3090"), name="small GPU", memory_mib=1124)
     file = tmp_path / "small.json"
     file.write_text(json.dumps(dataclasses.asdict(gpu)))
     options = ["--preset", "small", "--max-model-len", "4096", "--dtype", "float32", "--max-num-seqs", "auto"]
@@ -147,6 +148,6 @@ def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_
     out = capsys.readouterr().out
     assert "pip install -e '.[plan]'" in out
     assert "[b]small[/b]:cat:, bfloat16" in out
-    assert "capacity of gpu [red] :dog:" in out
+    assert "XLA's pool on gpu [red] :dog:" in out
     assert infer.main([*args, "--sweep"]) == 0
     assert "--checkpoint [B]SMALL[/B]:CAT:" in capsys.readouterr().out
