@@ -2,10 +2,13 @@
 
 - `decode`: one query per sequence; keys and values of the KV cache are read in place.
 - `flash`: Pallas kernels for Hopper GPUs and `Causal` masks; no scores in memory (`attention_flash`).
+- `cudnn`: cuDNN's fused attention on Ampere, Ada and Blackwell GPUs, for `Causal` masks from position 0; no scores in
+  memory either. For chunks that begin later, and for segments, cuDNN would read the mask as a matrix of scores.
 - `dense`: all scores at once; where these are few.
 - `blockwise`: plain XLA for every platform and mask; scores of one block in memory (`attention_blockwise`).
 """
 
+import functools
 import importlib.metadata
 import logging
 from typing import Literal
@@ -23,7 +26,7 @@ from sphinx_jax.kernels.attention_mask import Causal, Mask, dense_mask
 
 log = logging.getLogger(__name__)
 
-Implementation = Literal["decode", "flash", "dense", "blockwise"]
+Implementation = Literal["decode", "flash", "cudnn", "dense", "blockwise"]
 
 Queries = Float[Array, "batch q_len kv_heads group head_dim"]
 Keys = Float[Array, "batch kv_len kv_heads head_dim"]
@@ -38,6 +41,12 @@ that attention is a small part of a program's memory."""
 _MAX_BLOCK_SCORE_BYTES = {"cpu": 1 << 20, "gpu": 1 << 25}
 """Bytes of float32 scores on one device that blockwise attention computes in one step. Timed on CPUs. On GPUs not
 timed: set so that a step is large enough to be worth its kernel launches."""
+
+_CUDNN_CAPABILITIES = ("8", "10", "12")
+"""Major compute capabilities of Ampere and Ada, and of Blackwell; Hopper has kernels of its own."""
+
+_CUDNN_TILE, _CUDNN_MAX_HEAD_DIM = 64, 128
+"""Lengths are padded to multiples of the tile: cuDNN refuses the gradient of odd ones."""
 
 _MIN_BLOCK_SIZE, _MAX_BLOCK_SIZE = 64, 512
 """Queries, and keys, of a block. Larger blocks compute more scores that a causal mask discards."""
@@ -64,6 +73,9 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
             return sharded_map(_local_flash, (_QUERY_AXES, _KEY_AXES, _KEY_AXES), _QUERY_AXES, ())(q, k, v)
         in_axes = (_QUERY_AXES, _KEY_AXES, _KEY_AXES, _START_AXES)
         return sharded_map(_local_flash_with_kv_cache, in_axes, _QUERY_AXES, ())(q, k, v, mask.start)
+    if isinstance(mask, Causal) and mask.start is None and _supports_cudnn(q, k):
+        _log_implementation(q, "cudnn")
+        return sharded_map(_local_cudnn, (_QUERY_AXES, _KEY_AXES, _KEY_AXES), _QUERY_AXES, ())(q, k, v)
     mask_axes = _START_AXES if isinstance(mask, Causal) else _MASK_AXES
     in_axes = (_QUERY_AXES, _KEY_AXES, _KEY_AXES, mask_axes)
     return sharded_map(_local_dense_or_blockwise, in_axes, _QUERY_AXES, ())(q, k, v, mask)
@@ -107,7 +119,7 @@ def _has_ptxas_mask_bug() -> bool:
 
 def _local_flash(q: Queries, k: Keys, v: Keys) -> Queries:
     """Flash attention of one device's heads. Lengths are padded to whole tiles: no real query attends to padding."""
-    out = attention_flash.flash_attention(*map(_pad_to_tile, (_merge_heads(q), k, v)))
+    out = attention_flash.flash_attention(*(_pad(x, attention_flash.TILE) for x in (_merge_heads(q), k, v)))
     return out[:, : q.shape[1]].reshape(q.shape)
 
 
@@ -117,7 +129,8 @@ def _local_flash_with_kv_cache(q: Queries, k: Keys, v: Keys, start: Int[Array, "
     # times infinity or NaN is NaN.
     visible = jnp.arange(v.shape[1]) < (start + q.shape[1])[:, None]
     v = jnp.where(visible[:, :, None, None], v, 0)
-    out = attention_flash.flash_attention_with_kv_cache(start, *map(_pad_to_tile, (_merge_heads(q), k, v)))
+    padded = (_pad(x, attention_flash.TILE) for x in (_merge_heads(q), k, v))
+    out = attention_flash.flash_attention_with_kv_cache(start, *padded)
     return out[:, : q.shape[1]].reshape(q.shape)
 
 
@@ -126,8 +139,38 @@ def _merge_heads(q: Queries) -> Float[Array, "batch q_len heads head_dim"]:
     return q.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
-def _pad_to_tile(x: Float[Array, "batch length heads head_dim"]) -> Float[Array, "batch padded heads head_dim"]:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % attention_flash.TILE), (0, 0), (0, 0)))
+def _pad(x: Float[Array, "batch length heads head_dim"], tile: int) -> Float[Array, "batch padded heads head_dim"]:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
+
+
+def _supports_cudnn(q: Queries, k: Keys) -> bool:
+    """Whether the target is an Ampere, Ada or Blackwell GPU with cuDNN, which takes these shapes and dtypes."""
+    if (sharding.compute_capability() or "").partition(".")[0] not in _CUDNN_CAPABILITIES:
+        return False
+    head_dim = q.shape[-1]
+    supported = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] == k.shape[1]
+    return supported and head_dim % 8 == 0 and head_dim <= _CUDNN_MAX_HEAD_DIM and _has_cudnn(sharding.platform())
+
+
+@functools.cache
+def _has_cudnn(platform: str) -> bool:
+    """Whether jax finds the cuDNN library for `platform`; for an absent GPU `memory_plan.aot` answers for it."""
+    x = jax.ShapeDtypeStruct((1, _CUDNN_TILE, 1, _CUDNN_MAX_HEAD_DIM), jnp.bfloat16)
+    try:
+        jax.eval_shape(_cudnn_attention, x, x, x)
+    except RuntimeError as error:
+        log_once(log, f"no cuDNN attention on {platform}: {error}; install nvidia-cudnn-cu12, as jax[cuda12] does")
+        return False
+    return True
+
+
+def _local_cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
+    """cuDNN's attention of one device's heads. No real query attends to the padding, which follows it."""
+    out = _cudnn_attention(*(_pad(x, _CUDNN_TILE) for x in (_merge_heads(q), k, v)))
+    return out[:, : q.shape[1]].reshape(q.shape)
+
+
+_cudnn_attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
 def _local_dense_or_blockwise(q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:

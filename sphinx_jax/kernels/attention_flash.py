@@ -9,6 +9,11 @@ that a copy overlaps with the products of the block before). Two compute, 64 pos
 - gradients of keys and values: scores recomputed, d_k and d_v accumulated over blocks of queries.
 
 Each kernel sums over its loop in registers and writes its tile once: no atomics, and the same result in every run.
+
+When this file goes: on the day that `python benchmarks/gpu.py --first` shows on a Hopper GPU that cuDNN's attention is
+at most 5 % slower than these kernels forward and with its gradient, at 355, 1,519 and 4,096 positions, and blockwise
+attention takes at most 5 % of the time of a chunked prefill (cuDNN has no mask for chunks that begin past position 0).
+On 2026-11-26 cuDNN took 1.31 of the time at 2,048 positions and 0.97 at 8,192, forward.
 """
 
 import functools

@@ -23,6 +23,9 @@ Compiler = Literal["gpu", "cpu-estimate"]
 
 GPUS_PER_HOST = 8
 
+_CUDNN_VERSION = 91000
+"""9.10, as cuDNN counts."""
+
 # Autotuning needs a GPU. Without it XLA would take the first tiling of its own Triton matmuls, which may not even
 # compile. With cuBLAS matmuls the program is always the same.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -48,6 +51,7 @@ def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
     per_host = math.gcd(shape.size, GPUS_PER_HOST)
+    _assume_cudnn()
     with drop_no_driver_messages():
         topology = topologies.get_topology_desc(
             platform="cuda",
@@ -56,6 +60,19 @@ def planning_mesh(gpu: Gpu, shape: MeshShape) -> tuple[Mesh, Compiler]:
             topology=f"{shape.size // per_host}x{per_host}x1",
         )
     return make_mesh(**dataclasses.asdict(shape), devices=topology.devices), "gpu"
+
+
+def _assume_cudnn() -> None:
+    """Answer jax's check for the cuDNN library where it is not installed: jax[cuda12] brings it to the GPU.
+
+    The compiler takes cuDNN's attention as one call. It needs the version only, that of `Gpu.target_description`.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+
+    try:
+        fused_attention.check_cudnn_version()
+    except RuntimeError:
+        fused_attention.check_cudnn_version = lambda: _CUDNN_VERSION
 
 
 @dataclasses.dataclass(frozen=True)

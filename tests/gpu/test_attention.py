@@ -1,4 +1,4 @@
-"""Attention on a GPU, flash on Hopper and blockwise, against float64 on the CPU."""
+"""Attention on a GPU, flash on Hopper, cuDNN and blockwise, against float64 on the CPU."""
 
 import logging
 
@@ -9,6 +9,7 @@ import pytest
 
 import sharding
 from sharding.log_once import log_once
+from sphinx_jax.kernels import attention as attention_kernels
 from sphinx_jax.kernels.attention import attention
 from sphinx_jax.kernels.attention_blockwise import blockwise_attention
 from sphinx_jax.kernels.attention_mask import Causal
@@ -73,6 +74,26 @@ def test_causal(causal_attention, caplog, length, head_dim, dtype):
     assert f"attention of {length} queries on gpu: flash" in caplog.text
     for array, reference in zip(actual, causal_attention(q, k, v, d_out), strict=True):
         assert array.dtype == dtype
+        assert_close(array, reference)
+
+
+@pytest.mark.parametrize("length", [355, 1000, 2048])
+def test_cudnn(causal_attention, length):
+    """The default on Ampere, Ada and Blackwell; on Hopper cuDNN computes the same. Odd lengths are padded."""
+    if not attention_kernels._has_cudnn("gpu"):
+        pytest.skip("needs cuDNN: pip install 'jax[cuda12]'")
+    rng = np.random.default_rng(length)
+    q_shape, k_shape = (1, length, 2, 4, 128), (1, length, 2, 128)
+    q, k, v, d_out = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (q_shape, k_shape, k_shape, q_shape)
+    )
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(attention_kernels._local_cudnn, q, k, v)
+        return out, *vjp(d_out)
+
+    for array, reference in zip(run(q, k, v, d_out), causal_attention(q, k, v, d_out), strict=True):
         assert_close(array, reference)
 
 
