@@ -15,7 +15,8 @@ class Program(NamedTuple):
     """`donate`: indices of donated arguments. `out_shardings`: None leaves them to XLA.
 
     `slices_in_place`: compile with `xla_flags.SLICES_IN_PLACE`, so that products with stacked matrices read them in
-    place if the compiler can.
+    place if the compiler can. `overlap_collectives`: compile with `xla_flags.OVERLAP_COLLECTIVES`, so that several GPUs
+    compute while they communicate.
     """
 
     function: Callable
@@ -23,6 +24,7 @@ class Program(NamedTuple):
     out_shardings: Any = None
     rules: Rules = DEFAULT_RULES
     slices_in_place: bool = False
+    overlap_collectives: bool = False
 
     def trace(self, args: tuple, mesh: Mesh) -> jax.stages.Traced:
         """Trace the function for `args`, arrays or ShapeDtypeStructs, with shardings on `mesh`."""
@@ -36,4 +38,4 @@ class Program(NamedTuple):
 
     def options(self, mesh: Mesh) -> Options:
         """The compiler options on `mesh`."""
-        return compiler_options(mesh, self.slices_in_place)
+        return compiler_options(mesh, self.slices_in_place, self.overlap_collectives)

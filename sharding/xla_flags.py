@@ -30,9 +30,23 @@ their own kernels.
 """
 
 
-def compiler_options(mesh: Mesh, slices_in_place: bool = False) -> Options:
+OVERLAP_COLLECTIVES: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""For programs with `Program.overlap_collectives`, on several GPUs.
+
+By default XLA waits for each collective of a training step as soon as it has begun (jax 0.10.2, read off the compiled
+program); this scheduler moves other work in between, for 3 to 5 % more temporaries.
+"""
+
+
+def compiler_options(mesh: Mesh, slices_in_place: bool = False, overlap_collectives: bool = False) -> Options:
     """The options for programs on `mesh`; none on a CPU."""
-    return dict(SLICES_IN_PLACE) if slices_in_place and reads_slices_in_place(mesh.devices.flat[0]) else {}
+    device = mesh.devices.flat[0]
+    options: Options = {}
+    if slices_in_place and reads_slices_in_place(device):
+        options |= SLICES_IN_PLACE
+    if overlap_collectives and mesh.size > 1 and device.platform != "cpu" and not _set_by_user(OVERLAP_COLLECTIVES):
+        options |= OVERLAP_COLLECTIVES
+    return options
 
 
 def reads_slices_in_place(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
@@ -42,8 +56,12 @@ def reads_slices_in_place(device: jax.Device) -> bool:  # pyright: ignore[report
     """
     if device.platform == "cpu" or getattr(device, "compute_capability", None) == "9.0":
         return False
-    set_by_user = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
-    return not SLICES_IN_PLACE.keys() & set_by_user and _fuses_slices(device)
+    return not _set_by_user(SLICES_IN_PLACE) and _fuses_slices(device)
+
+
+def _set_by_user(options: Options) -> bool:
+    """Whether XLA_FLAGS has any of the options."""
+    return bool(options.keys() & set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))))
 
 
 @functools.cache

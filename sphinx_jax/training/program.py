@@ -121,7 +121,14 @@ def train_program(
         optimizer=optimizer,
         state=state,
         frozen_params=frozen_params,
-        step=Program(step, (0,), (sharding.shardings_of(state), replicated), rules, slices_in_place=True),
+        step=Program(
+            step,
+            (0,),
+            (sharding.shardings_of(state), replicated),
+            rules,
+            slices_in_place=True,
+            overlap_collectives=True,
+        ),
         eval_step=Program(
             lambda params, batch: evaluate(params, normalise_images(batch)),
             out_shardings=replicated,

@@ -48,6 +48,17 @@ def test_no_options_on_hopper(a100_mesh, hopper_mesh):
     assert sharding.compiler_options(hopper_mesh, slices_in_place=True) == {}
 
 
+def test_collectives_overlap_on_several_gpus(hopper_mesh, a100_mesh, monkeypatch):
+    """Not on one GPU, nor on CPUs, nor against the user's XLA_FLAGS."""
+    (option,) = xla_flags.OVERLAP_COLLECTIVES
+    assert sharding.compiler_options(hopper_mesh, overlap_collectives=True) == {option: True}
+    assert sharding.compiler_options(hopper_mesh) == {}
+    for mesh in (a100_mesh, sharding.make_mesh(tensor=2)):
+        assert sharding.compiler_options(mesh, overlap_collectives=True) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=false")
+    assert sharding.compiler_options(hopper_mesh, overlap_collectives=True) == {}
+
+
 def test_failing_compiler_does_not_read_slices_in_place(hopper_mesh, monkeypatch):
     """jax 0.10.2's compiler fails with these options; here any compiler does, with an unknown one."""
     monkeypatch.setitem(xla_flags.SLICES_IN_PLACE, "xla_gpu_no_such_option", True)

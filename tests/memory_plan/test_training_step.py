@@ -1,0 +1,106 @@
+"""A training step compiled for absent GPUs: optimizer traffic, no product twice, no copies, and overlap."""
+
+import functools
+import re
+
+import jax
+import pytest
+
+import sharding
+from sharding import MeshShape
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.hardware import find_gpu
+from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
+from sphinx_jax.memory_plan.hlo import executed_instructions, parse
+from sphinx_jax.memory_plan.training import training_batch
+from sphinx_jax.training.program import train_program
+from sphinx_jax.training.train_config import TrainConfig
+
+LAYERS = 2
+FULL_WIDTH = SphinxConfig(DecoderConfig(num_layers=LAYERS), None)
+SMALL = SphinxConfig(DecoderConfig(512, 1024, LAYERS, num_heads=8, num_kv_heads=8, vocab_size=1024), None)
+
+
+def compiled(config, gpu, shape, length, **options):
+    """The HLO text of a step in bfloat16, and the number of parameters."""
+    mesh, _ = planning_mesh(find_gpu(gpu), MeshShape(**shape))
+    train_config = TrainConfig(steps=10, dtype="bfloat16", **options)
+    program = train_program(config, train_config, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.named_sharding(("batch", None), dims, mesh))
+        for name, (dims, dtype) in training_batch(config, train_config, length).items()
+    }
+    text = hlo_text(compile_aot(program.step, (program.state, batch, {}), mesh))
+    return text, sum(leaf.size for leaf in jax.tree.leaves(program.params))
+
+
+@pytest.fixture(scope="module")
+def step(needs_gpu_compiler):
+    """moments -> two full-width layers of Mixtral on one H200, 2 x 2,048 tokens."""
+    return functools.cache(lambda moments: compiled(FULL_WIDTH, "h200", {}, 2048, batch_size=2, moments=moments))
+
+
+@pytest.mark.parametrize(("moments", "expected"), [("float32", 26), ("bfloat16", 18)])
+def test_optimizer_bytes_per_parameter(step, moments, expected):
+    """One kernel updates a parameter: it reads the gradient in bfloat16, and reads and writes weight and moments."""
+    text, parameters = step(moments)
+    computations, entry = parse(text)
+    body = {instruction.name: instruction for instruction in computations[entry]}
+    moved = 0
+    for fusion in computations[entry]:
+        operands = [body[name] for name in fusion.operand_names]
+        if fusion.opcode == "fusion" and any("__mu__" in operand.name for operand in operands):
+            moved += fusion.bytes + sum(operand.bytes for operand in operands)
+    assert moved / parameters == pytest.approx(expected, rel=1e-3)
+
+
+def test_no_product_is_computed_twice(step):
+    """Each matrix has one product forward, one for the gradient of its input, and one for its own."""
+    text, _ = step("float32")
+    counts = dict.fromkeys(("cublas", "grouped_matmul", "grouped_outer", "flash"), 0)
+    for instruction, times in executed_instructions(*parse(text)):
+        for name in counts:
+            if instruction.opcode == "custom-call" and re.search(
+                rf"__{name}|/_?{name}\w*_kernel", instruction.attributes
+            ):
+                counts[name] += times
+    # Queries with keys and values, attention's output and the router in each layer; and the head.
+    matrices, expert_matrices = 3 * LAYERS + 1, 2 * LAYERS
+    assert counts == {
+        "cublas": 3 * matrices,
+        "grouped_matmul": 2 * expert_matrices,
+        "grouped_outer": expert_matrices,
+        "flash": 3 * LAYERS,
+    }
+
+
+def test_large_copies(step):
+    """None of 64 MiB or more but those of the layers' loop: a layer's matrices of experts, sliced from their stack in
+    the forward and in the backward pass.
+    """
+    text, _ = step("float32")
+    found = []
+    for instruction, times in executed_instructions(*parse(text)):
+        is_copy = re.match(r"copy|transpose|.*(copy|transpose|_dynamic_slice)_fusion", instruction.name)
+        if is_copy and instruction.bytes >= 64 << 20:
+            found.append((instruction.bytes >> 20, times))
+    w_in, w_out = 1792, 896
+    assert sorted(found) == sorted(2 * [(w_in, LAYERS), (w_out, LAYERS)])
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_collectives_overlap_with_work(needs_gpu_compiler, shape):
+    """Between the start and the end of nearly every collective a kernel runs; by default none does under fsdp."""
+    text, _ = compiled(SMALL, "a100-80gb", shape, 256, batch_size=8, remat="block")
+    assert "is_scheduled=true" in text
+    pairs, with_work = 0, 0
+    for instructions in parse(text)[0].values():
+        index = {instruction.name: i for i, instruction in enumerate(instructions)}
+        for i, instruction in enumerate(instructions):
+            if not re.fullmatch(r"(all-\w+|reduce-scatter)-done", instruction.opcode):
+                continue
+            between = instructions[index[instruction.operand_names[0]] + 1 : i]
+            pairs += 1
+            with_work += any(other.opcode in ("fusion", "custom-call", "while") for other in between)
+    assert pairs > 10
+    assert with_work >= 0.9 * pairs
