@@ -1,39 +1,57 @@
 """One GPU against its roofline: prefill, decode, training steps and experts of Mixtral-shaped models.
 
 python benchmarks/gpu.py [--json FILE] [--markdown FILE] [--minutes 8] [--tiny]
+python benchmarks/gpu.py --first [--log FOLDER] [--minutes 6] [--tiny]
 
 The models have full-width layers of Mixtral-8x7B with synthetic weights: for inference as many as fit into the GPU in
 bfloat16, all 32 on an H200; for training as many as fit with float32 weights and moments. The roofline fraction is the
 roofline lower bound of a job's time, from rates that are measured first on the same GPU (a large bfloat16 matmul, a
 large read), over the measured time. The ratio is the time of transformers over ours on the same GPU, if torch has CUDA.
 Each part runs in its own process with its own memory; a part that fails or times out leaves the others intact. --tiny
-is a smoke test on any device, with a model of a few thousand parameters.
+is a smoke test on any device, with a model of a few thousand parameters. --first measures what no GPU has shown yet
+(`first_card.py`), and training, and writes the figures to a file of benchmarks/log/.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import first_card
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jobs import Job, OurModel, synthetic_arrays, time_once, training
+from first_card import ragged_dot_experts
+from gpu_report import markdown, report, run_facts
+from jobs import Job, OurModel, synthetic_arrays, time_once
 
 import sharding
 from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.costs import Workload, forward_flops
 from sphinx_jax.kernels.moe import can_use_grouped_matmul, choose_implementation, moe_ffn
-from sphinx_jax.training.train_config import ComputeDtype
+from sphinx_jax.memory_plan.aot import memory_analysis
+from sphinx_jax.training.moments import Moments
+from sphinx_jax.training.program import train_program
+from sphinx_jax.training.train_config import ComputeDtype, TrainConfig
+from sphinx_jax.training.train_state import init_state
 
 PARTS = ("inference", "transformers", "training", "transformers training", "experts")
+
+FIRST = (
+    "pool by default", "pool", "attention", "quantized", "copies", "training", "ragged_dot", "pinned memory",
+    "pinned memory by default",
+)  # fmt: skip
+"""Parts of --first: `first_card.PARTS`, and training. Last what takes longest and teaches least if time runs out."""
+
+LOG = Path(__file__).parent / "log"
 
 REPETITIONS = 5
 
@@ -43,8 +61,16 @@ MEMORY_FRACTION = 0.93
 RESERVED_BYTES = 8e9
 """Device memory that weights leave for the KV cache and temporaries."""
 
-TRAIN_BYTES_PER_PARAM = 20
-"""Weight and two moments in float32, weight and gradient in bfloat16, and temporaries of the update."""
+TRAIN_BYTES_PER_PARAM = 24
+"""Weight, two moments and accumulated gradient in float32, weight and gradient in bfloat16, and temporaries."""
+
+OPTIMIZER_BYTES: dict[Moments, int] = {"float32": 26, "bfloat16": 18}
+"""Bytes of a parameter that AdamW moves: the gradient in bfloat16 is read; weight and moments are read and written."""
+
+FIXED_BYTES, MATMUL_FRACTION = 10, 0.616
+"""The two numbers of the model of a training step, of the H200 of 2026-11-26: 49 ms and 21.5 µs a token with four
+layers. Of each parameter so many bytes more move (cast to bfloat16, gradient written and summed); FLOPs run at so much
+of the rate of one large matmul."""
 
 
 class Sizes(NamedTuple):
@@ -57,7 +83,9 @@ class Sizes(NamedTuple):
     """Tokens of a prefill chunk; the engine's by default."""
     decode_batch_sizes: tuple[int, ...]
     training: tuple[int, int]
-    """(batch size, length)"""
+    """(batch size, length) of a microbatch."""
+    accumulation: tuple[int, ...]
+    """Microbatches of a training step."""
     experts: tuple[int, ...]
     """Numbers of tokens."""
     matmul: int
@@ -67,12 +95,12 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    DecoderConfig(), "bfloat16", (512, 2048, 8192), None, (1, 8, 64), (2, 2048),
+    DecoderConfig(), "bfloat16", (512, 2048, 8192), None, (1, 8, 64), (2, 2048), (1, 4, 8),
     (1, 8, 64, 512, 2048, 8192), 8192, 1 << 31,
 )  # fmt: skip
 TINY = Sizes(
     DecoderConfig(64, 128, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), "float32", (64, 128), 64,
-    (1, 2), (1, 64), (1, 16), 256, 1 << 20,
+    (1, 2), (1, 64), (1, 2), (1, 16), 256, 1 << 20,
 )  # fmt: skip
 
 
@@ -159,13 +187,48 @@ def inference(sizes: Sizes) -> Iterator[dict]:
 
 
 def train(sizes: Sizes) -> Iterator[dict]:
+    """Optimizer steps of several sizes, by accumulation, with moments in float32 and bfloat16."""
     rates = device_rates(sizes)
     config = layers_that_fit(sizes.full, memory_limit(), TRAIN_BYTES_PER_PARAM)
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, sizes.training).astype(np.int32)
-    yield {"training_layers": config.num_layers}
-    job = training(SphinxConfig(config, vision=None), tokens, sizes.dtype)
-    yield measure_job("training step", job, rates)
-    yield {"memory": {"training": {"planned": job.planned_bytes, "peak": peak_memory()}}}
+    yield rates | {"training_layers": config.num_layers}
+    kinds: list[tuple[Moments, int]] = [(moments, n) for moments in OPTIMIZER_BYTES for n in sizes.accumulation]
+    with ThreadPoolExecutor(4) as pool:
+        # As above: all are compiled before the first weights are made.
+        jobs = list(pool.map(lambda kind: train_job(SphinxConfig(config, vision=None), sizes, *kind), kinds))
+    planned = max(job.planned_bytes for job, _ in jobs)
+    for moments, accum in kinds:
+        (job, parameters), label = jobs.pop(0), training_label(sizes, accum, moments)
+        moved = parameters * (OPTIMIZER_BYTES[moments] + FIXED_BYTES)
+        predicted = moved / rates["bandwidth"] + job.flops / (MATMUL_FRACTION * rates["flops"])
+        yield measure_job(label, job, rates) | {"predicted_seconds": predicted}
+        del job
+    yield {"memory": {"training": {"planned": planned, "peak": peak_memory()}}}
+
+
+def training_label(sizes: Sizes, accum: int, moments: Moments) -> str:
+    batch_size, length = sizes.training
+    return f"training step, {batch_size * accum * length:,} tokens, {moments} moments"
+
+
+def train_job(config: SphinxConfig, sizes: Sizes, moments: Moments, accum: int) -> tuple[Job, int]:
+    """An optimizer step of `accum` microbatches, whose state is made when it first runs; and the parameters."""
+    (size, length), mesh = sizes.training, sharding.make_mesh()
+    train_config = TrainConfig(batch_size=size * accum, grad_accum_steps=accum, dtype=sizes.dtype, moments=moments)
+    program = train_program(config, train_config, mesh)
+    tokens = np.random.default_rng(0).integers(3, config.language.vocab_size, (size * accum, length)).astype(np.int32)
+    batch = {name: jax.device_put(tokens) for name in ("tokens", "labels")}
+    compiled = program.step.compile((program.state, batch, {}), mesh)
+    states: list[Any] = []
+
+    def run() -> None:
+        state = states.pop() if states else init_state(synthetic_arrays(program.params), program.optimizer, mesh)
+        states.append(jax.block_until_ready(compiled(state, batch, {})[0]))
+
+    work = Workload(size * accum, length, (length + 1) // 2, length)
+    # The backward pass costs two forward passes.
+    flops = 3 * forward_flops(config, program.params["model"], mesh, work)["language"].total
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.params))
+    return Job(run, tokens.size, flops, 0, memory_analysis(compiled).total), parameters
 
 
 def experts(sizes: Sizes) -> Iterator[dict]:
@@ -216,18 +279,6 @@ def experts_seconds(
     }
 
 
-def ragged_dot_experts(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
-) -> jax.Array:
-    """The experts by `jax.lax.ragged_dot`, with tokens sorted by expert."""
-    order = jnp.argsort(chosen.reshape(-1))
-    rows = x[order // chosen.shape[1]]
-    sizes = jnp.bincount(chosen.reshape(-1), length=len(w_in)).astype(jnp.int32)
-    gate, up = jnp.split(jax.lax.ragged_dot(rows, w_in.reshape(*w_in.shape[:2], -1), sizes), 2, axis=1)
-    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_out, sizes)
-    return jnp.sum(out[jnp.argsort(order)].reshape(*chosen.shape, -1) * weights[..., None], axis=1)
-
-
 def transformers(sizes: Sizes, kind: str) -> Iterator[dict]:
     """The other side, entirely in bfloat16, AdamW moments included: half of the memory traffic of our optimizer."""
     from peer import TransformersModel, torch
@@ -242,7 +293,7 @@ def transformers(sizes: Sizes, kind: str) -> Iterator[dict]:
         jobs = inference_jobs(sizes)
     else:
         tokens = np.random.default_rng(0).integers(3, sizes.full.vocab_size, sizes.training).astype(np.int32)
-        jobs = [("training step", "train", tokens)]
+        jobs = [(training_label(sizes, 1, "bfloat16"), "train", tokens)]
     for label, kind, argument in jobs:
         best, run = theirs.fastest(kind, argument)
         yield {"job": label, "their_seconds": median_seconds(run, 3), "their_experts": best}
@@ -260,11 +311,15 @@ RUN = {
 # The parent process: one child for each part, and the report.
 
 
-def measure(part: str, tiny: bool, deadline: float) -> tuple[list[dict], str | None]:
-    """The rows of a part, run in its own process, and its error, if any."""
+def measure(
+    part: str, tiny: bool, deadline: float, changes: Mapping[str, str | None] = MappingProxyType({})
+) -> tuple[list[dict], str | None]:
+    """The rows of a part, run in its own process, and its error, if any. `changes` of the environment: None unsets."""
     command = [sys.executable, __file__, "--part", part, *(["--tiny"] if tiny else [])]
     # jax preallocates its memory; only one process runs at a time.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION)}
+    fraction = {"XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION), "XLA_PYTHON_CLIENT_MEM_FRACTION": None}
+    wanted = os.environ | fraction | dict(changes)
+    environment = {name: value for name, value in wanted.items() if value is not None}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
@@ -276,93 +331,61 @@ def measure(part: str, tiny: bool, deadline: float) -> tuple[list[dict], str | N
     return rows, errors.strip().splitlines()[-1] if process.returncode else None
 
 
-def report(found: dict[str, list[dict]], problems: dict[str, str]) -> dict:
-    """One object of all parts: facts, `jobs` with the times of both sides, `experts`, `problems`."""
-    facts, jobs, memory = {}, {}, {}
-    for part in (p for p in PARTS if p != "experts"):
-        for row in found[part]:
-            if "job" in row:
-                jobs.setdefault(row["job"], {}).update(row)
-            memory |= row.get("memory", {})
-            facts |= {key: value for key, value in row.items() if "job" not in row}
-    for job in jobs.values():
-        if "seconds" in job and "their_seconds" in job:
-            job["ratio"] = job["their_seconds"] / job["seconds"]
-    return facts | {"memory": memory, "jobs": list(jobs.values()), "experts": found["experts"], "problems": problems}
+def measure_first(tiny: bool, deadline: float, folder: Path) -> int:
+    """The parts of `first_card.py` and training, into a file of the log. The exit code: 1 if any fails."""
+    rows: list[dict] = []
+    problems = {}
+    for part in FIRST:
+        environment = first_card.PARTS[part].environment if part in first_card.PARTS else {}
+        found, problem = measure(part, tiny, deadline, environment)
+        rows += [row for row in found if "figure" in row]
+        rows += [{"figure": "training", **row} for row in found if "job" in row]
+        problems |= {part: problem} if problem else {}
+    print(first_card.write_log(folder, run_facts(), rows, problems).read_text(), end="")
+    return 1 if problems else 0
 
 
-def markdown(result: dict) -> str:
-    """The report as tables. A cell is empty if nothing was measured."""
+def run_part(part: str, tiny: bool) -> Iterator[dict]:
+    """The rows of one of PARTS or FIRST."""
+    if part in first_card.PARTS:
+        sizes = first_card.TINY if tiny else first_card.FULL
+        return first_card.PARTS[part].rows(sizes, lambda run: pipelined_seconds(run, 3))
+    return RUN[part](TINY if tiny else FULL)
 
-    def cell(value: float | None, form: str, factor: float = 1.0) -> str:
-        return "" if value is None else format(value * factor, form)
 
-    lines = [
-        f"{result['date']}, {result.get('device', 'no device')}, {result['versions']}, commit {result['commit']}: "
-        f"{cell(result.get('flops'), '.0f', 1e-12)} TFLOP/s in a large matmul, "
-        f"{cell(result.get('bandwidth'), '.0f', 1e-9)} GB/s in a large read; "
-        f"{result.get('layers', 'no')} layers for inference, {result.get('training_layers', 'no')} for training",
-        "",
-        "| job | ms | tokens/s | roofline fraction | transformers, ms | ratio |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for job in result["jobs"]:
-        rate = job["tokens"] / job["seconds"] if "seconds" in job else None
-        cells = (
-            job["job"], cell(job.get("seconds"), ".2f", 1e3), cell(rate, ",.0f"),
-            cell(job.get("roofline_fraction"), ".2f"), cell(job.get("their_seconds"), ".2f", 1e3),
-            cell(job.get("ratio"), ".2f"),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| memory of | planned, GiB | peak, GiB |", "| --- | --- | --- |"]
-    for part, size in result["memory"].items():
-        lines.append(f"| {part} | {cell(size['planned'], '.2f', 2**-30)} | {cell(size['peak'], '.2f', 2**-30)} |")
-    lines += ["", "| experts, tokens | implementation | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in result["experts"]:
-        forward, both = row["forward_seconds"], row["forward_backward_seconds"]
-        cells = (
-            f"{row['tokens']:,}",
-            row["implementation"] + (" (default)" if row["default"] else ""),
-            f"{forward * 1e3:.3f}",
-            f"{row['flops'] / forward / 1e12:.1f}",
-            f"{both * 1e3:.3f}",
-            f"{3 * row['flops'] / both / 1e12:.1f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"{part}: {problem}" for part, problem in result["problems"].items())]
-    return "\n".join(lines).rstrip() + "\n"
+def measure_all(tiny: bool, deadline: float, json_file: Path | None, markdown_file: Path | None) -> int:
+    """All PARTS, and the report; the exit code: 1 if any fails."""
+    found, problems = {}, {}
+    for part in PARTS:
+        found[part], problem = measure(part, tiny, deadline)
+        problems |= {part: problem} if problem else {}
+    result = run_facts() | report(found, problems)
+    print(markdown(result), end="")
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    if markdown_file:
+        markdown_file.write_text(markdown(result))
+    return 1 if problems else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file too")
-    parser.add_argument("--minutes", type=float, default=8, help="time limit; parts that have not ended are left out")
+    parser.add_argument("--first", action="store_true", help="what a GPU is asked first, into a file of the log")
+    parser.add_argument("--log", type=Path, default=LOG, help="with --first: the folder of that file")
+    parser.add_argument("--minutes", type=float, help="time limit, by default 8, with --first 6")
     parser.add_argument("--tiny", action="store_true", help="a smoke test with a tiny model on any device")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=(*PARTS, *FIRST), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        for row in RUN[options.part](TINY if options.tiny else FULL):
+        for row in run_part(options.part, options.tiny):
             print(json.dumps(row), flush=True)
         return 0
-    deadline = time.monotonic() + 60 * options.minutes
-    found, problems = {}, {}
-    for part in PARTS:
-        found[part], problem = measure(part, options.tiny, deadline)
-        problems |= {part: problem} if problem else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = report(found, problems) | {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax")),
-    }
-    print(markdown(result), end="")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.markdown:
-        options.markdown.write_text(markdown(result))
-    return 1 if problems else 0
+    deadline = time.monotonic() + 60 * (options.minutes or (6 if options.first else 8))
+    if options.first:
+        return measure_first(options.tiny, deadline, options.log)
+    return measure_all(options.tiny, deadline, options.json, options.markdown)
 
 
 if __name__ == "__main__":

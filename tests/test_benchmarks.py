@@ -17,7 +17,7 @@ def benchmark(monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     yield importlib.import_module
-    for name in ("attention", "gpu", "jobs", "mesh_scaling", "peer"):
+    for name in ("attention", "first_card", "gpu", "gpu_report", "jobs", "mesh_scaling", "peer"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -66,14 +66,80 @@ def test_report_joins_both_sides_and_leaves_missing_cells_empty(gpu):
     assert result["jobs"][0]["ratio"] == 3
     text = gpu.markdown(result | {"date": "today", "versions": "jax", "commit": "abc"})
     for line in (
-        "| decode, batch 1 | 500.00 | 64 | 0.70 | 1500.00 | 3.00 |",
-        "| prefill 512 |  |  |  | 250.00 |  |",
+        "| decode, batch 1 | 500.00 |  | 64 | 0.70 | 1500.00 | 3.00 |",
+        "| prefill 512 |  |  |  |  | 250.00 |  |",
         "| inference | 4.00 |  |",
         "| 8 | dense (default) | 500.000 | 12.0 | 1000.000 | 18.0 |",
         "training: out of memory",
     ):
         assert line in text.splitlines()
     assert "22 layers for inference, no for training" in text
+
+
+def test_parts_of_the_first_card(gpu, monkeypatch):
+    """Each part at tiny size on the CPU, without timing: what it measures, and what it needs no GPU for."""
+    monkeypatch.setattr(gpu, "pipelined_seconds", lambda run, count: run() is not None and 0.5)
+    rows = [row for part in gpu.first_card.PARTS for row in gpu.run_part(part, tiny=True)]
+    figures = [row["figure"] for row in rows]
+    assert {name: figures.count(name) for name in figures} == {
+        "pool": 2, "attention": 4, "experts, quantized": 6, "copy of an expert": 3, "8 bytes to the host": 1,
+        "experts": 2, "pinned memory": 2,
+    }  # fmt: skip
+    assert all(row["relative_error"] < 1e-5 for row in rows if row["figure"] == "attention")
+    assert all(row["forward_ms"] == 500 for row in rows if "forward_ms" in row)
+    sizes = gpu.first_card.TINY
+    assert [row["bytes"] for row in rows if "bytes" in row] == [3 * 128 * 256 * bits // 8 for bits in (4, 8, 16)]
+    assert all(row["pinned_bytes"] >= sizes.pinned_bytes and not row["error"] for row in rows if "error" in row)
+    # All parts but one, which trains, are of this file.
+    assert set(gpu.FIRST) == {*gpu.first_card.PARTS, "training"}
+
+
+def test_first_card_in_the_log(gpu, monkeypatch, tmp_path, capsys):
+    """The whole of `--first`, with parts that end, fail, or lack a GPU; a second run leaves the first file."""
+    found = {
+        "pool": ([{"figure": "pool", "bytes_limit": 2**30, "fraction": "0.93"}], None),
+        "training": ([{"device": "GPU"}, {"job": "step", "seconds": 0.25, "predicted_seconds": 1234.5}], None),
+    }
+    asked = []
+
+    def measure(part, tiny, deadline, changes):
+        asked.append((part, dict(changes)))
+        return found.get(part, ([], "timed out"))
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    facts = {"device": "NVIDIA H200", "date": "2026-12-01", "versions": "jax 1", "driver": "580", "commit": "abc"}
+    monkeypatch.setattr(gpu, "run_facts", lambda: facts)
+    assert [gpu.measure_first(True, 0, tmp_path) for _ in range(2)] == [1, 1]
+    assert [part for part, _ in asked[: len(gpu.FIRST)]] == list(gpu.FIRST)
+    assert dict(asked)["pool by default"] == {"XLA_CLIENT_MEM_FRACTION": None}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "2026-12-01-nvidia-h200-2.md",
+        "2026-12-01-nvidia-h200.md",
+    ]
+    text = (tmp_path / "2026-12-01-nvidia-h200.md").read_text()
+    for line in (
+        "# 2026-12-01, NVIDIA H200: `python benchmarks/gpu.py --first`",
+        "jax 1, driver 580, commit abc.",
+        "| bytes_limit | fraction |",
+        "| 1,073,741,824 | 0.93 |",
+        "| job | seconds | predicted_seconds |",
+        "| step | 0.25 | 1,234 |",
+        "attention: timed out",
+    ):
+        assert line in text.splitlines()
+
+
+def test_training_steps_of_the_benchmark(gpu):
+    """An accumulated step runs twice on its own state; FLOPs and tokens grow with it, parameters do not."""
+    config = SphinxConfig(DecoderConfig(32, 64, 1, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=64), None)
+    sizes = gpu.TINY._replace(training=(1, 16))
+    (one, parameters), (two, same) = (gpu.train_job(config, sizes, "bfloat16", accum) for accum in (1, 2))
+    two.run()
+    two.run()
+    assert (one.tokens, two.tokens) == (16, 32)
+    assert two.flops == 2 * one.flops > 0 and two.planned_bytes > one.planned_bytes
+    assert parameters == same == 2 * 64 * 32 + 32 * 4 * 24 + 32 * 32 + 4 * 3 * 32 * 64 + 32 * 4 + 3 * 32
+    assert gpu.training_label(gpu.FULL, 8, "bfloat16") == "training step, 32,768 tokens, bfloat16 moments"
 
 
 def test_attention_of_jax_and_torch(benchmark, monkeypatch, capsys):
