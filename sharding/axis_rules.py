@@ -52,6 +52,8 @@ DEFAULT_RULES: Rules = {
     "head_dim": Rule(()),
     "mlp": Rule(("tensor",)),
     "experts": Rule(("expert",)),
+    # Of one expert that is an array of its own.
+    "expert_mlp": Rule(_MODEL),
     "vocab": Rule(_MODEL),
     "vocab_rows": Rule(("fsdp",)),
     "channels": Rule(_MODEL),

@@ -35,12 +35,28 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None, dict[str, Any]]:
         """The layer's output, the updated cache, and the intermediates: outputs of attention and FFN, routing."""
+        h, normed, attention_out, cache = self.attend(x, positions, mask, cache)
+        ffn_out, routing = self.ffn(normed)
+        out = constrain(h + ffn_out, "batch", "residual", None)
+        return out, cache, {"attention": attention_out, "ffn": ffn_out, "out": out, "routing": routing}
+
+    def attend(
+        self,
+        x: Float[Array, "batch length dim"],
+        positions: Int[Array, "batch length"],
+        mask: Mask,
+        cache: LayerCache | None,
+    ) -> tuple[
+        Float[Array, "batch length dim"],
+        Float[Array, "batch length dim"],
+        Float[Array, "batch length dim"],
+        LayerCache | None,
+    ]:
+        """The layer without its experts: h, norm(h) for router and experts, attention's output, the updated cache."""
         normed = constrain(self.attention_norm(x), "batch", "residual", None)
         attention_out, cache = self.attention(normed, positions, mask, cache)
         h = x + attention_out
-        ffn_out, routing = self.ffn(constrain(self.ffn_norm(h), "batch", "residual", None))
-        out = constrain(h + ffn_out, "batch", "residual", None)
-        return out, cache, {"attention": attention_out, "ffn": ffn_out, "out": out, "routing": routing}
+        return h, constrain(self.ffn_norm(h), "batch", "residual", None), attention_out, cache
 
 
 class Decoder(nnx.Module):

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sharding import constrain, local_index, sharded_map
 from sphinx_jax.config import DecoderConfig, LoraConfig
-from sphinx_jax.kernels.moe import moe_ffn
+from sphinx_jax.kernels.moe import can_use_grouped_matmul, moe_ffn
 from sphinx_jax.kernels.moe_sorted_blocks import LoraFactors, WIn, WOut
+from sphinx_jax.kernels.quantized import Weight
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
@@ -84,15 +85,19 @@ class MoE(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
-        """The experts' output, and the routing. float32 router logits, whatever the dtype of `x`."""
-        with jax.named_scope("router"):
-            logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
-            # With sequence parallelism the router runs on sharded tokens, and its logits are all-gathered: num_experts
-            # values per token instead of dim, and one collective instead of one for each output of `route`.
-            logits = constrain(logits, "batch", "residual", None)
-            routing = route(constrain(logits, "batch", "sequence", None), self.k)
+        """The experts' output, and the routing."""
+        routing = self.route(x)
         with jax.named_scope("experts"):
             return self._experts(x, routing), routing
+
+    @jax.named_scope("router")
+    def route(self, x: Float[Array, "batch length dim"]) -> Routing:
+        """The routing alone. float32 router logits, whatever the dtype of `x`."""
+        logits = jnp.dot(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        # With sequence parallelism the router runs on sharded tokens, and its logits are all-gathered: num_experts
+        # values per token instead of dim, and one collective instead of one for each output of `route`.
+        logits = constrain(logits, "batch", "residual", None)
+        return route(constrain(logits, "batch", "sequence", None), self.k)
 
     def _experts(self, x: Float[Array, "batch length dim"], routing: Routing) -> Float[Array, "batch length dim"]:
         """The weighted sum of each token's k experts, computed on local shards and reduced over the devices."""
@@ -140,3 +145,38 @@ def _local_experts_sum(
     local = local_index(experts.reshape(-1, k), "experts", num_experts)
     rows, weights = x.reshape(-1, dim), weights.reshape(-1, k)
     return moe_ffn(rows, local, weights, w_in, w_out, factors=cast(LoraFactors, factors)).reshape(x.shape)
+
+
+SINGLE_EXPERT = {"w_in": ("embed", None, "expert_mlp"), "w_out": ("expert_mlp", "embed")}
+"""Logical axes of the matrices of an expert that is not stacked with others. Its hidden dimension is sharded over all
+model-parallel devices: they compute each expert together, as any of them may be the only one chosen."""
+
+
+@jax.named_scope("experts")
+def expert_output(
+    x: Float[Array, "batch length dim"], selected: Bool[Array, "batch length"], w_in: Weight, w_out: Weight
+) -> Float[Array, "batch length dim"]:
+    """What one expert gives for the tokens that `selected` it, before the router's weight; zero for the others.
+
+    `w_in` [dim, 2, hidden] and `w_out` [hidden, dim], sharded as `SINGLE_EXPERT`.
+    """
+    compute = sharded_map(
+        _local_expert_output,
+        in_names=(("batch", "residual", None), ("batch", "residual"), (None, None, "expert_mlp"), ("expert_mlp", None)),
+        out_names=("batch", "residual", None),
+        sum_over=("expert_mlp",),
+        gather=("residual",),
+    )
+    return constrain(compute(x, selected, w_in, w_out), "batch", "residual", None)
+
+
+def _local_expert_output(
+    x: Float[Array, "batch length dim"], selected: Bool[Array, "batch length"], w_in: Weight, w_out: Weight
+) -> Float[Array, "batch length dim"]:
+    """`moe_ffn` with one expert: a token that did not select it is assigned to one elsewhere."""
+    rows, ids = x.reshape(-1, x.shape[-1]), jnp.where(selected, 0, 1).reshape(-1, 1)
+    w_in, w_out = (jax.tree.map(lambda array: array[None], w) for w in (w_in, w_out))
+    # One token: a matrix-vector product, as when it is computed with all experts at hand.
+    is_vector = len(rows) == 1 and not can_use_grouped_matmul(rows, w_in)
+    weights = jnp.ones(ids.shape, x.dtype)
+    return moe_ffn(rows, ids, weights, w_in, w_out, "gather" if is_vector else None).reshape(x.shape)
