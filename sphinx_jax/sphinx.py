@@ -27,7 +27,8 @@ from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.chat import Chat
 from sphinx_jax.inference.engine import MAX_MODEL_LEN, Engine
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
-from sphinx_jax.inference.layer_offload import OffloadEngine, in_host_memory
+from sphinx_jax.inference.offload_engine import OffloadEngine
+from sphinx_jax.inference.offload_params import offloaded
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingParams
 from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
@@ -53,11 +54,12 @@ def load(
 
     `mesh` is what it is sharded over, by default all devices; `dtype` "bfloat16" or "float32", by default as stored;
     `max_model_len` how many positions a prompt, its image and its answer may take; `quantize` "int8" or "int4" keeps
-    the decoder's matrices quantized (weight-only), each as soon as it is read; `offload` keeps its layers in host
-    memory, and two of them at a time on the devices (`inference.layer_offload`). `refuse_forged_turns` refuses
-    questions that hold the end mark of a turn, with which a user could write turns of the assistant. `compile_for` is
-    called with the model while its weights are being read, to compile what will run (`Sphinx.compile_for`); with
-    `quantize` or `offload` it is not called, and programs are compiled when they are first needed.
+    the decoder's matrices quantized (weight-only), each as soon as it is read; `offload` keeps its experts in host
+    memory, and those used last on the devices as far as these have room (`inference.offload_engine`).
+    `refuse_forged_turns` refuses questions that hold the end mark of a turn, with which a user could write turns of the
+    assistant. `compile_for` is called with the model while its weights are being read, to compile what will run
+    (`Sphinx.compile_for`); with `quantize` or `offload` it is not called, and programs are compiled when they are first
+    needed.
     Raises UserError if `path` holds no checkpoint or a damaged one, or if the host has too little memory for
     `offload`; LayoutError if the mesh does not fit.
     """
@@ -65,8 +67,9 @@ def load(
         raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP_SIZE)}")
 
     def transform(path: tuple[str | int, ...], array: jax.Array) -> Any:
-        weights = quantized(path, array, quantize) if quantize else array
-        return in_host_memory(path, weights) if offload else weights
+        if offload:
+            return offloaded(path, array, quantize)
+        return quantized(path, array, quantize) if quantize else array
 
     abstract: list[Sphinx] = []
 
@@ -101,7 +104,6 @@ class Sphinx:
         self.mesh: Mesh = loaded.mesh
         self.tokenizer = tokenizer_of(loaded)
         self._assets = assets_of(loaded)
-        self._params = loaded.params
         self.path: Path | None = None
         """The checkpoint that it was loaded from."""
         if offload:
@@ -121,7 +123,11 @@ class Sphinx:
 
     def set_params(self, params: Params) -> None:
         """The weights of a model that was abstract."""
-        self._params = self.engine.params = params
+        self.engine.params = params
+
+    @property
+    def _params(self) -> Params:
+        return self.engine.all_params
 
     def prepare_image(self, image: ImageLike) -> PreparedImage:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
@@ -271,8 +277,10 @@ class Sphinx:
     ) -> None:
         """Write the model to the directory `path`, which must not exist yet; `shards` files if the format has them.
 
-        Raises UserError if it does, or the format cannot hold the model, or the model is quantized.
+        Raises UserError if it does, or the format cannot hold the model, or the model is quantized or offloaded.
         """
+        if isinstance(self.engine, OffloadEngine):
+            raise UserError("a model loaded with offload cannot be saved; convert its checkpoint, or load it without")
         leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
         if any(isinstance(leaf, Quantized) for leaf in leaves):
             raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")

@@ -42,8 +42,8 @@ class ModelOptions:
     quantize: Literal["int8", "int4"] | None = None
     """Weight-only quantization of the decoder's matrices, experts included: half or a quarter of bfloat16's memory."""
     offload: bool = False
-    """Keep the decoder's layers in host memory and copy each to the devices when it runs: slow, for a GPU on which
-    nothing else fits."""
+    """Keep the experts in host memory, and those used last on the devices as far as these have room. Others are copied
+    when the router selects them: for a GPU that does not hold the model."""
     mesh: sharding.MeshShape = dataclasses.field(default_factory=sharding.MeshShape)
     """Devices along each axis. By default all there are: on tensor as far as the key/value heads go, then expert."""
     simulate_devices: int | None = None

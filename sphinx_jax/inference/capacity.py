@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -74,6 +75,14 @@ def check_cache_fits(config: DecoderConfig, mesh: Mesh, dtype: str, sequences: i
         )
 
 
+def usable_bytes(device: jax.Device) -> int:
+    """What may be allocated on a device in all: a share of what its allocator gives out, or of the host's memory."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * GPU_SHARE)
+    return int(_host_bytes() * CPU_SHARE) // jax.local_device_count()
+
+
 def _host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -96,7 +105,7 @@ def num_seqs(engine: Engine, wanted: NumSeqs, shape_of: Callable[[int], StateSha
         free = int(_host_bytes() * CPU_SHARE) // len(engine.mesh.local_devices)
         return max_num_seqs(sharding.least_of_processes(free), state_bytes, engine.groups, MOST_ON_CPU)
     stats = device.memory_stats()
-    free = int((stats["bytes_limit"] - stats["bytes_in_use"]) * GPU_SHARE) - IMAGE_CACHE_BYTES
+    free = int((stats["bytes_limit"] - stats["bytes_in_use"]) * GPU_SHARE) - IMAGE_CACHE_BYTES - engine.reserved_bytes
     free = sharding.least_of_processes(free)
     candidate = max_num_seqs(free, state_bytes, engine.groups, MOST_ON_GPU)
     free -= warmup.working_bytes(engine, shape_of(candidate), chunks)

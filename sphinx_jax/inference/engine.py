@@ -149,9 +149,21 @@ class Engine:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes on each device of the temporaries and new results of the compiled program that has most."""
-        stats = [compiled.memory_analysis() for compiled in self._compiled.values()]
-        return max(s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats)
+        """Bytes on each device of the temporaries and new results of the compiled program that has most, besides the
+        one whose result is the state."""
+        stats = [compiled.memory_analysis() for key, compiled in self._compiled.items() if key[0] != "state"]
+        sizes = (s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats)
+        return max(sizes, default=0)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes on each device that no state may take, besides what the programs need."""
+        return 0
+
+    @property
+    def all_params(self) -> dict:
+        """The model's parameters."""
+        return self.params
 
     def round_up(self, count: int) -> int:
         """As many batch slots, or prefixes, or a few more: as many for each data-parallel group."""

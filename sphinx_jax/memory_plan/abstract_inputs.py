@@ -28,14 +28,24 @@ from sphinx_jax.memory_plan.jobs import Job
 
 
 class AbstractInputs:
-    """The abstract arguments of the engine's programs, for the longest prompts that `max_model_len` admits."""
+    """The abstract arguments of the engine's programs, for the longest prompts that `max_model_len` admits.
+
+    Chunks of longer prompts have `chunk_len` tokens, by default those of the mesh's devices.
+    """
 
     def __init__(
-        self, config: SphinxConfig, graph: Any, params: Any, mesh: Mesh, max_num_seqs: int, max_model_len: int
+        self,
+        config: SphinxConfig,
+        graph: Any,
+        params: Any,
+        mesh: Mesh,
+        max_num_seqs: int,
+        max_model_len: int,
+        chunk_len: int | None = None,
     ):
         self._config, self._dtype = config, params["language"]["embedding"]["table"].dtype
         self.programs = Programs(config, graph, config.language.vocab_size, mesh, self._dtype)
-        self._groups, self.chunk_len = sharding.num_shards("batch", mesh), prefill_tokens(mesh)
+        self._groups, self.chunk_len = sharding.num_shards("batch", mesh), chunk_len or prefill_tokens(mesh)
         self.max_text_len = max_model_len - config.num_image_tokens
         self.needs_chunked_prefill = self.max_text_len > self.chunk_len
         self.shape = self._state_shape(max_num_seqs, max_model_len)

@@ -10,16 +10,16 @@ from sharding import MeshShape, bytes_per_device
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.costs import Cost, Workload, decode_bytes, forward_flops, fraction_of_parameters
 from sphinx_jax.errors import UserError
-from sphinx_jax.hardware import GIB, Gpu
+from sphinx_jax.hardware import Gpu
 from sphinx_jax.inference import steps
-from sphinx_jax.inference.bucketing import prefill_tokens
 from sphinx_jax.inference.capacity import MOST_ON_GPU, max_num_seqs
+from sphinx_jax.inference.offload_params import abstract_offloaded
 from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
 from sphinx_jax.memory_plan.aot import planning_mesh
 from sphinx_jax.memory_plan.jobs import Job, compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
-from sphinx_jax.memory_plan.offload import offload_jobs
+from sphinx_jax.memory_plan.offload import offload_jobs, with_kept_experts
 from sphinx_jax.memory_plan.report import RESERVE_BYTES, Plan
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
@@ -49,11 +49,13 @@ def inference_plan(
     graph, params = sharding.abstract_params(
         lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.dtype(dtype)
     )
+    unquantized = params
     if quantize:
         params = abstract_quantized_params(params, quantize)
-    device_params, host_bytes = params, 0
+    device_params, offload_sizes = params, None
     if offload:
-        jobs, state, device_params, host_bytes = offload_jobs(config, params, mesh, max_num_seqs, max_model_len)
+        placed = abstract_offloaded(unquantized, quantize)
+        jobs, state, device_params, offload_sizes = offload_jobs(config, placed, mesh, max_num_seqs, max_model_len)
     else:
         jobs, state = inference_jobs(config, graph, params, mesh, max_num_seqs, max_model_len)
     programs = compile_jobs(jobs, mesh)
@@ -70,20 +72,11 @@ def inference_plan(
     decode_read = decode_bytes(config, params, mesh, max_num_seqs, max_model_len)
     decode_seconds = max(decode_read.per_device_max / gpu.bandwidth, decode_flops.per_device_max / gpu.bf16_flops)
     prefill_seconds = prefill_flops.per_device_max / gpu.bf16_flops
-    notes = ()
-    if offload:
-        num_chunks = -(-(max_model_len - config.num_image_tokens) // prefill_tokens(mesh))
-        decode_seconds = max(decode_seconds, host_bytes / gpu.host_bandwidth)
-        prefill_seconds = max(prefill_seconds, num_chunks * host_bytes / gpu.host_bandwidth)
-        notes = (
-            f"Host memory holds {host_bytes / GIB:.1f} GiB of layers per device. A decode step copies all of them to "
-            "the device, which holds two layers at a time.",
-        )
     flags = (
         [f"--quantize {quantize}"] * bool(quantize) + ["--offload"] * offload + [mesh_flags(shape)] * (shape.size > 1)
     )
     number_format = f"{dtype}, weight-only {quantize}" if quantize else dtype
-    return Plan(
+    plan = Plan(
         job=f"{name}, {number_format}, {max_num_seqs} sequence{'s' * (max_num_seqs > 1)} × {max_model_len:,} tokens",
         gpu=gpu,
         mesh=dict(mesh.shape),
@@ -108,9 +101,8 @@ def inference_plan(
         main_program=jobs[-1].name,
         tokens_per_second=max_num_seqs / decode_seconds,
         command=" ".join(("python infer.py", f"--checkpoint {name.upper()} --max-model-len {max_model_len}", *flags)),
-        notes=notes,
-        pinned=host_bytes,
     )
+    return with_kept_experts(plan, offload_sizes, max_num_seqs) if offload_sizes else plan
 
 
 def largest_plan(name: str, config: SphinxConfig, gpu: Gpu, shape: MeshShape, **options: Any) -> Plan:

@@ -56,6 +56,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     pinned: int = 0
     """Bytes of pinned host memory for each device."""
+    offload: Mapping[str, float] | None = None
+    """With experts in host memory, how many the headroom keeps on the devices (`offload.with_kept_experts`)."""
 
     @property
     def num_gpus(self) -> int:
@@ -106,6 +108,7 @@ class Plan:
             "per_device": self.per_device,
             "host": {"pinned_bytes": self.host_pinned_bytes},
             "parameters": dict(self.parameters),
+            **({"offload": dict(self.offload)} if self.offload else {}),
             "share": dict(self.share),
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
             "roofline": dict(self.roofline),

@@ -39,8 +39,12 @@ def tokenizer_bytes() -> bytes:
 
 @functools.cache
 def tiny_model(max_model_len: int = 512, **mesh_shape: int) -> Sphinx:
+    return random_model(CONFIG, max_model_len, **mesh_shape)
+
+
+def random_model(config: SphinxConfig, max_model_len: int, **mesh_shape: int) -> Sphinx:
     mesh = sharding.make_mesh(**mesh_shape)
-    graph, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh)
+    graph, abstract = sharding.abstract_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh)
     random = np.random.default_rng(0)
 
     # Drawn by numpy: the program that draws them on the device takes longer to compile than these tests to run.
@@ -50,7 +54,7 @@ def tiny_model(max_model_len: int = 512, **mesh_shape: int) -> Sphinx:
         return jax.device_put(values, leaf.sharding)
 
     params = jax.tree_util.tree_map_with_path(draw, abstract)
-    return Sphinx(Loaded(CONFIG, graph, params, tokenizer_bytes(), mesh), max_model_len)
+    return Sphinx(Loaded(config, graph, params, tokenizer_bytes(), mesh), max_model_len)
 
 
 @pytest.fixture(scope="session")

@@ -51,19 +51,37 @@ def test_decode_step_on_eight_gpus(inference):
     assert sum(c.bytes for c in gathered) <= 2 * (4096 + 32000)
 
 
-def test_one_small_gpu(needs_gpu_compiler):
-    """The original does not support this: layers in host memory, two of them in device memory."""
-    gpu, config = find_gpu("rtx4080"), preset("sphinx-moe-1k")
+@pytest.mark.parametrize(
+    ("gpu", "quantize", "least_kept", "tokens_per_second"), [("rtx4080", None, 0, 1.0), ("rtx4090", "int4", 6.5, 15.0)]
+)
+def test_one_small_gpu(needs_gpu_compiler, monkeypatch, gpu, quantize, least_kept, tokens_per_second):
+    """The original does not support this: experts in host memory, and those used last in device memory."""
+    if quantize:
+        # The encoders, which are the same, take most of the time.
+        rest = slice(1, None)
+        monkeypatch.setattr(inference_module, "compile_jobs", lambda jobs, mesh: compile_jobs(jobs[rest], mesh))
     plan = inference_plan(
-        "sphinx-moe-1k", config, gpu, MeshShape(), dtype="bfloat16", offload=True, max_num_seqs=1, max_model_len=4096
-    )
+        "sphinx-moe-1k", preset("sphinx-moe-1k"), find_gpu(gpu), MeshShape(),
+        dtype="bfloat16", quantize=quantize, offload=True, max_num_seqs=1, max_model_len=4096,
+    )  # fmt: skip
     assert plan.compiler == "gpu"
     assert plan.fits
-    layer = (46_702_792_704 - 2 * 32_000 * 4096 - 4096) // 32
-    assert plan.parameters["language"] == 2 * (2 * layer + 2 * 32_000 * 4096 + 4096)
-    assert plan.host_pinned_bytes == 2 * 32 * layer
-    # Each decode step copies all layers over PCIe 4, at 24e9 bytes/s.
-    assert plan.roofline["decode_seconds_per_token_at_least"] == pytest.approx(2 * 32 * layer / 24e9)
+    weights = 3 * 4096 * 14336
+    expert = 2 * weights if quantize is None else weights // 2 + 2 * weights // 64
+    vision = 2 * (50_103_211_392 - 46_702_792_704)
+    if quantize is None:
+        assert plan.parameters["language"] == 2 * (46_702_792_704 - 256 * weights)
+    assert (plan.parameters["experts"], plan.parameters["vision"]) == (2 * expert, vision)
+    kept = plan.offload["experts_kept"]
+    assert kept >= least_kept * 32
+    # The headroom, the encoders' place and that of two experts, less two experts and the images' embeddings.
+    assert kept == (plan.headroom + vision - 2**28) // expert
+    assert plan.offload["encoders_in_host_memory"]
+    assert plan.host_pinned_bytes == 256 * expert + vision
+    # Two experts a layer, of which kept / 256 are there; PCIe 4.
+    seconds = 2 * 32 * (1 - kept / 256) * expert / 24e9
+    assert plan.roofline["decode_seconds_per_token_at_least"] == pytest.approx(seconds)
+    assert plan.roofline["decode_tokens_per_second_at_most"] > tokens_per_second
 
 
 @pytest.mark.parametrize(
