@@ -5,7 +5,7 @@ memory of a device - parameters - temporaries of the largest programs - image em
 
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ def check_cache_fits(config: DecoderConfig, mesh: Mesh, dtype: str, sequences: i
         )
 
 
-def usable_bytes(device: jax.Device) -> int:
-    """What may be allocated on a device in all: a share of what its allocator gives out, or of the host's memory."""
+def usable_bytes(device: Any) -> int:
+    """What may be allocated on a jax device in all: a share of its allocator's limit, or of the host's memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"] * GPU_SHARE)

@@ -205,9 +205,11 @@ class OffloadEngine(Engine):
         key = ("prefill embed", batch, length, num_image_tokens)
         carry, positions = self._run(key, programs.prefill_embed(batch, length), self.params, chunk, image_embeds)
 
+        first_prefixes = prefixes[0] if prefixes else None
+        program = programs.prefill_attend(cache[0], first_prefixes, batch, length, num_image_tokens, first_chunk)
+
         def attend(i: int, layer: dict, carry: Carry) -> tuple[Carry, Selection]:
             own_prefixes = prefixes[i] if prefixes else None
-            program = programs.prefill_attend(cache[i], own_prefixes, batch, length, num_image_tokens, first_chunk)
             args = (layer, carry, positions, cache[i], own_prefixes, chunk)
             carry, selection, cache[i], stored = self._run(("prefill attend", *size, first_chunk), program, *args)
             if prefixes:
@@ -229,22 +231,23 @@ class OffloadEngine(Engine):
         wants_top: bool,
     ) -> tuple[steps.State, steps.Sampled]:
         """As `Engine.decode`, token by token."""
-        programs, cache = self._by_layer, list(state.cache)
-        size = state.num_seqs, state.cache_len
+        cache, size = list(state.cache), (state.num_seqs, state.cache_len)
+        # Made once: their shardings take longer than a step's other work on the host.
+        embed = self._by_layer.decode_embed(state.num_seqs)
+        program = self._by_layer.decode_attend(cache[0], kv_len)
+        finish = self._by_layer.decode_finish(state.without_cache)
 
         def step(rest: steps.State) -> tuple[steps.State, steps.Sampled]:
-            embed = programs.decode_embed(state.num_seqs)
             carry, positions = self._run(("decode embed", *size), embed, self.params, rest)
 
             def attend(i: int, layer: dict, carry: Carry) -> tuple[Carry, Selection]:
                 args = (layer, carry, positions, cache[i], rest.done)
-                program = programs.decode_attend(cache[i], kv_len)
                 carry, selection, cache[i] = self._run(("decode attend", *size, kv_len), program, *args)
                 return carry, selection
 
             carry = self._through_layers(carry, False, attend)
             args = (self.params, rest, carry, self.stops, np.bool_(wants_top))
-            return self._run(("decode finish", *size), programs.decode_finish(rest), *args)
+            return self._run(("decode finish", *size), finish, *args)
 
         if _is_abstract(state):
             return step(state.without_cache)

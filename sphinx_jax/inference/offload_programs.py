@@ -59,9 +59,7 @@ class Selection(NamedTuple):
 
 
 class OffloadPrograms:
-    """The programs of one model on one mesh. `graph` is that of the model without its layers, `k` the experts of a
-    token.
-    """
+    """The programs of one model on one mesh. `graph` is that of the model without its layers."""
 
     def __init__(self, config: SphinxConfig, vocab_size: int, mesh: Mesh):
         self._dim, self._vocab_size, self._mesh = config.language.dim, vocab_size, mesh
@@ -87,22 +85,19 @@ class OffloadPrograms:
 
     def abstract_selection(self, batch: int, length: int, dtype: Any) -> Selection:
         """Shapes and shardings of what the experts compute on."""
-        normed = self.abstract_carry(batch, length, dtype).h
-        experts = jax.ShapeDtypeStruct((batch, length, self._k), jnp.int32)
-        placement = self._selection_shardings(batch, length)
-        load = jax.ShapeDtypeStruct((self._num_experts,), jnp.int32)
-        return jax.tree.map(
-            lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-            Selection(normed, experts, load),
-            placement,
-        )
+        normed, _, weights = self.abstract_carry(batch, length, dtype)
+
+        def integers(shape: tuple[int, ...], placement: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement)
+
+        experts = integers(weights.shape, weights.sharding)
+        return Selection(normed, experts, integers((self._num_experts,), self.replicated))
 
     def _carry_shardings(self, batch: int, length: int) -> Carry:
         return sharding.shardings_of(self.abstract_carry(batch, length, jnp.float32))
 
     def _selection_shardings(self, batch: int, length: int) -> Selection:
-        h, _, weights = self._carry_shardings(batch, length)
-        return Selection(h, weights, self.replicated)
+        return sharding.shardings_of(self.abstract_selection(batch, length, jnp.float32))
 
     def _begin(self, h: Float[Array, "batch length dim"]) -> Carry:
         return Carry.of(h, jnp.zeros((*h.shape[:2], self._k), h.dtype))

@@ -43,9 +43,14 @@ def offload(model: Sphinx) -> Sphinx:
     return Sphinx(loaded, model.engine.max_model_len, offload=True)
 
 
+def cache_of(model: Sphinx) -> ExpertCache:
+    assert isinstance(model.engine, OffloadEngine)
+    return model.engine.cache
+
+
 def keep(monkeypatch, model: Sphinx, per_layer: int) -> ExpertCache:
     """The model's cache, from now on of so many experts a layer."""
-    cache = model.engine.cache
+    cache = cache_of(model)
     language = model.config.language
     kept = min(per_layer, language.num_experts) * language.num_layers
     monkeypatch.setattr(offload_engine, "best_fit", lambda *args: (kept, False))
@@ -75,7 +80,7 @@ def test_meshes(shape, images, make_model, monkeypatch):
     assert [answer.tokens for answer in ours] == [answer.tokens for answer in theirs]
     # Each device has its part of every expert.
     num_parts = shape.get("tensor", 1) * shape["expert"] * shape.get("fsdp", 1)
-    w_in = model.engine.cache._experts[0][0]["w_in"]
+    w_in = cache._experts[0][0]["w_in"]
     assert w_in.sharding.memory_kind == "pinned_host"
     assert w_in.addressable_shards[0].data.nbytes * num_parts == w_in.nbytes
     assert cache.misses

@@ -72,6 +72,7 @@ def test_one_small_gpu(needs_gpu_compiler, monkeypatch, gpu, quantize, least_kep
     if quantize is None:
         assert plan.parameters["language"] == 2 * (46_702_792_704 - 256 * weights)
     assert (plan.parameters["experts"], plan.parameters["vision"]) == (2 * expert, vision)
+    assert plan.offload
     kept = plan.offload["experts_kept"]
     assert kept >= least_kept * 32
     # The headroom, the encoders' place and that of two experts, less two experts and the images' embeddings.

@@ -10,6 +10,7 @@ import sphinx_jax
 from sharding import Program
 from sphinx_jax.inference import generate
 from sphinx_jax.inference.expert_cache import SPARE
+from sphinx_jax.inference.offload_engine import OffloadEngine
 from sphinx_jax.inference.offload_params import abstract_offloaded
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import SamplingParams
@@ -81,6 +82,7 @@ def test_programs_of_the_offload_engine(monkeypatch):
     for args in filter(None, compiled):
         assert shapes(args) in planned
     assert len([args for args in compiled if args]) == len(planned)
+    assert isinstance(model.engine, OffloadEngine)
     cache = model.engine.cache
     assert (sizes.expert_bytes, sizes.num_layers * sizes.num_experts) == (cache.expert_bytes, cache.num_experts)
     held = sharding.bytes_per_device([model.engine.all_params, [cache.abstract_expert] * SPARE])
