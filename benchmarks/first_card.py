@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +139,18 @@ def attention(sizes: FirstSizes, seconds: Seconds) -> Iterator[Row]:
             }
 
 
-def routing(config: DecoderConfig, tokens: int) -> tuple[jax.Array, jax.Array]:
+def routing(sizes: FirstSizes, tokens: int) -> tuple[jax.Array, jax.Array]:
     """Experts [tokens, k] drawn at random, and equal weights."""
-    random, k = np.random.default_rng(tokens), config.experts_per_token
-    chosen = random.random((tokens, config.num_experts)).argsort(-1)[:, :k]
-    return jnp.asarray(chosen, jnp.int32), jnp.full((tokens, k), 1 / k)
+    random, k = np.random.default_rng(tokens), sizes.config.experts_per_token
+    chosen = random.random((tokens, sizes.config.num_experts)).argsort(-1)[:, :k]
+    return jnp.asarray(chosen, jnp.int32), jnp.full((tokens, k), 1 / k, sizes.dtype)
+
+
+def compile_all(functions: list[Callable], args: list[tuple], slices_in_place: bool) -> list[jax.stages.Compiled]:
+    """Each function compiled for its arguments on one device, all at once: six minutes are short."""
+    programs = [sharding.Program(function, slices_in_place=slices_in_place) for function in functions]
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda program, args: program.compile(args, sharding.make_mesh()), programs, args))
 
 
 def expert_matrices(sizes: FirstSizes) -> list[jax.Array]:
@@ -158,13 +166,11 @@ def quantized(sizes: FirstSizes, seconds: Seconds) -> Iterator[Row]:
     kinds: tuple[QuantizedDtype | None, ...] = (None, "int8", "int4")
     for kind in kinds:
         weights = [quantize(w, kind, axis) for w, axis in zip(matrices, (-3, -2), strict=True)] if kind else matrices
-        for tokens in sizes.quantized:
-            chosen, gates = routing(sizes.config, tokens)
-            x = random_array(2, tokens, sizes.config.dim, dtype=sizes.dtype)
-            program = sharding.Program(
-                lambda x, *w, c=chosen, g=gates: moe_ffn(x, c, g.astype(x.dtype), *w), slices_in_place=True
-            )
-            compiled = program.compile((x, *weights), sharding.make_mesh())
+        inputs = [random_array(2, tokens, sizes.config.dim, dtype=sizes.dtype) for tokens in sizes.quantized]
+        forward = [functools.partial(_experts, moe_ffn, *routing(sizes, len(x))) for x in inputs]
+        # As the engine's decode step.
+        programs = compile_all(forward, [(x, *weights) for x in inputs], slices_in_place=False)
+        for tokens, x, compiled in zip(sizes.quantized, inputs, programs, strict=True):
             temporaries = memory_analysis(compiled).temporaries
             yield {
                 "figure": "experts, quantized",
@@ -189,17 +195,15 @@ def ragged(sizes: FirstSizes, seconds: Seconds) -> Iterator[Row]:
     """`lax.ragged_dot` against the default implementation of the experts, forward and with gradients of the weights."""
     matrices = expert_matrices(sizes)
     for tokens in sizes.ragged:
-        chosen, gates = routing(sizes.config, tokens)
-        x, gates = random_array(2, tokens, sizes.config.dim, dtype=sizes.dtype), gates.astype(sizes.dtype)
-        can_group = can_use_grouped_matmul(x, matrices[0])
-        k, experts = chosen.shape[1], sizes.config.num_experts
-        default = choose_implementation(jax.default_backend(), tokens, k, experts, can_group)
+        chosen, gates = routing(sizes, tokens)
+        args = random_array(2, tokens, sizes.config.dim, dtype=sizes.dtype), *matrices
+        k, can_group = chosen.shape[1], can_use_grouped_matmul(args[0], matrices[0])
+        default = choose_implementation(jax.default_backend(), tokens, k, sizes.config.num_experts, can_group)
         for name, function in {"ragged_dot": ragged_dot_experts, default: moe_ffn}.items():
             forward = functools.partial(_experts, function, chosen, gates)
             both = jax.grad(functools.partial(_sum_of, forward), (0, 1, 2))
-            programs = [sharding.Program(f, slices_in_place=True) for f in (forward, both)]
-            run = [program.compile((x, *matrices), sharding.make_mesh()) for program in programs]
-            forward_seconds, both_seconds = (seconds(lambda f=f, x=x: f(x, *matrices)) for f in run)
+            programs = compile_all([forward, both], [args, args], slices_in_place=True)
+            forward_seconds, both_seconds = (seconds(lambda f=f, args=args: f(*args)) for f in programs)
             yield {
                 "figure": "experts",
                 "implementation": name,
