@@ -4,9 +4,11 @@ Parameters are synthetic and created on the device: no time depends on their val
 these load about evenly.
 """
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sharding
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax import checkpoints
+from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.costs import Workload, decode_bytes, forward_flops
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import bucket, prefill_tokens
@@ -30,6 +33,8 @@ from sphinx_jax.training.train_state import init_state
 
 DECODE_STEPS, PROMPT_LEN = 32, 223
 """Decode steps of one repetition, and filled cache positions before them: cache_len is 256, with the one after."""
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "tokenizer" / "tokenizer.model"
 
 NO_LIMIT = 10**6
 """Of sampled tokens: no sequence ends."""
@@ -210,6 +215,16 @@ def synthetic_arrays(abstract: Any) -> Any:
     leaves, structure = jax.tree.flatten(abstract)
     arrays = [jax.device_put(jit_fill(i * 40503, leaf), leaf.sharding) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, arrays)
+
+
+def save_synthetic(name: str, directory: Path, formats: Sequence[str]) -> list[Path]:
+    """Checkpoints of a preset's decoder with synthetic parameters, one for each format, in `directory`."""
+    config = dataclasses.replace(preset(name), vision=None)
+    params, assets = OurModel(config, "float32").params, {"tokenizer.model": TOKENIZER.read_bytes()}
+    paths = [directory / format for format in formats]
+    for path, format in zip(paths, formats, strict=True):
+        checkpoints.save(path, config, params, assets, format=format)
+    return paths
 
 
 def time_once(run: Callable[[], object]) -> float:

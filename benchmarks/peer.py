@@ -112,9 +112,41 @@ class TransformersModel:
 
         return run
 
+    def continuous_batching(self, num_blocks: int, max_batch_tokens: int) -> "ContinuousBatching":
+        """Greedy decoding that requests join as they come, with so many blocks of KV cache."""
+        config = transformers.ContinuousBatchingConfig(
+            num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, allow_block_sharing=False
+        )
+        return ContinuousBatching(self.model, config)
+
     def _ids(self, tokens: np.ndarray) -> "torch.Tensor":
         return torch.from_numpy(tokens).long().to(self.model.device)
 
     def _synchronize(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+class ContinuousBatching:
+    """What `generate_batch` runs on, with requests that stream."""
+
+    def __init__(self, model: "transformers.MixtralForCausalLM", config: "transformers.ContinuousBatchingConfig"):
+        greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1)
+        self._manager = model.init_continuous_batching(greedy, config)
+        self._manager.start()
+
+    def submit(self, prompt: np.ndarray, max_new_tokens: int) -> str:
+        """The request's name."""
+        return self._manager.add_request(
+            prompt.tolist(), max_new_tokens=max_new_tokens, streaming=True, eos_token_id=-1
+        )
+
+    def deliveries(self) -> list[tuple[str, bool]]:
+        """The next request that has a new token, and whether it has ended. Raises RuntimeError if it failed."""
+        result = self._manager.get_result(timeout=600)
+        if result is None or result.error is not None:
+            raise RuntimeError(f"transformers' continuous batching failed: {result and result.error}")
+        return [(result.request_id, result.is_finished())]
+
+    def stop(self) -> None:
+        self._manager.stop(block=True)

@@ -8,7 +8,6 @@ Loading and compiling are left out on both sides, which take turns.
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import os
 import signal
@@ -20,17 +19,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from jobs import OurModel
+from jobs import save_synthetic
 
 import sphinx_jax
-from sphinx_jax import Sphinx, checkpoints
+from sphinx_jax import Sphinx
 from sphinx_jax.cli.startup import prepare_process
-from sphinx_jax.config import preset
 from sphinx_jax.inference import generate
 from sphinx_jax.inference.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "tests" / "golden" / "tokenizer" / "tokenizer.model"
 MAX_MODEL_LEN = 256
 
 
@@ -97,15 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mixtral-140m")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     options = parser.parse_args()
     prepare_process()
     asked = questions(2 * options.clients)
     with tempfile.TemporaryDirectory() as directory:
-        config = dataclasses.replace(preset(options.preset), vision=None)
-        path = Path(directory) / "model"
-        assets = {"tokenizer.model": TOKENIZER.read_bytes()}
-        checkpoints.save(path, config, OurModel(config, "float32").params, assets, format="native")
+        (path,) = save_synthetic(options.preset, Path(directory), ["native"])
         model = sphinx_jax.load(path, max_model_len=MAX_MODEL_LEN)
         process, url = serve(path, options.clients)
         rows, waits = [], []

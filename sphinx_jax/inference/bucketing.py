@@ -16,7 +16,8 @@ PREFILL_BUDGET = 8192
 """Tokens of all prompts in one prefill chunk at most, in each data-parallel group: memory grows with them."""
 
 INTERACTIVE_BUDGET = 2048
-"""The same while sequences stream: they stand still for one chunk at most. Image tokens count."""
+"""The same while sequences stream, or `prefill_tokens` where that is less: they stand still for one chunk of a long
+prompt at most. Image tokens count."""
 
 MIN_KV_LEN = 256
 
@@ -37,7 +38,7 @@ class ChunkSizes(NamedTuple):
 
 FILE_CHUNKS = ChunkSizes(LENGTHS, BATCHES, PREFILL_BUDGET, least=512)
 
-SERVER_CHUNKS = ChunkSizes((32, 128, 256, 512, 1024, 2048), BATCHES[:2], INTERACTIVE_BUDGET, least=1)
+SERVER_CHUNKS = ChunkSizes((64, 128, 256, 512, 1024, 2048), BATCHES[:2], INTERACTIVE_BUDGET, least=1)
 """So few that all of them are compiled before the first request: `warmup.compile_all`."""
 
 

@@ -23,6 +23,7 @@ from sphinx_jax.inference.bucketing import (
     INTERACTIVE_BUDGET,
     LENGTHS,
     ChunkSizes,
+    batch_bucket,
     bucket,
     kv_bucket,
     padded_len,
@@ -128,7 +129,7 @@ class Scheduler:
     def step(self) -> list[Sequence]:
         """One round: prefill, then decode. The sequences that have new tokens or have ended.
 
-        While something streams, a round prefills INTERACTIVE_BUDGET tokens at most and decodes a few steps; otherwise
+        While something streams, a round prefills `_interactive_budget` tokens at most and decodes a few steps; else
         it fills all free slots first. An error of the device ends every sequence that has a slot; requests that wait
         are served afterwards.
         """
@@ -137,14 +138,9 @@ class Scheduler:
         try:
             self.allocate()
             spent = 0
-            while picks := self._pick():
-                before = self.tokens_prefilled
+            while picks := self._pick(spent):
+                spent += self._cost(picks)
                 changed += self._prefill(picks)
-                chunk = self.tokens_prefilled - before
-                spent += chunk
-                # What streams stands still for one budget: for a chunk that fills it, or for several small ones.
-                if self._streams and spent + chunk > INTERACTIVE_BUDGET:
-                    break
             if self._running:
                 changed += self._decode()
         except jax.errors.JaxRuntimeError as error:
@@ -176,14 +172,31 @@ class Scheduler:
         return any(sequence.streams for sequence in self._active)
 
     @property
+    def _interactive_budget(self) -> int:
+        """Tokens that are prefilled between two decode calls at most, while something streams.
+
+        One chunk of a long prompt, so that those who read stand still for no longer; more while more sequences wait
+        for their first token than have one.
+        """
+        starting = len(self._prefilling) + min(len(self._waiting), len(self._freed))
+        return (
+            INTERACTIVE_BUDGET
+            if starting > len(self._running)
+            else min(INTERACTIVE_BUDGET, self._engine.prefill_tokens)
+        )
+
+    @property
     def _active(self) -> Iterable[Sequence]:
         yield from self._running.values()
         yield from self._prefilling.values()
 
     # Prefill
 
-    def _pick(self) -> list[Pick]:
-        """The next chunk: sequences that are alike, those that have waited longest first. Empty: nothing to prefill."""
+    def _pick(self, spent: int) -> list[Pick]:
+        """The next chunk: sequences that are alike, those that have waited longest first.
+
+        Empty: nothing to prefill, or no more in this round, of which `spent` tokens have been prefilled.
+        """
         picks: list[Pick] = []
         kind, limit = None, 0
         per_group = collections.Counter()
@@ -191,7 +204,7 @@ class Scheduler:
             length = min(len(sequence.prompt) - sequence.prefilled, self._engine.prefill_tokens)
             this = self._kind(sequence, sequence.prefilled, length)
             if kind is None:
-                kind, limit = this, self._batch_limit(this)
+                kind, limit = this, self._batch_limit(this, spent)
             group = self._group(sequence.slot)
             if this == kind and per_group[group] < limit:
                 per_group[group] += 1
@@ -206,8 +219,8 @@ class Scheduler:
             length = min(len(sequence.prompt) - reused, self._engine.prefill_tokens)
             this = self._kind(sequence, reused, length)
             if kind is None:
-                kind, limit = this, self._batch_limit(this)
-            if this != kind:
+                kind, limit = this, self._batch_limit(this, spent)
+            if this != kind or not limit:
                 continue
             per_group[self._group(slot)] += 1
             self._occupy(sequence, slot, reused)
@@ -221,14 +234,23 @@ class Scheduler:
         begins = prefilled == 0
         return begins, begins and sequence.request.image is not None, bucket(length, self._chunks.lengths)
 
-    def _batch_limit(self, kind: tuple[bool, bool, int]) -> int:
-        """Prompts of a chunk in each data-parallel group."""
+    def _batch_limit(self, kind: tuple[bool, bool, int], spent: int) -> int:
+        """Prompts of a chunk in each data-parallel group; 0: it would hold up what streams for more than one budget."""
         _, has_image, length = kind
-        chunks = self._chunks
+        chunks, num_image_tokens = self._chunks, self._engine.config.num_image_tokens * has_image
         if self._streams:
-            chunks = chunks._replace(budget=min(chunks.budget, INTERACTIVE_BUDGET))
-        num_image_tokens = self._engine.config.num_image_tokens * has_image
+            left = min(chunks.budget, self._interactive_budget) - spent
+            if spent and left < length + num_image_tokens:
+                return 0
+            chunks = chunks._replace(budget=left)
         return prompts_per_chunk(length, num_image_tokens, chunks, self._engine.groups)
+
+    def _cost(self, picks: list[Pick]) -> int:
+        """Tokens of a chunk in a data-parallel group, padding and image tokens included."""
+        first = picks[0]
+        _, has_image, length = self._kind(first.sequence, first.sequence.prefilled, first.length)
+        most = max(collections.Counter(self._group(pick.sequence.slot) for pick in picks).values())
+        return batch_bucket(most) * (length + self._engine.config.num_image_tokens * has_image)
 
     def _group(self, slot: int) -> int:
         return group_of(slot, self._engine.groups, self.shape.num_seqs)

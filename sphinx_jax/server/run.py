@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -25,12 +26,17 @@ CLOSE_SECONDS = 5
 
 MAX_HEADER_BYTES = 64 << 10
 
+SWITCH_SECONDS = 0.0005
+"""Python's interpreter lock goes to the thread that waits for it after so long, instead of 5 ms: the engine's thread
+needs it a few times a round, while the event loop writes to every reader."""
+
 
 def run_server(listener: socket.socket, settings: Settings, load: Callable[[Callable[[str], None]], Served]) -> int:
     """Serve on `listener` until a signal ends it; returns the exit code.
 
     `load(report)` makes the model in the thread that owns it from then on. Raises the UserError that it raises.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     return asyncio.run(_run(listener, settings, load))
 
 

@@ -126,9 +126,8 @@ def test_several_answers_to_one_prompt_share_it(model, images):
     assert len({sequence.text for sequence in sequences}) > 1
 
 
-@pytest.mark.parametrize("budget", [16, 40, 2048])
-def test_running_sequences_wait_for_one_budget_at_most(model, images, monkeypatch, budget):
-    """While one streams, no more tokens than the budget are prefilled between two decode calls."""
+def tokens_prefilled_by_round(model, images, monkeypatch, prefill_tokens, num_streams):
+    """While so many stream, three more arrive: the tokens prefilled between decode calls, and the number of chunks."""
     prefilled, chunks = [0], 0
     prefill, decode = Engine.prefill, Engine.decode
 
@@ -143,27 +142,38 @@ def test_running_sequences_wait_for_one_budget_at_most(model, images, monkeypatc
 
     monkeypatch.setattr(Engine, "prefill", count_chunk)
     monkeypatch.setattr(Engine, "decode", count_round)
-    monkeypatch.setattr(model.engine, "prefill_tokens", 16)
-    monkeypatch.setattr("sphinx_jax.inference.scheduler.INTERACTIVE_BUDGET", budget)
+    monkeypatch.setattr(model.engine, "prefill_tokens", prefill_tokens)
     # One decode step a call, however fast.
     monkeypatch.setattr("sphinx_jax.inference.scheduler.STREAM_SECONDS", 0)
-    scheduler = make_scheduler(model.engine, num_prefixes=0)
-    streaming = scheduler.submit(model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=60)), streams=True)
-    while not streaming.tokens:
+    scheduler = make_scheduler(model.engine, num_seqs=8, num_prefixes=0)
+    request = model.request(PROMPTS[0], images[0], SamplingParams(max_new_tokens=60))
+    streaming = [scheduler.submit(request, streams=True) for _ in range(num_streams)]
+    while not all(sequence.tokens for sequence in streaming):
         scheduler.step()
     prefilled[:], chunks = [scheduler.tokens_prefilled], 0
     for prompt in PROMPTS[:3]:
         scheduler.submit(model.request(prompt, images[0], SamplingParams(max_new_tokens=2)))
-    while streaming.finish is None:
+    while scheduler.num_running > num_streams or scheduler.num_waiting:
         scheduler.step()
-    rounds = np.diff(prefilled)
-    assert chunks >= 3 and rounds.sum() > 48
+    return np.diff(prefilled), chunks
+
+
+@pytest.mark.parametrize("budget", [16, 96, 512])
+def test_running_sequences_wait_for_one_chunk_at_most(model, images, monkeypatch, budget):
+    """While most stream, no more tokens than one chunk's are prefilled between two decode calls."""
+    rounds, chunks = tokens_prefilled_by_round(model, images, monkeypatch, budget, num_streams=3)
+    assert rounds.sum() > 48
     # A chunk is never split: one that is larger than the budget stands alone.
-    largest = 16 + model.config.num_image_tokens
-    assert rounds.max() <= max(budget, largest)
+    assert rounds.max() <= budget + model.config.num_image_tokens
     # Every chunk in a round of its own, some together, or all in one.
-    least, most = {16: (chunks, chunks), 40: (2, chunks - 1), 2048: (1, 1)}[budget]
+    least, most = {16: (chunks, chunks), 96: (2, chunks - 1), 512: (1, 1)}[budget]
     assert least <= (rounds > 0).sum() <= most
+
+
+def test_a_crowd_that_waits_is_prefilled_at_once(model, images, monkeypatch):
+    """One that streams waits for three that have nothing yet."""
+    rounds, chunks = tokens_prefilled_by_round(model, images, monkeypatch, 16, num_streams=1)
+    assert chunks > 1 and (rounds > 0).sum() < chunks
 
 
 def test_a_cancelled_sequence_frees_its_slot_within_one_call(model):
