@@ -4,6 +4,7 @@ Importing it raises ImportError where torch or transformers is missing.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,16 @@ class TransformersModel:
             self._synchronize()
 
         return run
+
+    def generate_batch(self, prompts: list[np.ndarray], max_new_tokens: int) -> float:
+        """Seconds for all prompts, which may share blocks of the KV cache."""
+        greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max_new_tokens)
+        config = transformers.ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=2048)
+        inputs = [prompt.tolist() for prompt in prompts]
+        start = time.perf_counter()
+        results = self.model.generate_batch(inputs, greedy, config)
+        assert len(results) == len(prompts)
+        return time.perf_counter() - start
 
     def continuous_batching(self, num_blocks: int, max_batch_tokens: int) -> "ContinuousBatching":
         """Greedy decoding that requests join as they come, with so many blocks of KV cache."""
