@@ -12,10 +12,9 @@ from sharding import bytes_per_device
 from sphinx_jax import allocator
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.kernels.quantized import QuantizedDtype
+from sphinx_jax.language.moe import SINGLE_EXPERT
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
-
-EXPERTS = ("w_in", "w_out")
 
 QUANTIZED_FRACTION: dict[QuantizedDtype, float] = {"int8": 0.55, "int4": 0.35}
 """Of SPHINX-MoE in bfloat16, with encoders and all else that is not quantized."""
@@ -30,7 +29,7 @@ def pinned_bytes(
     )
     params = abstract_quantized_params(params, quantize) if quantize else params
     layers: dict[Any, Any] = params["language"]["layers"]
-    experts = [layer["ffn"][name] for layer in layers.values() for name in EXPERTS]
+    experts = [layer["ffn"][name] for layer in layers.values() for name in SINGLE_EXPERT]
     return bytes_per_device(jax.tree.leaves([experts, params.get("vision", {})]))
 
 
