@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sphinx_jax.cli import evaluate
 from sphinx_jax.data import easy_vqa
 from sphinx_jax.data.conversation import Conversation
+from sphinx_jax.evaluation.tasks import SHORT_ANSWER
 from sphinx_jax.inference.generate import run_all
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import SamplingParams
 from tests.instruments import client_packages
-from tests.instruments.serving import NANO, ROOT, data_url, image_part, serving, text_part
+from tests.instruments.serving import CONTEXT, NANO, ROOT, data_url, image_part, serving, text_part
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +142,9 @@ def logprobs_of(model, tokens: list[int]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A folder with questions.jsonl, and the questions. The truth of some is wrong, so that no score is 0 or 1."""
+    """A folder with questions.jsonl, and the questions, as evaluate.py asks those of GQA. The truth of some is wrong,
+    so that no score is 0 or 1.
+    """
     folder = tmp_path_factory.mktemp("questions")
     test = easy_vqa.load("test")
     found = []
@@ -149,7 +153,9 @@ def questions(tmp_path_factory):
             truth = "nothing" if len(found) % 5 == 0 else question.answer
             image = str(easy_vqa.image_file("test", test.ids[i]))
             choice = CHOICES.index(question.answer)
-            found.append({"image": image, "question": question.text, "answer": truth, "choice": choice})
+            text = SHORT_ANSWER.format(question.text)
+            row = {"question": text, "plain": question.text, "answer": truth, "choice": choice, "image": image}
+            found.append(row)
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, found)))
     return folder, found
 
@@ -184,6 +190,27 @@ def test_lm_eval_asks_about_images(server, lm_eval_packages, questions, model):
     right = [text == question["answer"] for text, question in zip(expected, asked, strict=True)]
     assert values["asked"]["exact_match,none"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
     assert not failures(server)
+    assert 100 * values["asked"]["exact_match,none"] == pytest.approx(evaluated(questions))
+
+
+def evaluated(questions) -> float:
+    """What evaluate.py gives for the same questions in a file of GQA."""
+    folder, asked = questions
+    rows = [
+        {
+            "image_path": question["image"],
+            "question": question["plain"],
+            "question_id": i,
+            "dataset_name": "gqa",
+            "gt_answers": question["answer"],
+        }
+        for i, question in enumerate(asked)
+    ]
+    (folder / "gqa_testdev_balanced.json").write_text(json.dumps(rows))
+    argv = ["--tasks", "gqa_testdev", "--data", folder, "--out", folder / "evaluated"]
+    argv += ["--max-num-seqs", 4, "--max-model-len", CONTEXT]
+    assert evaluate.main([*map(str, argv)]) == 0
+    return json.loads((folder / "evaluated" / "results.json").read_text())["tasks"]["gqa_testdev"]["value"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "remote"])
