@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sharding import MeshShape
+from sphinx_jax.allocator import MEMORY_FRACTION
 from sphinx_jax.config import preset
 from sphinx_jax.hardware import GPUS, find_gpu
 from sphinx_jax.kernels.quantized import QuantizedDtype
@@ -135,8 +136,9 @@ def main() -> None:
         "",
         f"Written by `python docs/make_fits.py`, {time.strftime('%Y-%m-%d')}, jax {importlib.metadata.version('jax')}. "
         "All sizes are per GPU. Persistent: parameters, optimizer state, KV cache, inputs. Temporary: gradients and "
-        "temporaries of the programs. [Memory planning](memory-planning.md) describes what is counted. Nothing here "
-        "was run on a GPU.",
+        "temporaries of the programs. A GPU fits if the total is within its capacity, what XLA can allocate there: "
+        f"{MEMORY_FRACTION:.2f} of the memory that CUDA reports, 14.6 GiB of 16 and 72.9 of 80. "
+        "[Memory planning](memory-planning.md) describes what is counted. Nothing here was run on a GPU.",
         "",
         f"## Inference: bfloat16, not quantized, one sequence of {MAX_MODEL_LEN:,} tokens, image included",
         "",
