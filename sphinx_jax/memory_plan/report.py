@@ -182,7 +182,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
         ("KV cache", plan.kv_cache, ""),
         ("inputs", plan.inputs, "all other arguments of the programs"),
         ("temporaries", plan.temporaries, f"largest in: {largest.name}"),
-        ("reserve", sizes["reserve_bytes"], "workspaces of autotuned kernels, gaps between arrays: not compiled"),
+        ("reserve", sizes["reserve_bytes"], "autotuned kernels' workspaces, gaps: not compiled"),
     ]
     return [
         *(row for row in rows if row[1]),
