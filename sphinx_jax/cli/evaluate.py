@@ -110,7 +110,7 @@ def read_records(options: Options, data: DataFolder | None, records: dict[str, l
     """Read the records of all chosen tasks into `records`; returns the tasks' names."""
     for task in choose(options.task_names, data):
         found, dropped = task.records(data, options.keep_duplicates)
-        records[task.name] = found[: options.limit]
+        records[task.name] = task.first(found, options.limit)
         if dropped:
             remark(f"{task.name}: {dropped:,} duplicates left out (--keep-duplicates asks them too)")
     return list(records)

@@ -21,7 +21,7 @@ class Options(ModelOptions):
     """Folder for answers, results.json and tables; an evaluation that was stopped continues there. Default:
     ./results/NAME, after the checkpoint."""
     limit: int | None = None
-    """Ask only so many questions of each task, the first ones."""
+    """Ask only so many questions of each task, the first ones, and those that are scored together with one of them."""
     temperature: float = 0.0
     """Logits are divided by it before the softmax; 0 takes the most probable token."""
     original_decoding: bool = False
@@ -55,6 +55,8 @@ class Options(ModelOptions):
             raise UserError(f"--limit must be 1 or more, got {self.limit}")
         if self.original_decoding and self.temperature:
             raise UserError("--temperature and --original-decoding exclude each other; give one of them")
+        if self.report and self.offload and not self.score:
+            raise UserError("--report counts the load of all experts, kept off the devices by --offload; leave one out")
         if self.score and (self.list or self.data or self.tasks or self.out):
             raise UserError("--score takes the folder of an evaluation and nothing else but --report")
         _ = self.sampling

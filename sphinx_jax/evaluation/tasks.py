@@ -4,7 +4,7 @@ Patterns, prefixes and lengths of answers are those that SPHINX-MoE was evaluate
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from sphinx_jax.evaluation.metrics.anls import Anls
 from sphinx_jax.evaluation.metrics.exact import ExactMatch
 from sphinx_jax.evaluation.metrics.grounding import BoxIou
 from sphinx_jax.evaluation.metrics.letters import LetterAccuracy, SeedAccuracy
-from sphinx_jax.evaluation.metrics.mmbench import MMBenchCircular
+from sphinx_jax.evaluation.metrics.mmbench import ROTATIONS, MMBenchCircular
 from sphinx_jax.evaluation.metrics.mme import Mme
 from sphinx_jax.evaluation.metrics.mmmu import Mmmu
 from sphinx_jax.evaluation.metrics.pope import Pope
@@ -67,6 +67,8 @@ class Task:
     """Where the files come from."""
     submission: SubmissionFormat | None = None
     """The file that the benchmark's server takes."""
+    scored_together: Callable[[Record], Hashable] | None = None
+    """What records have in common that count as one; None: each counts alone."""
 
     def prompt(self, record: Record) -> str:
         """The text of the human turn."""
@@ -92,6 +94,13 @@ class Task:
         kept = records if keep_duplicates else _without_duplicates(records)
         return kept, len(records) - len(kept)
 
+    def first(self, records: Sequence[Record], limit: int | None) -> list[Record]:
+        """The first records, and all that are scored together with one of them, in their order."""
+        if limit is None or self.scored_together is None:
+            return list(records[:limit])
+        kept = {self.scored_together(record) for record in records[:limit]}
+        return [record for record in records if self.scored_together(record) in kept]
+
     def missing(self, data: DataFolder | None) -> str:
         """Which files are not there."""
         choices = " or ".join(" and ".join(source.files) for source in self.sources if source.files)
@@ -108,6 +117,14 @@ def _without_duplicates(records: Iterable[Record]) -> list[Record]:
 
 _COCO = ("coco/val2014", "val2014", "coco/train2014", "train2014", "coco/test2015", "test2015", "coco/trainval2017")
 _ORIGINAL = "the original program's, from LLaMA2-Accessory's accessory/eval_mm/annotations"
+
+
+def _question_of_rotations(record: Record) -> int:
+    return record.extra["index"] % ROTATIONS
+
+
+def _image_of_subtask(record: Record) -> Hashable:
+    return record.extra["subtask"], record.image
 
 
 def _files(read: Reader, *names: str) -> Source:
@@ -129,6 +146,7 @@ _MME = Task(
         _files(readers.read_mme, "MME_Benchmark_release_version"),
     ),
     Mme(),
+    scored_together=_image_of_subtask,
     home="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation",
 )
 
@@ -293,6 +311,7 @@ _LETTERS = (
         ),
         MMBenchCircular(),
         pattern=PLAIN,
+        scored_together=_question_of_rotations,
         home="github.com/open-compass/MMBench",
     ),
     Task(

@@ -43,6 +43,9 @@ class FakeModel:
     checkpoint: str = "fake"
     path: Path | None = None
     asked: list[str] = dataclasses.field(default_factory=list)
+    """What was answered, in the order in which the answers end."""
+    received: list[str] = dataclasses.field(default_factory=list)
+    """All that was asked, in the order in which it came."""
     stop_after: int | None = None
     """Interrupt after so many answers, as Ctrl-C does."""
 
@@ -64,6 +67,7 @@ class FakeModel:
     def run(self, _: FakeEngine, requests: Iterable[Request], *__: Any) -> Iterator[tuple[int, Completion]]:
         """In place of `generate.run`: answers end in any order."""
         texts = ["".join(map(chr, request.tokens)) for request in requests]
+        self.received = texts
         order = random.Random(len(texts)).sample(range(len(texts)), len(texts))
         for count, index in enumerate(order):
             if count == self.stop_after:
