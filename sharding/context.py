@@ -12,21 +12,25 @@ from sharding.axis_rules import DEFAULT_RULES, Rules, named_sharding
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh_and_rules", default=None)
 _slices_in_place: contextvars.ContextVar[bool] = contextvars.ContextVar("slices_in_place", default=False)
+_fused_operands: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_operands", default=False)
 
 
 @contextlib.contextmanager
-def mesh_context(mesh: Mesh, rules: Rules = DEFAULT_RULES, slices_in_place: bool = False) -> Iterator[None]:
+def mesh_context(
+    mesh: Mesh, rules: Rules = DEFAULT_RULES, slices_in_place: bool = False, fused_operands: bool = False
+) -> Iterator[None]:
     """Make `constrain` and `sharded_map` shard arrays over `mesh`. Outside of this context they do nothing.
 
-    Trace a jitted function inside it: shardings are part of the compiled program. `slices_in_place` says that the
-    program will be compiled with `xla_flags.SLICES_IN_PLACE`.
+    Trace a jitted function inside it: shardings are part of the compiled program. `slices_in_place` and
+    `fused_operands` say that the program will be compiled with `xla_flags.SLICES_IN_PLACE` or `FUSED_OPERANDS`.
     """
-    active_token, slices_token = _active.set((mesh, rules)), _slices_in_place.set(slices_in_place)
+    values = {_active: (mesh, rules), _slices_in_place: slices_in_place, _fused_operands: fused_operands}
+    tokens = {variable: variable.set(value) for variable, value in values.items()}
     try:
         yield
     finally:
-        _active.reset(active_token)
-        _slices_in_place.reset(slices_token)
+        for variable, token in tokens.items():
+            variable.reset(token)
 
 
 def platform() -> str:
@@ -51,6 +55,11 @@ def multiprocessors() -> int:
 def reads_slices_in_place() -> bool:
     """Whether matrix products read a static slice of stacked matrices in place (`xla_flags.reads_slices_in_place`)."""
     return _slices_in_place.get() and xla_flags.reads_slices_in_place(_device())
+
+
+def fuses_operands() -> bool:
+    """Whether matrix products compute their operands from what these are computed from (`xla_flags.FUSED_OPERANDS`)."""
+    return _fused_operands.get() and xla_flags.fuses_operands(_device())
 
 
 def _device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)

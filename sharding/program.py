@@ -16,7 +16,8 @@ class Program(NamedTuple):
 
     `slices_in_place`: compile with `xla_flags.SLICES_IN_PLACE`, so that products with stacked matrices read them in
     place if the compiler can. `overlap_collectives`: compile with `xla_flags.OVERLAP_COLLECTIVES`, so that several GPUs
-    compute while they communicate.
+    compute while they communicate. `fused_operands`: compile with `xla_flags.FUSED_OPERANDS`, so that products compute
+    their operands, such as dequantized weights, from what these are computed from.
     """
 
     function: Callable
@@ -25,10 +26,11 @@ class Program(NamedTuple):
     rules: Rules = DEFAULT_RULES
     slices_in_place: bool = False
     overlap_collectives: bool = False
+    fused_operands: bool = False
 
     def trace(self, args: tuple, mesh: Mesh) -> jax.stages.Traced:
         """Trace the function for `args`, arrays or ShapeDtypeStructs, with shardings on `mesh`."""
-        with mesh_context(mesh, self.rules, self.slices_in_place):
+        with mesh_context(mesh, self.rules, self.slices_in_place, self.fused_operands):
             jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
             return jitted.trace(*args)
 
@@ -38,4 +40,4 @@ class Program(NamedTuple):
 
     def options(self, mesh: Mesh) -> Options:
         """The compiler options on `mesh`."""
-        return compiler_options(mesh, self.slices_in_place, self.overlap_collectives)
+        return compiler_options(mesh, self.slices_in_place, self.overlap_collectives, self.fused_operands)

@@ -29,6 +29,13 @@ products save no bytes elsewhere in these programs, in bfloat16, int8 or int4 (j
 their own kernels.
 """
 
+FUSED_OPERANDS: Options = {
+    # Fuses what computes an operand, such as the conversion of integers, into the matrix product. Default.
+    "xla_gpu_enable_triton_gemm": True,
+    # Autotuning may otherwise prefer a cuBLAS product, and the operand is written to memory first.
+    "xla_gpu_cublas_fallback": False,
+}
+"""For programs with `Program.fused_operands`, on GPUs."""
 
 OVERLAP_COLLECTIVES: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 """For programs with `Program.overlap_collectives`, on several GPUs.
@@ -38,7 +45,9 @@ program); this scheduler moves other work in between, for 3 to 5 % more temporar
 """
 
 
-def compiler_options(mesh: Mesh, slices_in_place: bool = False, overlap_collectives: bool = False) -> Options:
+def compiler_options(
+    mesh: Mesh, slices_in_place: bool = False, overlap_collectives: bool = False, fused_operands: bool = False
+) -> Options:
     """The options for programs on `mesh`; none on a CPU."""
     device = mesh.devices.flat[0]
     options: Options = {}
@@ -46,7 +55,14 @@ def compiler_options(mesh: Mesh, slices_in_place: bool = False, overlap_collecti
         options |= SLICES_IN_PLACE
     if overlap_collectives and mesh.size > 1 and device.platform != "cpu" and not _set_by_user(OVERLAP_COLLECTIVES):
         options |= OVERLAP_COLLECTIVES
+    if fused_operands and fuses_operands(device):
+        options |= FUSED_OPERANDS
     return options
+
+
+def fuses_operands(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
+    """Whether programs for `device`, compiled with FUSED_OPERANDS, compute an operand in the product that reads it."""
+    return device.platform != "cpu" and not _set_by_user(FUSED_OPERANDS)
 
 
 def reads_slices_in_place(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)

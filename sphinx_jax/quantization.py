@@ -26,6 +26,12 @@ def is_quantized(path: Path) -> bool:
     return path[0] == "language" and path[-1] in CONTRACTION_AXES
 
 
+def has_quantized(params: Any) -> bool:
+    """Whether a tree of parameters, or of their shapes, has quantized ones."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return any(isinstance(leaf, Quantized) for leaf in leaves)
+
+
 def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind: QuantizedDtype) -> Quantized:
     """Shapes and shardings of a quantized parameter: each device has the scales of its own shard of the values.
 

@@ -32,7 +32,7 @@ from sphinx_jax.inference.offload_params import offloaded
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingParams
 from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
-from sphinx_jax.quantization import quantized
+from sphinx_jax.quantization import has_quantized, quantized
 
 ImageLike = Image.Image | str | Path | np.ndarray | PreparedImage
 """A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
@@ -281,8 +281,7 @@ class Sphinx:
         """
         if isinstance(self.engine, OffloadEngine):
             raise UserError("a model loaded with offload cannot be saved; convert its checkpoint, or load it without")
-        leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
-        if any(isinstance(leaf, Quantized) for leaf in leaves):
+        if has_quantized(self._params):
             raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")
         checkpoints.save(path, self.config, self._params, self._assets, format, shards)
 

@@ -36,6 +36,7 @@ from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadde
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.stop_strings import stop_table
 from sphinx_jax.kernels.attention import copies_kv_slices
+from sphinx_jax.quantization import has_quantized
 
 MAX_MODEL_LEN = 4096
 """Positions that a prompt, its image and its answer may take, unless the user sets another number."""
@@ -205,7 +206,7 @@ class Engine:
         state. No running sequence may grow past `kv_len` cache positions.
         """
         args = (self.params, state, cancelled, self.stops, np.int32(num_steps), np.int32(until), np.bool_(wants_top))
-        program = self._programs.decode(state, kv_len)
+        program = self._programs.decode(state, kv_len, has_quantized(self.params))
         return self._run(("decode", *state.sizes, kv_len), program, *args)
 
     @property

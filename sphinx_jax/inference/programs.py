@@ -61,13 +61,13 @@ class Programs:
 
         return Program(function, (1,), self._placement(state), slices_in_place=True)
 
-    def decode(self, state: steps.State, kv_len: int) -> Program:
+    def decode(self, state: steps.State, kv_len: int, quantized: bool = False) -> Program:
         """params, state, cancelled, stops, steps, until, wants_top -> state, sampled; see `steps.decode`."""
 
         def function(*args: Any) -> tuple[steps.State, steps.Sampled]:
             return steps.decode(self.graph, self._vocab_size, kv_len, *args)
 
-        return Program(function, (1,), self._placement(state))
+        return Program(function, (1,), self._placement(state), fused_operands=quantized)
 
     def _placement(self, state: steps.State) -> tuple[Any, NamedSharding]:
         return sharding.shardings_of(state), self.replicated

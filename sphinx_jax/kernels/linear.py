@@ -1,28 +1,46 @@
 """Linear projections: `matmul` for any shapes, with a custom gradient on CPU and a matrix-vector kernel on GPU."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import sharding
 from sphinx_jax.kernels.quantized import Quantized, Weight
+from sphinx_jax.kernels.quantized_matmul import quantized_matvec, quantized_product
+from sphinx_jax.kernels.single_cpu_kernel import single_cpu_kernel
 
 _Inputs = Float[Array, "*rows in"]
 _Matrix = Float[Array, "in *out"]
 
 
-def matmul(x: _Inputs, w: _Matrix) -> Float[Array, "..."]:
+def matmul(x: _Inputs, w: Weight) -> Float[Array, "..."]:
     """x @ w, of shape [*rows, *out]: any number of dimensions before and after the contracted one."""
+    if sharding.platform() != "cpu" and x.size == x.shape[-1]:
+        return matvec(x.reshape(-1), w.astype(x.dtype)).reshape(*x.shape[:-1], *w.shape[1:])
+    if sharding.platform() != "cpu" or isinstance(w, Quantized):
+        return dot(x, w)
+    return _matmul_cpu(x, w.astype(x.dtype))
+
+
+def dot(x: _Inputs, w: Weight) -> Float[Array, "..."]:
+    """x @ w as one dot: a `w` that is sharded along the contracted dimension too is read in place."""
+    if not isinstance(w, Quantized):
+        return jnp.tensordot(x, w.astype(x.dtype), axes=1)
+    if x.size == x.shape[-1] and sharding.device_count() == 1:
+        # With several devices the sums over the matrix might contain collectives.
+        return _quantized_row(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
+    y = quantized_product(lambda weights: jnp.dot(x, weights), w, x.dtype)
+    return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+def _quantized_row(x: Float[Array, "in"], w: Quantized) -> Float[Array, "*out"]:
+    """x @ w; the integers are read in place."""
     if sharding.platform() == "cpu":
-        return _matmul_cpu(x, w)
-    if x.size == x.shape[-1]:
-        return matvec(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
-    return jnp.tensordot(x, w, axes=1)
+        return quantized_matvec(x, jax.tree.map(lambda array: array[None], w), jnp.int32(0))
+    return matvec(x, w.astype(x.dtype))
 
 
 def matvec(x: Float[Array, "in"], w: _Matrix) -> Float[Array, "*out"]:
@@ -46,36 +64,16 @@ def gathered_matrix(w: Weight, index: int | Int[Array, ""]) -> Weight:
 
 def gathered_matvec(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]) -> Float[Array, "*out"]:
     """x @ w[index] with w[n, in, *out], accumulated in float32; the matrix is read in place."""
-    if sharding.platform() != "cpu" or isinstance(w, Quantized):
+    if sharding.platform() != "cpu":
         return matvec(x, gathered_matrix(w, index).astype(x.dtype))
+    if isinstance(w, Quantized):
+        return quantized_matvec(x, w, index)
     # XLA:CPU copies a dynamic slice before a dot, but not before an elementwise sum of its rows.
     matrix_rows = w.reshape(w.shape[0] * x.shape[0], -1)
     return _weighted_row_sum(x.astype(jnp.float32), matrix_rows, index).reshape(w.shape[2:]).astype(w.dtype)
 
 
-def _single_cpu_kernel(function: Callable) -> Callable:
-    """`function` compiled by XLA:CPU to one kernel, loops included: otherwise each loop step costs a kernel launch.
-
-    XLA sets this attribute on small loops itself; a compiler that does not know it ignores it. The gradient is compiled
-    without it: not all of its operations may be part of such a kernel, and it is no faster as one.
-    """
-    attributes = ("xla_cpu_small_call", "true"), ("inlineable", "false")
-
-    @jax.jit
-    def unmarked(*args):
-        with set_xla_metadata(**{name: None for name, _ in attributes}):
-            return function(*args)
-
-    @jax.custom_vjp
-    def marked(*args):
-        with set_xla_metadata(**dict(attributes)):
-            return unmarked(*args)
-
-    marked.defvjp(lambda *args: jax.vjp(function, *args), lambda vjp, dy: vjp(dy))
-    return marked
-
-
-@_single_cpu_kernel
+@single_cpu_kernel
 def _weighted_row_sum(
     x: Float[Array, "in"], matrix_rows: Float[Array, "n_in width"], index: Int[Array, ""]
 ) -> Float[Array, "width"]:

@@ -5,8 +5,9 @@ and k experts per token:
 
 - `gather` reads one expert's weights for each of the T k assignments. For few tokens, where the time is that of reading
   weights.
-- `dense` multiplies all tokens by all experts and reads each weight once. For enough tokens that most experts have some
-  anyway, and few enough that E / k times the arithmetic still takes less time than reading.
+- `dense` multiplies all tokens by all experts and reads each weight once, a quantized one as an integer. For enough
+  tokens that most experts have some anyway, and few enough that E / k times the arithmetic still takes less time than
+  reading.
 - `sorted_blocks` sorts the assignments by expert and multiplies in blocks: the arithmetic of the chosen experts alone.
   Where XLA's products can read a matrix in its stack, they do; elsewhere each expert's matrices are copied once.
 - `grouped_matmul` does the same in Pallas kernels for Hopper GPUs, and reads the chosen experts alone.
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 
 import sharding
 from sharding.log_once import log_once
-from sphinx_jax.kernels.linear import gathered_matvec, matvec
+from sphinx_jax.kernels.linear import gathered_matrix, gathered_matvec, matvec
 from sphinx_jax.kernels.moe_grouped_matmul import moe_grouped_matmul, supports_grouped_matmul
 from sphinx_jax.kernels.moe_sorted_blocks import (
     ExpertIds,
@@ -33,7 +34,8 @@ from sphinx_jax.kernels.moe_sorted_blocks import (
     block_sizes,
     moe_sorted_blocks,
 )
-from sphinx_jax.kernels.quantized import Quantized
+from sphinx_jax.kernels.quantized import Quantized, Weight
+from sphinx_jax.kernels.quantized_matmul import fuses_dequantization, quantized_product
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +79,8 @@ def moe_ffn(
     if implementation is None:
         (tokens, k), can_group = experts.shape, can_use_grouped_matmul(x, w_in)
         implementation = choose_implementation(sharding.platform(), tokens, k, w_in.shape[0], can_group)
-    if factors or (implementation == "dense" and isinstance(w_in, Quantized)):
-        # Sorted blocks dequantize the weights of one expert at a time, dense those of all.
+    if factors or (implementation == "dense" and isinstance(w_in, Quantized) and not fuses_dequantization(w_in)):
+        # Sorted blocks dequantize the weights of one expert at a time, dense would those of all.
         implementation = "sorted_blocks"
     in_place = implementation == "sorted_blocks" and reads_in_place(x, w_in)
     suffix = ", matrices read in place" if in_place else ""
@@ -89,10 +91,11 @@ def moe_ffn(
         return moe_sorted_blocks(x, experts, weights, w_in, w_out, sizes, factors, in_place)
     if implementation == "gather":
         return _moe_gather(x, experts, weights, w_in, w_out)
+    if implementation == "dense":
+        return _moe_dense(x, experts, weights, w_in, w_out)
     if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
-        raise ValueError(f"{implementation} takes no quantized weights; choose gather or sorted_blocks")
-    moe = _moe_dense if implementation == "dense" else moe_grouped_matmul
-    return moe(x, experts, weights, w_in, w_out)
+        raise ValueError(f"{implementation} takes no quantized weights; choose gather, dense or sorted_blocks")
+    return moe_grouped_matmul(x, experts, weights, w_in, w_out)
 
 
 def can_use_grouped_matmul(x: Tokens, w_in: WIn) -> bool:
@@ -140,27 +143,31 @@ def _moe_gather(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: WIn
     return _weighted_sum(outputs.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))
 
 
-def _moe_dense(
-    x: Tokens,
-    experts: ExpertIds,
-    weights: RouterWeights,
-    w_in: Float[Array, "experts dim 2 hidden"],
-    w_out: Float[Array, "experts hidden dim"],
-) -> Tokens:
+def _moe_dense(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: WIn, w_out: WOut) -> Tokens:
     """All experts on all tokens; the input of an expert that a token did not choose is zero, and so is its output."""
+    num_experts = w_in.shape[0]
     # [tokens, experts]: the router weight of each expert, zero if not chosen.
-    expert_weights = jnp.sum(weights[..., None] * jax.nn.one_hot(experts, w_in.shape[0], dtype=weights.dtype), axis=1)
+    expert_weights = jnp.sum(weights[..., None] * jax.nn.one_hot(experts, num_experts, dtype=weights.dtype), axis=1)
     if len(x) == 1:
         # For a batch of products with one row each, XLA would transpose the weights.
-        hidden = _swiglu(jnp.stack([matvec(x[0], w) for w in w_in]))
-        outputs = jnp.stack([matvec(h, w) for h, w in zip(hidden, w_out, strict=True)])
+        matrices = [[gathered_matrix(w, e).astype(x.dtype) for e in range(num_experts)] for w in (w_in, w_out)]
+        hidden = _swiglu(jnp.stack([matvec(x[0], w) for w in matrices[0]]))
+        outputs = jnp.stack([matvec(h, w) for h, w in zip(hidden, matrices[1], strict=True)])
         return _weighted_sum(outputs[None], expert_weights)
-    chosen = jnp.any(experts[..., None] == jnp.arange(w_in.shape[0]), axis=1)
+    chosen = jnp.any(experts[..., None] == jnp.arange(num_experts), axis=1)
     # The mask is on the input: without it XLA merges the products into one of [tokens, dim] by [dim, experts x hidden].
     inputs = jnp.where(chosen.T[..., None], x, 0)
-    hidden = _swiglu(jnp.einsum("etd,edgh->etgh", inputs, w_in))
-    outputs = jnp.einsum("eth,ehd->etd", hidden, w_out)
+    hidden = _swiglu(_experts_dot(inputs, w_in))
+    outputs = _experts_dot(hidden, w_out)
     return _weighted_sum(outputs.swapaxes(0, 1), expert_weights)
+
+
+def _experts_dot(x: Float[Array, "experts tokens in"], w: Weight) -> Float[Array, "experts tokens *out"]:
+    """x[e] @ w[e] with w[experts, in, *out]."""
+    if not isinstance(w, Quantized):
+        return jnp.einsum("eti,ei...->et...", x, w.astype(x.dtype))
+    y = quantized_product(lambda weights: jnp.einsum("eti,eio->eto", x, weights), w, x.dtype)
+    return y.reshape(*x.shape[:2], *w.shape[2:])
 
 
 def _weighted_sum(outputs: Float[Array, "tokens n dim"], weights: Float[Array, "tokens n"]) -> Tokens:

@@ -1,7 +1,7 @@
 """Weight-only quantization: int8 or int4 values, and one scale per group along the contracted dimension.
 
-Weights are dequantized where they are multiplied. That is elementwise, and XLA fuses it into the product that reads
-the weights, so only the integers and the scales are read from memory.
+Weights are dequantized where they are multiplied. `quantized_matmul` has the products that read only the integers and
+the scales from memory; any other user of `astype` writes a dequantized matrix, unless XLA fuses it into its consumer.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Integer, UInt8
 
 QuantizedDtype = Literal["int8", "int4"]
 
@@ -43,6 +43,11 @@ class Quantized:
         return tuple(shape)
 
     @property
+    def num_groups(self) -> int:
+        """Scales of each output."""
+        return self.scales.shape[self.axis]
+
+    @property
     def sharding(self) -> jax.sharding.Sharding:
         """Of the values."""
         return self.values.sharding
@@ -53,12 +58,19 @@ class Quantized:
             raise IndexError(f"a quantized array can be indexed with [...] only, not with [{index}]")
         return self
 
+    def with_flat_outputs(self) -> "Quantized":
+        """Itself with all dimensions after the contracted one as one."""
+        end = self.values.ndim + self.axis + 1
+        values, scales = (array.reshape(*array.shape[:end], -1) for array in (self.values, self.scales))
+        return Quantized(values, scales, -2)
+
     def astype(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The dequantized weights."""
         axis = self.values.ndim + self.axis
-        values = _split_groups(_unpack(self.values), axis, self.scales.shape[axis])
-        weights = values.astype(jnp.float32) * jnp.expand_dims(self.scales, axis + 1).astype(jnp.float32)
-        return weights.reshape(self.shape).astype(dtype)
+        # bfloat16 holds all integers and scales: the product in bfloat16 is the exact one rounded once.
+        wide = jnp.promote_types(dtype, self.scales.dtype)
+        groups = _split_groups(_unpack(self.values).astype(wide), axis, self.num_groups)
+        return (groups * jnp.expand_dims(self.scales.astype(wide), axis + 1)).reshape(self.shape).astype(dtype)
 
 
 Weight = Array | Quantized
@@ -99,12 +111,12 @@ def _pack(values: Int8[Array, "*rows out"]) -> UInt8[Array, "*rows out/2"]:
     return low & 15 | high << 4
 
 
-def _unpack(values: Array) -> Array:
-    """int8 values as they are; packed ones as int4[*rows, out]."""
+def _unpack(values: Integer[Array, "*rows width"]) -> Int8[Array, "*rows out"]:
+    """int8 values as they are; packed ones as int8, elementwise, so that XLA fuses it into an elementwise consumer."""
     if values.dtype != jnp.uint8:
         return values
-    pairs = jax.lax.bitcast_convert_type(values, jnp.int4)
-    return pairs.reshape(*values.shape[:-1], -1)
+    halves = (values[..., None] << jnp.array([4, 0], jnp.uint8)).astype(jnp.int8) >> 4
+    return halves.reshape(*values.shape[:-1], -1)
 
 
 def _split_groups(x: Array, axis: int, num_groups: int) -> Array:

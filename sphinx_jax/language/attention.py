@@ -12,7 +12,7 @@ from sharding import constrain
 from sphinx_jax.config import DecoderConfig, LoraConfig
 from sphinx_jax.kernels.attention import attention
 from sphinx_jax.kernels.attention_mask import Mask
-from sphinx_jax.kernels.linear import matmul
+from sphinx_jax.kernels.linear import dot, matmul
 from sphinx_jax.layers import LowRank, fan_in_normal, param
 
 
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
         attention is over the whole cache as `mask` allows.
         """
         x = constrain(x, "batch", "sequence", None)
-        qkv = matmul(x, self.wqkv[...].astype(x.dtype))
+        qkv = matmul(x, self.wqkv[...])
         if self.wqkv_lora is not None:
             qkv += self.wqkv_lora(x)
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
@@ -93,9 +93,9 @@ class Attention(nnx.Module):
         q = constrain(q, "batch", "sequence", "kv_heads", "queries", "head_dim")
         out = constrain(attention(q, k, v, mask), "batch", "sequence", "kv_heads", "queries", "head_dim")
         # A two-dimensional product: XLA:CPU would transpose the matrix before a contraction over several dimensions.
-        wo = self.wo[...].astype(x.dtype).reshape(-1, x.shape[-1])
+        wo = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), self.wo[...])
         heads = out.reshape(*x.shape[:2], -1)
-        out = heads @ wo
+        out = dot(heads, wo)
         if self.wo_lora is not None:
             out += self.wo_lora(heads)
         return constrain(out, "batch", "residual", None), cache

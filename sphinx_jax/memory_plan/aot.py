@@ -26,9 +26,9 @@ GPUS_PER_HOST = 8
 _CUDNN_VERSION = 91000
 """9.10, as cuDNN counts."""
 
-# Autotuning needs a GPU. Without it XLA would take the first tiling of its own Triton matmuls, which may not even
-# compile. With cuBLAS matmuls the program is always the same.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# Autotuning needs a GPU. Without it XLA takes the first tiling of its own Triton matmuls, which may not even compile.
+# With cuBLAS matmuls the program is always the same. A program's own options take precedence.
+_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 def has_gpu_compiler() -> bool:
@@ -92,7 +92,7 @@ def compile_aot(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compile
     """`program` compiled for the devices of `mesh`, real or absent; `args` are arrays or ShapeDtypeStructs."""
     if mesh.devices.flat[0].platform == "cpu":
         return program.compile(args, mesh)
-    options = program.options(mesh) | _OPTIONS
+    options = _OPTIONS | program.options(mesh)
     lowered = program.trace(args, mesh).lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options=options)
 

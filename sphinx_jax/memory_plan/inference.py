@@ -22,7 +22,7 @@ from sphinx_jax.memory_plan.mesh_sweep import mesh_flags
 from sphinx_jax.memory_plan.offload import offload_jobs, with_kept_experts
 from sphinx_jax.memory_plan.report import RESERVE_BYTES, Plan
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.quantization import abstract_quantized_params
+from sphinx_jax.quantization import abstract_quantized_params, has_quantized
 
 
 def inference_plan(
@@ -155,7 +155,7 @@ def inference_jobs(
             )
         )
     # Attention over the whole KV cache.
-    decode = programs.decode(state, state.cache_len)
+    decode = programs.decode(state, state.cache_len, has_quantized(params))
     cancelled, scalar = inputs.replicated((state.num_seqs,), jnp.bool_), inputs.replicated(())
     jobs.append(Job("decode step", decode, (params, state, cancelled, stops, scalar, scalar, inputs.wants_top), (0, 1)))
     return jobs, state

@@ -1,6 +1,7 @@
 """Weight-only quantization against numpy, and experts with quantized weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sphinx_jax.kernels.moe import moe_ffn
+from sphinx_jax.kernels import moe
+from sphinx_jax.kernels.linear import dot, matmul
 from sphinx_jax.kernels.quantized import quantize
 
 MAX_VALUE = {"int8": 127, "int4": 7}
@@ -53,22 +55,54 @@ def test_a_byte_holds_two_outputs():
         quantize(jnp.ones((64, 3)), "int4", -2)
 
 
+def normal(random, *shape):
+    return random.normal(size=shape).astype(np.float32)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_quantized_experts(dtype, tokens):
+@pytest.mark.parametrize(("tokens", "implementation"), [(1, None), (5, None), (1, "dense"), (5, "dense")])
+def test_quantized_experts(monkeypatch, dtype, tokens, implementation):
     """Match experts with the dequantized weights, in every implementation."""
     random = np.random.default_rng(1)
-
-    def normal(*shape):
-        return random.normal(size=shape).astype(np.float32)
-
-    x, weights = normal(tokens, 64), np.abs(normal(tokens, 2))
-    w_in, w_out = normal(4, 64, 2, 128) / 8, normal(4, 128, 64) / 11
+    x, weights = normal(random, tokens, 64), np.abs(normal(random, tokens, 2))
+    w_in, w_out = normal(random, 4, 64, 2, 128) / 8, normal(random, 4, 128, 64) / 11
     experts = np.stack([random.permutation(4)[:2] for _ in range(tokens)]).astype(np.int32)
     quantized = (quantize(jnp.asarray(w_in), dtype, -3), quantize(jnp.asarray(w_out), dtype, -2))
-    actual = jax.jit(moe_ffn)(x, experts, weights, *quantized)
-    gate_up = np.einsum("td,edgh->tegh", x, quantize_and_dequantize(w_in, -3, dtype))
+    # As in a program with `fused_operands` for a GPU.
+    monkeypatch.setattr(moe, "fuses_dequantization", lambda w: implementation == "dense")
+    function = functools.partial(moe.moe_ffn, implementation=implementation)
+    actual = jax.jit(function)(x, experts, weights, *quantized)
+    gate_up = np.einsum("td,edgh->tegh", np.float64(x), quantize_and_dequantize(w_in, -3, dtype))
     hidden = gate_up[:, :, 0] / (1 + np.exp(-gate_up[:, :, 0])) * gate_up[:, :, 1]
     out = np.einsum("teh,ehd->ted", hidden, quantize_and_dequantize(w_out, -2, dtype))
     expected = np.sum(np.take_along_axis(out, experts[..., None], axis=1) * weights[..., None], axis=1)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("product", [matmul, dot])
+def test_attention_projections(product, dtype, tokens):
+    """A matrix with several output dimensions, and one with several inputs, of which the last is in groups."""
+    random = np.random.default_rng(3)
+    heads, wqkv, wo = normal(random, 1, tokens, 2 * 128), normal(random, 256, 2, 3, 8), normal(random, 2, 128, 10)
+    for w, axis in ((wqkv, -4), (wo, -2)):
+        merged = jax.tree.map(
+            lambda array, w=w, axis=axis: array.reshape(-1, *array.shape[w.ndim + axis + 1 :]),
+            quantize(jnp.asarray(w), dtype, axis),
+        )
+        expected = np.tensordot(np.float64(heads), quantize_and_dequantize(w, axis, dtype).reshape(merged.shape), 1)
+        for kind, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
+            actual = jax.jit(product)(jnp.asarray(heads, kind), merged)
+            assert actual.dtype == kind and actual.shape == expected.shape
+            assert np.linalg.norm(np.float64(actual) - expected) <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_gradient_of_the_input(dtype):
+    """As LoRA on a quantized model needs it, also of one token."""
+    random = np.random.default_rng(4)
+    x, w = normal(random, 1, 128), normal(random, 128, 6)
+    quantized = quantize(jnp.asarray(w), dtype, -2)
+    actual = jax.jit(jax.grad(lambda x: jnp.sum(matmul(x, quantized))))(x)
+    np.testing.assert_allclose(actual[0], quantize_and_dequantize(w, -2, dtype).sum(axis=1), rtol=1e-4, atol=1e-5)

@@ -63,3 +63,17 @@ def test_failing_compiler_does_not_read_slices_in_place(hopper_mesh, monkeypatch
     """jax 0.10.2's compiler fails with these options; here any compiler does, with an unknown one."""
     monkeypatch.setitem(xla_flags.SLICES_IN_PLACE, "xla_gpu_no_such_option", True)
     assert not xla_flags._fuses_slices.__wrapped__(hopper_mesh.devices.flat[0])
+
+
+def test_fused_operands(a100_mesh, hopper_mesh, monkeypatch):
+    for mesh in (a100_mesh, hopper_mesh):
+        assert sharding.compiler_options(mesh, fused_operands=True) == xla_flags.FUSED_OPERANDS
+        with sharding.mesh_context(mesh, fused_operands=True):
+            assert sharding.fuses_operands()
+        with sharding.mesh_context(mesh):
+            assert not sharding.fuses_operands()
+    assert sharding.compiler_options(sharding.make_mesh(), fused_operands=True) == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+    assert sharding.compiler_options(a100_mesh, fused_operands=True) == {}
+    with sharding.mesh_context(a100_mesh, fused_operands=True):
+        assert not sharding.fuses_operands()

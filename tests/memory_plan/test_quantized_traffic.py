@@ -1,0 +1,81 @@
+"""Quantized weights in decode steps compiled for absent GPUs: integers are read, and no expert of int8 is written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sharding
+from sharding import MeshShape
+from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.hardware import find_gpu
+from sphinx_jax.kernels.quantized import Quantized
+from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
+from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
+from sphinx_jax.model import SphinxMoE
+from sphinx_jax.quantization import abstract_quantized_params
+from tests.instruments import largest_values, traffic
+
+CONFIG = SphinxConfig(DecoderConfig(num_layers=1, vocab_size=512), None)
+"""One layer of Mixtral-8x7B, with little around it."""
+
+DIM, E, K = CONFIG.language.dim, CONFIG.language.num_experts, CONFIG.language.experts_per_token
+SMALLEST_MATRIX = DIM * DIM * 2
+"""Bytes of attention's output projection in bfloat16."""
+
+GPUS = ["a100-80gb", *(pytest.param(gpu, marks=pytest.mark.slow) for gpu in ("rtx3090", "rtx4090", "l40s", "h200"))]
+
+
+@pytest.fixture(scope="module")
+def decode(needs_gpu_compiler):
+    """(GPU, int8 or int4, sequences) -> the HLO of a decode step, and (argument, parameter) of each quantized one."""
+
+    @functools.cache
+    def compiled(gpu, kind, num_seqs):
+        mesh, _ = planning_mesh(find_gpu(gpu), MeshShape())
+        graph, params = sharding.abstract_params(
+            lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh, dtype=jnp.bfloat16
+        )
+        params = abstract_quantized_params(params, kind)
+        inputs = AbstractInputs(CONFIG, graph, params, mesh, num_seqs, 64)
+        scalar = inputs.replicated(())
+        cancelled = inputs.replicated((inputs.state.num_seqs,), jnp.bool_)
+        args = params, inputs.state, cancelled, inputs.stops, scalar, scalar, inputs.wants_top
+        program = inputs.programs.decode(inputs.state, inputs.state.cache_len, quantized=True)
+        numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
+        pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_quantized) for tree in (numbers, params)), strict=True)
+        return hlo_text(compile_aot(program, args, mesh)), [pair for pair in pairs if is_quantized(pair[1])]
+
+    return compiled
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, Quantized)
+
+
+def stored_bytes(leaf):
+    return sum(array.size * array.dtype.itemsize for array in (leaf.values, leaf.scales))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_seqs"), [("int8", 1), ("int8", 4), ("int8", 16), ("int8", 64), ("int4", 1), ("int4", 4)]
+)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_decode_reads_integers(decode, gpu, kind, num_seqs):
+    text, quantized = decode(gpu, kind, num_seqs)
+    assert len(quantized) == 4
+    read = traffic(text).arguments
+    # One sequence reads the experts that its token chose, more of them all experts.
+    fraction = K / E if num_seqs == 1 else 1
+    needed = sum(stored_bytes(leaf) * (fraction if leaf.shape[0] == E else 1) for _, leaf in quantized)
+    assert sum(read[i] for numbers, _ in quantized for i in jax.tree.leaves(numbers)) <= 1.1 * needed
+    written = largest_values(text, SMALLEST_MATRIX)
+    if num_seqs == 1:
+        assert not written
+    elif kind == "int8":
+        # Attention's output projection alone has one scale for each head and output.
+        assert [size for size, _ in written] == [SMALLEST_MATRIX]
+    else:
+        # int4 of several sequences: one expert's matrices at a time, and attention's.
+        assert max(size for size, _ in written) <= DIM * 2 * CONFIG.language.hidden_dim * 2
