@@ -1,32 +1,46 @@
 """The cost of weight-only quantization: accuracy of the shipped nano on all held-out questions, bytes of the published
-model, and error of the logits of the reference model in tests/golden against those of the original program.
+model, and error of the logits of the reference model in tests/golden against those of the original program; and the
+speed of one sequence on this machine's CPU.
 
-python benchmarks/quantization.py
+python benchmarks/quantization.py [speed]
 """
 
+import dataclasses
+import functools
 import json
+import statistics
+import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jobs import Job, OurModel, time_after_idle
 from PIL import Image
 
 import sharding
 import sphinx_jax
-from sphinx_jax.config import preset
+from sphinx_jax.config import DecoderConfig, preset
 from sphinx_jax.data import easy_vqa
-from sphinx_jax.kernels.quantized import QuantizedDtype
+from sphinx_jax.kernels.moe import moe_ffn
+from sphinx_jax.kernels.quantized import QuantizedDtype, quantize
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.quantization import abstract_quantized_params
+from sphinx_jax.quantization import abstract_quantized_params, quantized
 
 KINDS: tuple[QuantizedDtype | None, ...] = (None, "int8", "int4")
+ROUNDS = 5
+"""Of timing, all kinds in turn; figures are medians."""
+
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def main() -> None:
+    if sys.argv[1:] == ["speed"]:
+        return print_speed()
     mesh = sharding.make_mesh()
     print("| weights | nano, overall | nano, open | nano, relative error of logits | sphinx-moe, GiB | of bfloat16 |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -54,6 +68,57 @@ def main() -> None:
             model = sphinx_jax.load(checkpoint, mesh, dtype, quantize=kind)
             mean, largest, relative, same = reference_errors(model)
             print(f"| {kind or dtype} | {mean:.3f} | {largest:.2f} | {relative:.1e} | {same:.1%} |", flush=True)
+
+
+def print_speed() -> None:
+    """Decode of mixtral-140m against float32, and the chosen experts of one layer of SPHINX-MoE against bfloat16."""
+    jobs = {kind: decode_job(kind) for kind in KINDS}
+    tokens = jobs[None].tokens
+    print("| mixtral-140m, decode of one sequence | tokens/s | of float32 |")
+    print("| --- | --- | --- |")
+    seconds = alternate({kind: jobs[kind].run for kind in KINDS})
+    for kind in KINDS:
+        print(f"| {kind or 'float32'} | {tokens / seconds[kind]:.0f} | {seconds[None] / seconds[kind]:.2f} |")
+    print()
+    print("| two experts of SPHINX-MoE, one token | ms | speed, of bfloat16 |")
+    print("| --- | --- | --- |")
+    seconds = alternate({kind: experts_run(kind) for kind in KINDS})
+    for kind in KINDS:
+        print(f"| {kind or 'bfloat16'} | {1000 * seconds[kind]:.1f} | {seconds[None] / seconds[kind]:.2f} |")
+
+
+def alternate(runs: dict[QuantizedDtype | None, Callable[[], object]]) -> dict[QuantizedDtype | None, float]:
+    """Median seconds of each, run in turn after a warm-up."""
+    for run in runs.values():
+        run()
+    times = [{kind: time_after_idle(run) for kind, run in runs.items()} for _ in range(ROUNDS)]
+    return {kind: statistics.median(each[kind] for each in times) for kind in runs}
+
+
+def decode_job(kind: QuantizedDtype | None) -> Job:
+    """Decode steps of mixtral-140m with synthetic parameters."""
+    model = OurModel(dataclasses.replace(preset("mixtral-140m"), vision=None), "float32")
+    if kind:
+
+        def quantize_leaf(keys: tuple, leaf: jax.Array) -> Any:
+            return quantized(tuple(key.key for key in keys), leaf, kind)
+
+        model.params = jax.tree_util.tree_map_with_path(quantize_leaf, model.params)
+        model.abstract_params = abstract_quantized_params(model.abstract_params, kind)
+    return model.decode(1)
+
+
+def experts_run(kind: QuantizedDtype | None) -> Callable[[], object]:
+    """One token's two experts of one layer, at the full model's width."""
+    config = DecoderConfig()
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (1, config.dim), (2, config.dim, 2, config.hidden_dim), (2, config.hidden_dim, config.dim)
+    x, w_in, w_out = (jax.random.normal(key, shape, jnp.bfloat16) / 64 for key, shape in zip(keys, shapes, strict=True))
+    if kind:
+        w_in, w_out = (jax.jit(quantize, static_argnums=(1, 2))(w, kind, axis) for w, axis in ((w_in, -3), (w_out, -2)))
+    experts, weights = jnp.array([[1, 0]], jnp.int32), jnp.full((1, 2), 0.5, jnp.bfloat16)
+    function = jax.jit(functools.partial(moe_ffn, implementation="gather"))
+    return lambda: jax.block_until_ready(function(x, experts, weights, w_in, w_out))
 
 
 def reference_checkpoint(folder: Path) -> Path:
