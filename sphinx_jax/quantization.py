@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import shardings_of
 from sphinx_jax.errors import UserError
-from sphinx_jax.kernels.quantized import Quantized, QuantizedDtype, quantize
+from sphinx_jax.kernels.quantized import Quantized, QuantizedDtype, Weight, quantize
 
 Path = tuple[str | int, ...]
 
@@ -26,10 +26,15 @@ def is_quantized(path: Path) -> bool:
     return path[0] == "language" and path[-1] in CONTRACTION_AXES
 
 
+def quantized_dtype(params: Any) -> QuantizedDtype | None:
+    """What the matrices in a tree of parameters, or of their shapes, are quantized to; None: they are not."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return next((leaf.dtype for leaf in leaves if isinstance(leaf, Quantized)), None)
+
+
 def has_quantized(params: Any) -> bool:
     """Whether a tree of parameters, or of their shapes, has quantized ones."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return any(isinstance(leaf, Quantized) for leaf in leaves)
+    return quantized_dtype(params) is not None
 
 
 def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind: QuantizedDtype) -> Quantized:
@@ -64,9 +69,11 @@ def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind:
     return jax.tree.unflatten(jax.tree.structure(shapes), (values, scales))
 
 
-def quantized(path: Path, leaf: jax.Array, kind: QuantizedDtype) -> Quantized | jax.Array:
-    """The parameter at `path` of the model, quantized if `is_quantized`."""
-    if not is_quantized(path):
+def quantized(path: Path, leaf: Weight, kind: QuantizedDtype | None) -> Weight:
+    """The parameter at `path` of the model, quantized if `is_quantized`; as it is if `kind` is None, or it is so
+    already.
+    """
+    if kind is None or isinstance(leaf, Quantized) or not is_quantized(path):
         return leaf
     target = abstract_quantized(path, leaf, kind)
     return _program(kind, target.axis, shardings_of(target))(leaf)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -31,8 +30,8 @@ from sphinx_jax.inference.offload_engine import OffloadEngine
 from sphinx_jax.inference.offload_params import offloaded
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingParams
-from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
-from sphinx_jax.quantization import has_quantized, quantized
+from sphinx_jax.kernels.quantized import GROUP_SIZE, QuantizedDtype, Weight
+from sphinx_jax.quantization import quantized, quantized_dtype
 
 ImageLike = Image.Image | str | Path | np.ndarray | PreparedImage
 """A PIL image, the path of one, pixels uint8[height, width, 3], or float32[size, size, 3] already normalised;
@@ -66,10 +65,15 @@ def load(
     if quantize not in (None, *GROUP_SIZE):
         raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP_SIZE)}")
 
-    def transform(path: tuple[str | int, ...], array: jax.Array) -> Any:
-        if offload:
-            return offloaded(path, array, quantize)
-        return quantized(path, array, quantize) if quantize else array
+    source = checkpoints.open(path)
+    if source.quantized and quantize not in (None, source.quantized):
+        raise UserError(
+            f"{path} is quantized to {source.quantized}; leave --quantize out, or load the checkpoint that it was "
+            "converted from"
+        )
+
+    def transform(path: tuple[str | int, ...], param: Weight) -> Any:
+        return (offloaded if offload else quantized)(path, param, quantize)
 
     abstract: list[Sphinx] = []
 
@@ -79,12 +83,12 @@ def load(
             compile_for(abstract[0])
 
     # Transformed parameters are not what the programs of the abstract model are compiled for.
-    callback = on_abstract_model if compile_for and not (quantize or offload) else None
-    source = checkpoints.open(path)
+    is_transformed = offload or source.quantized != quantize is not None
+    callback = on_abstract_model if compile_for and not is_transformed else None
     check_tokenizer(source)
     if offload:
         mesh = mesh or model_mesh(source.config)
-        pinned_memory.check(source.config, mesh, dtype or source.dtype, quantize)
+        pinned_memory.check(source.config, mesh, dtype or source.dtype, quantize or source.quantized)
     loaded = checkpoints.load(source, mesh, dtype, unstacked=True, transform=transform, on_abstract_model=callback)
     if abstract:
         model = abstract[0]
@@ -258,14 +262,11 @@ class Sphinx:
 
     def settings(self) -> dict[str, Any]:
         """What decides answers besides the prompt and its sampling."""
-        leaves = jax.tree.leaves(self._params, is_leaf=lambda x: isinstance(x, Quantized))
-        # Packed pairs of int4 are uint8.
-        kinds = {"int4" if leaf.values.dtype == jnp.uint8 else "int8" for leaf in leaves if isinstance(leaf, Quantized)}
         return {
             "checkpoint": None if self.path is None else str(self.path),
             "checkpoint_digest": None if self.path is None else checkpoints.digest(self.path),
             "dtype": str(self._params["language"]["embedding"]["table"].dtype),
-            "quantize": ", ".join(sorted(kinds)) or None,
+            "quantize": quantized_dtype(self._params),
             "max_model_len": self.engine.max_model_len,
         }
 
@@ -277,12 +278,11 @@ class Sphinx:
     ) -> None:
         """Write the model to the directory `path`, which must not exist yet; `shards` files if the format has them.
 
-        Raises UserError if it does, or the format cannot hold the model, or the model is quantized or offloaded.
+        Raises UserError if it does, or the format cannot hold the model: of a quantized one only `native` can, and of
+        an offloaded one none.
         """
         if isinstance(self.engine, OffloadEngine):
             raise UserError("a model loaded with offload cannot be saved; convert its checkpoint, or load it without")
-        if has_quantized(self._params):
-            raise UserError("a quantized model cannot be saved, its weights are rounded; load it without quantize")
         checkpoints.save(path, self.config, self._params, self._assets, format, shards)
 
     def request(

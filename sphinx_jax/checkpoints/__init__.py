@@ -23,6 +23,8 @@ from sphinx_jax.checkpoints.source import CheckpointSource, match
 from sphinx_jax.checkpoints.writer import check_destination
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import QuantizedDtype, Weight
+from sphinx_jax.quantization import quantized, quantized_dtype
 
 __all__ = ["FORMATS", "CheckpointSource", "Loaded", "check_destination", "convert", "digest", "load", "open", "save"]
 
@@ -105,7 +107,7 @@ def load(
     """The model of a checkpoint of any format, or of one opened before, on `mesh` (None: all devices).
 
     `dtype` is "bfloat16", "float32", or None for as stored. `unstacked` makes the decoder's layers a list, for
-    decoding, instead of stacked, for training. `transform(path, array)` replaces each parameter as soon as it is
+    decoding, instead of stacked, for training. `transform(path, parameter)` replaces each parameter as soon as it is
     read. `on_abstract_model` is called in a thread while weights are read, with the model before any `transform`
     and with abstract parameters. Raises UserError that lists everything missing, unexpected, mis-shaped or damaged;
     then nothing is loaded.
@@ -130,10 +132,18 @@ def save(
     """
     assets = as_assets(tokenizer)
     _check_options(format, shards, assets)
+    _check_quantized(format, quantized_dtype(params))
     if format == "native":
         native.save(path, config, params, assets)
     else:
         _FOREIGN_FORMATS[format].save(path, config, params, assets, shards)
+
+
+def _check_quantized(format: str, quantized: QuantizedDtype | None) -> None:
+    if quantized and format != "native":
+        raise UserError(
+            f"{format} cannot hold weights quantized to {quantized}; write native, or load the unquantized checkpoint"
+        )
 
 
 def _check_options(format: str, shards: int | None, assets: Assets) -> None:
@@ -151,8 +161,10 @@ def convert(
     format: str,
     shards: int | None = None,
     dtype: str | None = None,
+    quantize: QuantizedDtype | None = None,
 ) -> None:
-    """Write a checkpoint of any format in another one, in `dtype` (None: as stored).
+    """Write a checkpoint of any format in another one, in `dtype` (None: as stored), the decoder's matrices quantized
+    with `quantize`.
 
     Checkpoints are written parameter by parameter, so that memory holds the largest one, not the model. Raises
     UserError as `load` and `save` do.
@@ -161,14 +173,21 @@ def convert(
     opened = open(source)
     assets = opened.assets
     _check_options(format, shards, assets)
+    if opened.quantized and quantize not in (None, opened.quantized):
+        raise UserError(f"{source} is quantized to {opened.quantized} already; convert the checkpoint it was made from")
+    _check_quantized(format, quantize := quantize or opened.quantized)
     if format == "native" and jax.process_count() > 1:
-        loaded = reader.load(opened, None, dtype, False)
+
+        def transform(path: reader.ParamPath, param: Weight) -> Weight:
+            return quantized(path, param, quantize)
+
+        loaded = reader.load(opened, None, dtype, unstacked=bool(quantize), transform=transform)
         native.save(path, loaded.config, loaded.params, assets)
         return
     matched = match(opened, unstacked=True)
-    _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True)
+    _, abstract = abstract_model(opened.config, make_mesh(), dtype, unstacked=True, quantized=opened.quantized)
     with reader.CheckpointReader(opened, matched, abstract, dtype) as params:
         if format == "native":
-            native.write(Path(path), opened.config, params, params.targets, assets)
+            native.write(Path(path), opened.config, params, params.targets, assets, quantize)
         else:
             _FOREIGN_FORMATS[format].write(Path(path), opened.config, params, assets, shards)

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from sharding import abstract_params, default_mesh_shape, make_mesh
 from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.lora_params import split
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.quantization import abstract_quantized_params
 
 Params = dict[Any, Any]
 
@@ -48,14 +50,18 @@ def model_mesh(config: SphinxConfig) -> Mesh:
     return make_mesh(**dataclasses.asdict(shape))
 
 
-def abstract_model(config: SphinxConfig, mesh: Mesh, dtype: str | None, unstacked: bool) -> tuple[nnx.GraphDef, Params]:
+def abstract_model(
+    config: SphinxConfig, mesh: Mesh, dtype: str | None, unstacked: bool, quantized: QuantizedDtype | None = None
+) -> tuple[nnx.GraphDef, Params]:
     """Graph and abstract, sharded parameters of the model; float32 where `dtype` is None.
 
-    `unstacked` makes the decoder's layers a list instead of stacked. Raises UserError on an unknown dtype.
+    `unstacked` makes the decoder's layers a list instead of stacked. With `quantized` the decoder's matrices are
+    `Quantized`. Raises UserError on an unknown dtype, or if the mesh cannot shard quantized matrices.
     """
     if dtype not in (None, *_DTYPES):
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
-    return abstract_params(lambda rngs: SphinxMoE(config, unstacked=unstacked, rngs=rngs), mesh, dtype=dtype)
+    graph, params = abstract_params(lambda rngs: SphinxMoE(config, unstacked=unstacked, rngs=rngs), mesh, dtype=dtype)
+    return graph, abstract_quantized_params(params, quantized) if quantized else params
 
 
 def abstract_adapters(config: SphinxConfig, lora: LoraConfig) -> Params:

@@ -83,6 +83,11 @@ def open_directory(
             f"new path into {path / _INFO_FILE}"
         )
     base = open_base(info.base)
+    if base.quantized:
+        raise UserError(
+            f"{path} holds adapters of {info.base}, which is quantized: adapters are merged into an unquantized "
+            f"base; write its path into {path / _INFO_FILE}"
+        )
     if fingerprint(base) != info.fingerprint:
         raise UserError(f"{path} holds adapters of {info.base}, which has changed since; restore the old one")
     if train_state is None and not (path / "adapters").is_dir():

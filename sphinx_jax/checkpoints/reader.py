@@ -23,6 +23,7 @@ from sphinx_jax.checkpoints.mapping.language import vocab_padding
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.checkpoints.source import CheckpointSource, FileSlice, MatchedMappings, Tensor, match
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import Quantized
 
 # Bytes prefetched ahead of copying: enough for the largest parameters to overlap, and not so much that a host
 # with little memory evicts pages before they are used.
@@ -45,7 +46,8 @@ def load(
 ) -> Loaded:
     """The checkpoint's model on `mesh` (None: all devices), in `dtype` (None: as stored).
 
-    `transform(path, array)` is called with each parameter as soon as it is read; its result replaces the parameter.
+    `transform(path, parameter)` is called with each parameter, an array or Quantized, as soon as it is read; its result
+    replaces the parameter.
     `on_abstract_model` is called in a thread of its own while weights are read, with the model before any
     `transform` and with abstract parameters.
 
@@ -54,11 +56,11 @@ def load(
     """
     mesh = mesh or model_mesh(source.config)
     matched = match(source, unstacked)
-    graph, abstract = abstract_model(source.config, mesh, dtype, unstacked)
+    graph, abstract = abstract_model(source.config, mesh, dtype, unstacked, source.quantized)
     assets = source.assets
 
     def loaded_model(by_path: dict[ParamPath, Any]) -> Loaded:
-        params = jax.tree_util.tree_map_with_path(lambda keys, _: by_path[_path(keys)], abstract)
+        params = jax.tree_util.tree_map_with_path(lambda keys, _: by_path[array_path(keys)], abstract, is_leaf=is_param)
         tokenizer_bytes = assets.get("tokenizer.model")
         path, tokens = str(source.path), source.expected_tokens
         return Loaded(source.config, graph, params, tokenizer_bytes, mesh, assets, path, tokens)
@@ -66,11 +68,11 @@ def load(
     with ThreadPoolExecutor(1) as executor, CheckpointReader(source, matched, abstract, dtype) as reader:
         callback = executor.submit(on_abstract_model or (lambda _: None), loaded_model(reader.targets))
 
-        def on_read(path: ParamPath, array: jax.Array) -> Any:
+        def on_read(path: ParamPath, param: Any) -> Any:
             if callback.done():
                 # An error of the callback is raised now, not after minutes of reading.
                 callback.result()
-            return transform(path, array) if transform else array
+            return transform(path, param) if transform else param
 
         loaded = loaded_model(reader.read_all(on_read))
         callback.result()
@@ -90,7 +92,13 @@ class CheckpointReader:
         self._padded_paths: set[ParamPath] = set()
         for mapping, slices in matched:
             self._matched.setdefault(mapping.path, []).append((mapping, slices))
-        leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        # A parameter is an array, or the arrays of a Quantized.
+        leaves = {array_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        params = {array_path(k): p for k, p in jax.tree_util.tree_leaves_with_path(abstract, is_leaf=is_param)}
+        self._arrays = {
+            path: jax.tree_util.tree_map_with_path(lambda keys, _, path=path: (*path, *array_path(keys)), param)
+            for path, param in params.items()
+        }
         for path in leaves.keys() | self._matched.keys():
             filled = sum(math.prod(mapping.shape) for mapping, _ in self._matched.get(path, []))
             padding = vocab_padding(source.config.language, path)
@@ -98,7 +106,8 @@ class CheckpointReader:
                 raise ValueError(f"the {source.format} layout does not fill {path}: {filled} numbers")
             if padding:
                 self._padded_paths.add(path)
-        self.targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._matched.items()}
+        self._targets = {path: self._target(leaves[path], parts, dtype) for path, parts in self._matched.items()}
+        self.targets: dict[ParamPath, Any] = {path: self._of_arrays(path, self._targets.__getitem__) for path in params}
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self._prefetcher = ThreadPoolExecutor(1)
         console = Console(stderr=True)
@@ -112,11 +121,17 @@ class CheckpointReader:
             disable=not console.is_terminal or jax.process_index() != 0,
         )
         self._task = self._progress.add_task(
-            f"loading {source.path.name}", total=sum(_local_bytes(target) for target in self.targets.values())
+            f"loading {source.path.name}", total=sum(_local_bytes(target) for target in self._targets.values())
         )
+
+    def _of_arrays(self, path: ParamPath, function: Callable[[ParamPath], Any]) -> Any:
+        """The parameter at `path` with `function(path of the array)` in place of each of its arrays."""
+        return jax.tree.map(function, self._arrays[path], is_leaf=lambda node: isinstance(node, tuple))
 
     @staticmethod
     def _target(leaf: jax.ShapeDtypeStruct, matched: MatchedMappings, dtype: str | None) -> jax.ShapeDtypeStruct:
+        if (fixed := matched[0][0].dtype) is not None:
+            return jax.ShapeDtypeStruct(leaf.shape, fixed, sharding=leaf.sharding)
         stored = {file_slice.tensor.dtype.name for _, slices in matched for file_slice in slices}
         # Devices have no float64; slices of different dtypes are read into float32, which holds them all.
         as_stored = stored.pop() if len(stored) == 1 and "float64" not in stored else "float32"
@@ -137,20 +152,30 @@ class CheckpointReader:
 
     def read_all(self, transform: Transform) -> dict[ParamPath, Any]:
         """The transform of every parameter, read in file order."""
-        arrays: dict[ParamPath, Any] = {}
+        params: dict[ParamPath, Any] = {}
         upcoming = list(self._matched)
         prefetched = 0
-        for path in self._matched:
+        for path in self._paths_in_file_order():
             while upcoming and prefetched < _PREFETCH_BYTES:
                 prefetched += self._stored_bytes(upcoming[0])
                 self._prefetcher.submit(self._prefetch, upcoming.pop(0))
-            arrays[path] = transform(path, self.read(path))
-            prefetched -= self._stored_bytes(path)
-        return arrays
+            params[path] = transform(path, self.read(path))
+            prefetched -= sum(map(self._stored_bytes, self._array_paths(path)))
+        return params
 
-    def read(self, path: ParamPath) -> jax.Array:
-        """One parameter, adapters merged. Raises UserError if it holds NaNs."""
-        target = self.targets[path]
+    def _paths_in_file_order(self) -> list[ParamPath]:
+        owner = {array: path for path in self._arrays for array in self._array_paths(path)}
+        return list(dict.fromkeys(owner[array] for array in self._matched))
+
+    def _array_paths(self, path: ParamPath) -> list[ParamPath]:
+        return jax.tree.leaves(self._arrays[path], is_leaf=lambda node: isinstance(node, tuple))
+
+    def read(self, path: ParamPath) -> Any:
+        """One parameter, an array or Quantized, adapters merged. Raises UserError if it holds NaNs."""
+        return self._of_arrays(path, self._read_array)
+
+    def _read_array(self, path: ParamPath) -> jax.Array:
+        target = self._targets[path]
         devices_of: dict[Bounds, list[Any]] = {}
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
             devices_of.setdefault(_bounds(index, target.shape), []).append(device)
@@ -171,7 +196,7 @@ class CheckpointReader:
         if path in self._padded_paths:
             out[...] = 0
         filled = [(mapping.name, self._fill(out, box, mapping, slices)) for mapping, slices in self._matched[path]]
-        if has_nan(out):
+        if out.dtype.kind not in "iu" and has_nan(out):
             names = [name for name, target in filled if target is not None and np.isnan(target).any()]
             raise UserError(
                 f"{self._source.path} is damaged: {', '.join(names)} holds NaNs; download it again, or use an earlier "
@@ -227,7 +252,7 @@ class CheckpointReader:
     def _prefetch(self, path: ParamPath) -> None:
         """A hint to the operating system. An error here is ignored: `read` meets it again and raises it."""
         # A process that needs only part of the array reads just that, on demand.
-        if self.targets[path].sharding.is_fully_addressable:
+        if self._targets[path].sharding.is_fully_addressable:
             for tensor in self._tensors(path):
                 if isinstance(tensor, np.ndarray):
                     for file in self._source.files:
@@ -240,8 +265,19 @@ class CheckpointReader:
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors(path))
 
 
-def _path(keys: tuple[Any, ...]) -> ParamPath:
-    return tuple(key.key for key in keys)
+def is_param(node: Any) -> bool:
+    """Whether a node of a tree of parameters is one with several arrays."""
+    return isinstance(node, Quantized)
+
+
+def array_path(keys: tuple[Any, ...]) -> ParamPath:
+    """The path of an array: that of its parameter, and its name in a Quantized."""
+    return tuple(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key for key in keys)
+
+
+def is_in_quantized(keys: tuple[Any, ...]) -> bool:
+    """Whether an array is one of those of a Quantized."""
+    return bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey)
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:

@@ -17,6 +17,7 @@ from sphinx_jax.checkpoints.io.placeholders import check_real_file
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import QuantizedDtype
 
 _MAX_LISTED_PROBLEMS = 30
 _MAX_JSON_BYTES = 1 << 26
@@ -72,14 +73,16 @@ class CheckpointSource:
     """Tokens of the tokenizer that goes with the model; None for models that this program wrote."""
     asset_directory: Path | None = None
     """Where tokenizer and generation config are, if not in `path`."""
+    quantized: QuantizedDtype | None = None
+    """Of the decoder's matrices, if they are stored quantized."""
 
     @property
     def dtype(self) -> str:
-        """Dtype of the stored weights: that of the first decoder tensor."""
+        """Dtype of the stored weights: that of the first decoder tensor that is not quantized."""
         return next(
             tensor.dtype.name
             for mapping in self.mappings(True)
-            if (tensor := self.shards[0].get(mapping.name)) is not None
+            if mapping.dtype is None and (tensor := self.shards[0].get(mapping.name)) is not None
         )
 
     @property
@@ -113,9 +116,15 @@ MatchedMappings = list[tuple[ParamMapping, list[FileSlice]]]
 def match(source: CheckpointSource, unstacked: bool) -> MatchedMappings:
     """Every mapping with its file slices.
 
-    Raises one UserError that lists every tensor that is missing, unexpected, mis-shaped or of another checkpoint.
+    Raises one UserError that lists every tensor that is missing, unexpected, mis-shaped or of another checkpoint, and
+    UserError for stacked layers, which training needs, of a quantized checkpoint.
     Reads no weights except the replicated norms and routers, which distinguish shards of different checkpoints.
     """
+    if source.quantized and not unstacked:
+        raise UserError(
+            f"{source.path} is quantized to {source.quantized} and cannot be trained; give the checkpoint that it was "
+            "converted from"
+        )
     mappings = source.mappings(unstacked)
     problems: list[str] = []
     matched = [(mapping, _file_slices(mapping, source.shards, problems)) for mapping in mappings]
@@ -159,7 +168,9 @@ def _file_slices(mapping: ParamMapping, shards: list[Mapping[str, Tensor]], prob
             problems.append(f"{label} is missing")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{label} has shape {tuple(tensor.shape)}, not {shape}")
-        elif tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
+        elif mapping.dtype not in (None, tensor.dtype.name):
+            problems.append(f"{label} holds {tensor.dtype}, not {mapping.dtype}")
+        elif mapping.dtype is None and tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
             problems.append(f"{label} holds {tensor.dtype}, not floating-point numbers")
         elif mapping.shard_dim is not None or not slices:
             start = [0] * len(view)

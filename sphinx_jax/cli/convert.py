@@ -14,11 +14,14 @@ import tyro
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.cli import common
+from sphinx_jax.errors import UserError
 from sphinx_jax.training.export import export_step, is_unfinished_run
 
 EXAMPLES = """examples:
   sphinx-jax convert inspect SPHINX-MoE
   sphinx-jax convert SPHINX-MoE sphinx-native
+  sphinx-jax convert SPHINX-MoE sphinx-int4 --quantize int4
+      weight-only quantized: infer, serve and evaluate load it without reading the original
   sphinx-jax convert runs/mine out --format accessory --shards 8 --dtype bfloat16
   sphinx-jax convert runs/mine out --format mixtral
       the language part alone, as transformers reads it
@@ -45,6 +48,8 @@ class Convert:
     """Number of files: 1 by default for accessory, files of 5 GB each for mixtral."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of the weights written; as stored by default."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weight-only quantization of the decoder's matrices, for inference; native format only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +77,12 @@ def main(argv: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if command.step is not None or is_unfinished_run(source):
+            if command.quantize:
+                raise UserError("--quantize takes a whole model: convert the run's step first, and then the result")
             step = export_step(source, destination, command.step, command.format, command.shards, command.dtype)
             print(f"wrote the weights of step {step} to {destination}")
         else:
-            checkpoints.convert(source, destination, command.format, command.shards, command.dtype)
+            checkpoints.convert(source, destination, command.format, command.shards, command.dtype, command.quantize)
             print(f"wrote {destination}")
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -87,13 +94,14 @@ def describe(source: checkpoints.CheckpointSource) -> list[str]:
     mappings = source.mappings(True)
     parts: Counter[str] = Counter()
     for mapping in mappings:
-        parts[_model_part(mapping)] += math.prod(mapping.shape)
+        parts[_model_part(mapping)] += _num_weights(mapping)
     tensors = [(name, tensor) for shard in source.shards for name, tensor in shard.items()]
     dtypes = Counter(tensor.dtype.name for _, tensor in tensors)
     shards = len(source.shards)
     lines = [
         f"{source.path}",
         f"format      {source.format}" + (f", {shards} shards" if shards > 1 else ""),
+        *([f"quantized   {source.quantized}"] if source.quantized else []),
         f"dtype       {', '.join(f'{name} ({count} tensors)' for name, count in dtypes.most_common())}",
         f"tokenizer   {tokenizer_name(source)}",
         f"language    {source.config.language}",
@@ -117,6 +125,13 @@ def describe(source: checkpoints.CheckpointSource) -> list[str]:
 def tokenizer_name(source: checkpoints.CheckpointSource) -> str:
     """The file of the checkpoint's tokenizer."""
     return next((name for name in ("tokenizer.model", "tokenizer.json") if name in source.assets), "none")
+
+
+def _num_weights(mapping: ParamMapping) -> int:
+    """Weights of the model in a tensor: two in a byte of int4, and none in the scales."""
+    if mapping.dtype is None:
+        return math.prod(mapping.shape)
+    return math.prod(mapping.shape) * {"int8": 1, "uint8": 2}[mapping.dtype] if mapping.path[-1] == "values" else 0
 
 
 def _model_part(mapping: ParamMapping) -> str:

@@ -40,7 +40,8 @@ class ModelOptions:
     dtype: Literal["bfloat16", "float32"] | None = None
     """Number format of the weights. Default: as they are stored."""
     quantize: Literal["int8", "int4"] | None = None
-    """Weight-only quantization of the decoder's matrices, experts included: half or a quarter of bfloat16's memory."""
+    """Weight-only quantization of the decoder's matrices, experts included: half or a third of bfloat16's memory. A
+    checkpoint that is stored quantized needs no flag."""
     offload: bool = False
     """Keep the experts in host memory, and those used last on the devices as far as these have room. Others are copied
     when the router selects them: for a GPU that does not hold the model."""
@@ -88,7 +89,7 @@ def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
         source.config if source else preset(name),
         options.mesh,
         dtype=options.dtype or (source.dtype if source else "bfloat16"),
-        quantize=options.quantize,
+        quantize=options.quantize or (source.quantized if source else None),
         offload=options.offload,
         max_num_seqs=max_num_seqs,
         max_model_len=options.max_model_len,

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from sharding import named_sharding
+from sharding import named_sharding, shardings_of
 from sphinx_jax.config import DecoderConfig
-from sphinx_jax.kernels.quantized import QuantizedDtype
+from sphinx_jax.kernels.linear import gathered_matrix
+from sphinx_jax.kernels.quantized import Quantized, QuantizedDtype, Weight
 from sphinx_jax.language.decoder import DecoderLayer
 from sphinx_jax.language.moe import SINGLE_EXPERT
 from sphinx_jax.quantization import Path, abstract_quantized, is_quantized, quantized
@@ -22,15 +23,18 @@ MARKERS = ("start", "end")
 """Parameters next to the vision encoders that the decoder's input needs."""
 
 
-def offloaded(path: Path, param: jax.Array, quantize: QuantizedDtype | None = None) -> Any:
+def offloaded(path: Path, param: Weight, quantize: QuantizedDtype | None = None) -> Any:
     """The parameter at `path` of the model, quantized if that is wanted; of a layer's experts a list of all of them in
     host memory.
     """
     if not _is_experts(path):
-        return quantized(path, param, quantize) if quantize else param
-    take = _expert_slice(_expert_sharding(path, param))
-    experts = (take(param, np.int32(i)) for i in range(param.shape[0]))
-    return [to_host(quantized(path, expert, quantize) if quantize else expert) for expert in experts]
+        return quantized(path, param, quantize)
+    sharding: Any = _expert_sharding(path, param)
+    if isinstance(param, Quantized):
+        expert = jax.ShapeDtypeStruct(param.shape[1:], np.float32, sharding=sharding)
+        sharding = shardings_of(abstract_quantized(path, expert, param.dtype))
+    take = _expert_slice(sharding)
+    return [to_host(quantized(path, take(param, np.int32(i)), quantize)) for i in range(param.shape[0])]
 
 
 def abstract_offloaded(params: Any, quantize: QuantizedDtype | None = None) -> Any:
@@ -99,10 +103,9 @@ def _expert_sharding(path: Path, stacked: Any) -> NamedSharding:
 
 
 @functools.lru_cache(maxsize=64)
-def _expert_slice(sharding: NamedSharding) -> Callable[[jax.Array, np.int32], jax.Array]:
-    """The jitted stacked[i]."""
-    take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-    return jax.jit(take, out_shardings=sharding)
+def _expert_slice(sharding: Any) -> Callable[[Weight, np.int32], Weight]:
+    """The jitted stacked[i], with one sharding or those of a Quantized."""
+    return jax.jit(gathered_matrix, out_shardings=sharding)
 
 
 def _abstract(leaf: Any, memory_kind: str) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,14 @@ QuantizedDtype = Literal["int8", "int4"]
 GROUP_SIZE = {"int8": None, "int4": 64}
 """Values that share a scale; None: the whole contracted dimension. 16 levels are too few for a whole column."""
 
+_LAYOUT = {"int8": 1, "int4": 1}
+"""Numbers of the layouts of `Quantized`. A checkpoint records its layout: one that changes gets a new number."""
+
+
+def layout(dtype: QuantizedDtype) -> dict[str, int | None]:
+    """What a checkpoint with quantized weights says of their layout."""
+    return {"group_size": GROUP_SIZE[dtype], "layout": _LAYOUT[dtype]}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,11 @@ class Quantized:
     def num_groups(self) -> int:
         """Scales of each output."""
         return self.scales.shape[self.axis]
+
+    @property
+    def dtype(self) -> QuantizedDtype:
+        """What the weights are rounded to."""
+        return "int4" if self.values.dtype == jnp.uint8 else "int8"
 
     @property
     def sharding(self) -> jax.sharding.Sharding:

@@ -2,7 +2,8 @@
 
 `params` is a TensorStore key-value store (OCDBT) in which each parameter is a Zarr array, named by its path
 joined with dots. The decoder's layers are stored stacked or unstacked, as the writer had them, and are loaded
-either way.
+either way. Of a quantized parameter each array is stored, under the parameter's name and its own; config.json says
+which layout they have, and the layers are unstacked.
 """
 
 import gc
@@ -29,8 +30,11 @@ from sphinx_jax.checkpoints.source import CheckpointSource, Tensor, read_json
 from sphinx_jax.checkpoints.writer import ParamReader, new_directory, write_json
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype, layout
+from sphinx_jax.quantization import quantized as to_quantized
+from sphinx_jax.quantization import quantized_dtype
 
-_FORMAT, _VERSION = "sphinx-jax", 1
+_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 2
 _LAYERS = ("language", "layers")
 
 # Of a dict in the metadata of a tree, as Orbax numbers the kinds of keys.
@@ -52,8 +56,9 @@ def save(
     The directory appears under its name only when it is complete. Raises UserError if it exists already,
     unless `overwrite` is set.
     """
-    stacked = not layers_are_unstacked(params)
-    params = _without_padding(config, params)
+    stacked, quantized = not layers_are_unstacked(params), quantized_dtype(params)
+    # Orbax numbers the arrays of a Quantized; a dict's it names.
+    params = jax.tree.map(_as_dict, _without_padding(config, params), is_leaf=reader.is_param)
 
     def options(keys: tuple[Any, ...], _: Any) -> ocp.SaveArgs:
         # At least one chunk per layer, so that a layer is read without reading the whole stack.
@@ -62,8 +67,7 @@ def save(
 
     with new_directory(Path(path).absolute(), overwrite) as partial:
         if is_primary_process():
-            values = {"format": _FORMAT, "version": _VERSION, "model": config.to_dict(), "stacked": stacked}
-            write_json(partial / "config.json", values)
+            write_json(partial / "config.json", _description(config, stacked, quantized))
             write_assets(partial, as_assets(tokenizer))
         save_args = jax.tree_util.tree_map_with_path(options, params)
         # Weights hardly compress, and compressing takes longer than writing.
@@ -72,37 +76,60 @@ def save(
             checkpointer.save(partial / "params", args=ocp.args.PyTreeSave(params, save_args=save_args))
 
 
+def _description(config: SphinxConfig, stacked: bool, quantized: QuantizedDtype | None) -> dict[str, Any]:
+    """The content of config.json."""
+    version = _QUANTIZED_VERSION if quantized else _VERSION
+    described = {"format": _FORMAT, "version": version, "model": config.to_dict(), "stacked": stacked}
+    return described | ({"quantized": {"dtype": quantized} | layout(quantized)} if quantized else {})
+
+
 def write(
-    path: Path, config: SphinxConfig, params: ParamReader, paths: Iterable[tuple[str | int, ...]], assets: Assets
+    path: Path,
+    config: SphinxConfig,
+    params: ParamReader,
+    paths: Iterable[tuple[str | int, ...]],
+    assets: Assets,
+    quantized: QuantizedDtype | None = None,
 ) -> None:
     """Write a native checkpoint parameter by parameter, so that memory holds one of them. One process.
 
-    Orbax reads it too, as numpy arrays: no sharding is recorded.
+    `quantized` is what the parameters are or become. Orbax reads the directory too, as numpy arrays: no sharding is
+    recorded.
     """
     with new_directory(path.absolute()) as partial:
-        values = {"format": _FORMAT, "version": _VERSION, "model": config.to_dict(), "stacked": not params.unstacked}
-        write_json(partial / "config.json", values)
+        write_json(partial / "config.json", _description(config, not params.unstacked, quantized))
         write_assets(partial, assets)
         (partial / "params").mkdir()
         store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{partial}/params/"}}
         tree = {}
         for keys in paths:
-            array = np.asarray(params.read(keys))[vocab_index(config.language, keys) or ...]
-            _write_array(store | {"path": f"{_name(keys)}/"}, array)
-            names = tuple(map(str, keys))
-            tree[str(names)] = {
-                "key_metadata": [{"key": name, "key_type": _DICT_KEY} for name in names],
-                "value_metadata": {
-                    "value_type": "np.ndarray",
-                    "skip_deserialize": False,
-                    "write_shape": list(array.shape),
-                },
-            }
-            del array
+            param = to_quantized(keys, params.read(keys), quantized)
+            for key, leaf in jax.tree_util.tree_leaves_with_path(param):
+                name = (*keys, *reader.array_path(key))
+                array = np.asarray(leaf)[vocab_index(config.language, keys) or ...]
+                _write_array(store | {"path": f"{_name(name)}/"}, array)
+                names = tuple(map(str, name))
+                tree[str(names)] = {
+                    "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in names],
+                    "value_metadata": {
+                        "value_type": "np.ndarray",
+                        "skip_deserialize": False,
+                        "write_shape": list(array.shape),
+                    },
+                }
+                del leaf, array
+            del param
             # jax gives back host memory that it shares with numpy at the next collection only.
             gc.collect(0)
         layout = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
         write_json(partial / "params" / "_METADATA", {"tree_metadata": tree, **layout, "custom_metadata": None})
+
+
+def _as_dict(param: jax.Array | Quantized) -> Any:
+    """The arrays of a Quantized by name."""
+    if not isinstance(param, Quantized):
+        return param
+    return {reader.array_path(keys)[-1]: leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(param)}
 
 
 def _write_array(store: dict[str, Any], array: np.ndarray) -> None:
@@ -170,7 +197,7 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = 
 
 def open_directory(path: Path) -> CheckpointSource:
     """The directory's config and its open parameters. Reads no weights. Raises UserError."""
-    config, stacked = _read_config(path)
+    config, stacked, quantized = _read_config(path)
     for name, others in (("tokenizer.model", ("tokenizer.json",)), ("params", ())):
         if not any((path / other).exists() for other in (name, *others)):
             raise UserError(f"{path} is damaged: {name} is missing; copy the whole directory again")
@@ -179,21 +206,23 @@ def open_directory(path: Path) -> CheckpointSource:
         path=path,
         config=config,
         shards=[_stored_tensors(path, config, stacked)],
-        mappings=lambda unstacked: _param_mappings(config, unstacked),
+        mappings=lambda unstacked: _param_mappings(config, unstacked, quantized),
+        quantized=quantized,
     )
 
 
-def _read_config(path: Path) -> tuple[SphinxConfig, bool]:
-    """The model's config, and whether its layers are stored stacked. Raises UserError."""
+def _read_config(path: Path) -> tuple[SphinxConfig, bool, QuantizedDtype | None]:
+    """The model's config, whether its layers are stored stacked, and how they are quantized. Raises UserError."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a sphinx-jax checkpoint: it has no config.json")
     described = read_json(file)
     if described.get("format") != _FORMAT:
         raise UserError(f'{file} does not describe a sphinx-jax checkpoint: it lacks "format": "{_FORMAT}"')
-    if described.get("version") != _VERSION:
+    if described.get("version") not in (_VERSION, _QUANTIZED_VERSION):
         raise UserError(
-            f"{file} has version {described.get('version')!r} and this program reads version {_VERSION}; update it"
+            f"{file} has version {described.get('version')!r} and this program reads versions {_VERSION} and "
+            f"{_QUANTIZED_VERSION}; update it"
         )
     if not isinstance(described.get("stacked"), bool):
         raise UserError(f'{file} lacks "stacked": true or false')
@@ -205,22 +234,43 @@ def _read_config(path: Path) -> tuple[SphinxConfig, bool]:
     check_decoder(file, config.language)
     if config.vision:
         check_vision(file, config.vision)
-    return config, described["stacked"]
+    quantized = _read_quantized(file, described.get("quantized"))
+    if bool(quantized) != (described["version"] == _QUANTIZED_VERSION) or (quantized and described["stacked"]):
+        raise UserError(f"{file} is damaged: version, quantized and stacked contradict each other; convert it again")
+    return config, described["stacked"], quantized
 
 
-def _param_mappings(config: SphinxConfig, unstacked: bool) -> list[ParamMapping]:
+def _read_quantized(file: Path, described: Any) -> QuantizedDtype | None:
+    """The dtype of quantized weights. Raises UserError if their layout is not the one of this program."""
+    if described is None:
+        return None
+    dtype = described.get("dtype") if isinstance(described, dict) else None
+    if dtype not in tuple(GROUP_SIZE) or described != {"dtype": dtype} | layout(dtype):
+        raise UserError(
+            f"{file} describes weights quantized as {described!r:.200}, a layout that this program does not read; "
+            "convert the unquantized checkpoint again"
+        )
+    return dtype
+
+
+def _param_mappings(
+    config: SphinxConfig, unstacked: bool, quantized: QuantizedDtype | None = None
+) -> list[ParamMapping]:
     """Mappings of each parameter from the stored one of its name; a stack from the parameters of its layers."""
-    _, abstract = abstract_model(config, make_mesh(), None, unstacked)
+    _, abstract = abstract_model(config, make_mesh(), None, unstacked, quantized)
     mappings = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        path = tuple(key.key for key in keys)
+        path = reader.array_path(keys)
+        # Integers are not converted, nor are their scales.
+        dtype = str(leaf.dtype) if reader.is_in_quantized(keys) else None
         if path[:2] == _LAYERS and not unstacked:
             shape = leaf.shape[1:]
             names: list[tuple[str, Index]] = [(_name((*path[:2], i, *path[2:])), (i,)) for i in range(leaf.shape[0])]
         else:
             shape = unpadded_shape(config.language, path, leaf.shape)
             names = [(_name(path), vocab_index(config.language, path))]
-        mappings += [ParamMapping(name, shape, path, index, shape, tuple(range(len(shape)))) for name, index in names]
+        order = tuple(range(len(shape)))
+        mappings += [ParamMapping(name, shape, path, index, shape, order, dtype=dtype) for name, index in names]
     return mappings
 
 

@@ -32,6 +32,8 @@ class ParamMapping:
     order: tuple[int | tuple[int, ...], ...]
     shard_dim: int | None = None
     expert: tuple[int, int] | None = None
+    dtype: str | None = None
+    """That the tensor must have and keeps; None: any of floating-point numbers, which may be converted."""
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
