@@ -1,14 +1,16 @@
-"""The original's fine-tuning data: a `data.yaml` that names files of LLaVA-style conversations.
+"""The original's fine-tuning data: a `data.yaml` that names files of conversations.
 
     META:
-      - path: conversations.json     # a list of records, or .jsonl with one a line
+      - path: conversations.json     # a list of records, or .jsonl with one a line, or an imagefolder
         type: image_text             # batches are drawn from one type at a time
-        root: /data/images           # optional: put before every record's "image"
+        root: /data/images           # optional: put before every record's image
         ratio: 0.5                   # optional: the fraction of the records to use, drawn at random
+        prompt: What is this?        # optional: the question of an imagefolder's texts
 
 A record is {"image": "cat.png", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}, without
-"image" for text alone. Relative paths are relative to the current directory, as in the original; a leading `~` is the
-home directory.
+"image" for text alone, or of the chat format (see `data.chat_messages`). An imagefolder is a directory with a
+`metadata.jsonl`, whose images are below it. Relative paths are relative to the current directory, as in the original;
+a leading `~` is the home directory.
 """
 
 import contextlib
@@ -23,9 +25,13 @@ from typing import Any
 
 import yaml
 
+from sphinx_jax.data import chat_messages
 from sphinx_jax.data.conversation import Conversation
+from sphinx_jax.data.images import is_data_url
 from sphinx_jax.data.skipped_records import BadRecord, SkippedRecords
 from sphinx_jax.errors import UserError
+
+_KEYS = ("path", "type", "root", "ratio", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,10 @@ def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
     for number, entry in enumerate(_entries(config)):
         where = f"{config}: META entry {number}"
         meta = _check_entry(entry, where)
-        records = _records(Path(meta["path"]), where)
+        path, root = Path(meta["path"]), meta.get("root")
+        if path.is_dir():
+            path, root = _metadata(path, where), root or str(path)
+        records = _records(path, where)
         if "ratio" in meta:
             # Python's own generator and this seed: the same records as the original chooses.
             records = random.Random(0).sample(records, int(len(records) * meta["ratio"]))
@@ -77,7 +86,7 @@ def read(config: str | Path, skipped: SkippedRecords) -> Annotations:
         items = []
         for location, record in records:
             try:
-                items.append(_item(record, location, meta.get("root")))
+                items.append(_item(record, location, root, meta.get("prompt")))
             except BadRecord as error:
                 bad.append(error)
         groups.setdefault(meta["type"], []).extend(items)
@@ -105,7 +114,7 @@ def _entries(config: str | Path) -> list[Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{config}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(parsed, dict) or set(parsed) != {"META"}:
-        keys = sorted(map(str, parsed)) if isinstance(parsed, dict) else reprlib.repr(parsed)
+        keys = sorted(map(str, parsed)) if isinstance(parsed, dict) else _shown(parsed)
         raise UserError(f"{config}: must hold one key, META, with a list of files under it; got {keys}")
     if not isinstance(parsed["META"], list) or not parsed["META"]:
         raise UserError(f"{config}: META must be a list of at least one entry with path and type")
@@ -114,17 +123,17 @@ def _entries(config: str | Path) -> list[Any]:
 
 def _check_entry(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: must have the keys path and type, got {reprlib.repr(entry)}")
-    unknown = sorted(str(key) for key in entry if key not in ("path", "type", "root", "ratio"))
+        raise UserError(f"{where}: must have the keys path and type, got {_shown(entry)}")
+    unknown = sorted(str(key) for key in entry if key not in _KEYS)
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are path, type, root, ratio")
-    for key in ("path", "type", "root"):
-        if not isinstance(entry.get(key, "" if key == "root" else None), str):
-            raise UserError(f"{where}: {key!r} must be given as text, got {reprlib.repr(entry.get(key))}")
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    for key in ("path", "type", "root", "prompt"):
+        if not isinstance(entry.get(key, None if key in ("path", "type") else ""), str):
+            raise UserError(f"{where}: {key!r} must be given as text, got {_shown(entry.get(key))}")
     checked = dict(entry)
     for key in ("path", "root"):
         if key in entry and not _can_be_a_path(entry[key]):
-            raise UserError(f"{where}: {key!r} cannot be the name of a file, got {reprlib.repr(entry[key])}")
+            raise UserError(f"{where}: {key!r} cannot be the name of a file, got {_shown(entry[key])}")
         if key in entry:
             checked[key] = os.path.expanduser(entry[key])
     if "ratio" in entry:
@@ -139,7 +148,7 @@ def _ratio(value: Any, where: str) -> float:
         with contextlib.suppress(ValueError):
             ratio = float(value)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise UserError(f"{where}: 'ratio' must be above 0 and at most 1, got {reprlib.repr(value)}")
+        raise UserError(f"{where}: 'ratio' must be above 0 and at most 1, got {_shown(value)}")
     return float(ratio)
 
 
@@ -167,28 +176,45 @@ def _records(path: Path, where: str) -> list[tuple[str, Any]]:
         raise UserError(f"{path}: records must be in a .json or .jsonl file ({where})")
     parsed = _parse(text, str(path))
     if not isinstance(parsed, list):
-        raise UserError(f"{path}: must be a list of records, got {reprlib.repr(parsed)}")
+        raise UserError(f"{path}: must be a list of records, got {_shown(parsed)}")
     return [(f"{path}, record {n}", record) for n, record in enumerate(parsed)]
 
 
-def _item(record: Any, where: str, root: str | None) -> Item:
+def _metadata(folder: Path, where: str) -> Path:
+    """The file that describes the images of a folder. Raises UserError if it has none."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder}: a directory of records needs a metadata.jsonl in it ({where})")
+    return file
+
+
+def _item(record: Any, where: str, root: str | None, prompt: str | None) -> Item:
     """Raises BadRecord on a malformed record; UserError on one that shows that the whole file has another format."""
     if isinstance(record, _Line):
         try:
             record = _parse(record, where)
         except UserError as error:
             raise BadRecord(where, str(error)) from error
-    if not isinstance(record, dict) or "conversations" not in record:
-        raise BadRecord(where, f'{where}: must be an object with "conversations", got {reprlib.repr(record)}')
-    conversation = Conversation.from_record(record["conversations"], where)
+    if not isinstance(record, dict):
+        raise BadRecord(where, f'{where}: must be an object with "conversations" or "messages", got {_shown(record)}')
+    named: list[str] = []
+    if "conversations" in record:
+        conversation = Conversation.from_record(record["conversations"], where)
+        # Of the texts as they are written, whose order is the original's.
+        characters = sum(len(str(turn["value"])) for turn in record["conversations"])
+    else:
+        if "messages" in record:
+            conversation, named = chat_messages.read_messages(record["messages"], where)
+        else:
+            conversation = chat_messages.read_image_row(record, prompt, where)
+        characters = sum(len(text) for text in (conversation.system or "", *(turn.text for turn in conversation.turns)))
     if not any(turn.role == "assistant" for turn in conversation.turns):
         raise UserError(f"{where}: no token has loss: there is no answer; add a turn from the assistant")
-    image = record.get("image")
+    image = chat_messages.image_of(record, named, where)
     if image is not None and (not isinstance(image, str) or not _can_be_a_path(image)):
-        raise BadRecord(where, f'{where}: "image" must be the path of an image, got {reprlib.repr(image)}')
-    if image is not None:
+        raise BadRecord(where, f'{where}: "image" must be the path of an image, got {_shown(image)}')
+    if image is not None and not is_data_url(image):
         image = os.path.expanduser(image) if root is None else os.path.join(root, image)
-    characters = sum(len(str(turn["value"])) for turn in record["conversations"])
     # Printed later, so half a surrogate pair is escaped.
     name = str(record["id"]).encode("utf-8", "backslashreplace").decode() if "id" in record else None
     return Item(where, conversation, image, name, characters)
@@ -212,6 +238,10 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {_one_line(error)}") from error
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def _one_line(error: Exception) -> str:

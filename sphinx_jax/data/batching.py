@@ -12,7 +12,14 @@ from jaxtyping import Int, UInt8
 from sphinx_jax.data.accessory_yaml import Annotations, Item
 from sphinx_jax.data.conversation import Example, fit
 from sphinx_jax.data.dataset import Batch, prefetch
-from sphinx_jax.data.images import ImageTransform, load_image, padded_resize, random_resized_crop
+from sphinx_jax.data.images import (
+    ImageTransform,
+    data_url_bytes,
+    is_data_url,
+    load_image,
+    padded_resize,
+    random_resized_crop,
+)
 from sphinx_jax.data.packing import Packed, join, pack
 from sphinx_jax.data.skipped_records import BadRecord, SkippedRecords
 from sphinx_jax.data.tokenizer import Tokenizer
@@ -79,7 +86,7 @@ class ItemReader:
         if item.image is None:
             return None
         try:
-            image = load_image(item.image)
+            image = load_image(data_url_bytes(item.image) if is_data_url(item.image) else item.image)
         except UserError as error:
             self.skipped.add(item.where, f"{item.where}: {error}")
             return None

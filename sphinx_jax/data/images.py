@@ -1,5 +1,7 @@
 """Images from files to what the encoders expect: RGB, square, normalised by CLIP's statistics."""
 
+import base64
+import binascii
 import io
 import math
 import re
@@ -31,6 +33,7 @@ MAX_FILE_BYTES = 1 << 30
 
 _LONGEST_SIDE = 8192
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
+_DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*);base64,", re.IGNORECASE)
 _URL = re.compile(r"(https?|ftps?|s3|gs|hf|file):/+", re.IGNORECASE)
 # EXIF's orientation -> the operation that turns the stored pixels upright.
 _UPRIGHT = {
@@ -72,6 +75,26 @@ def load_image(
     except Exception as error:
         raise UserError(f"{name}: {_what_it_is(data)}") from error
     return _decode(image, name, max_pixels)
+
+
+def is_data_url(name: str) -> bool:
+    """Whether an image's name holds the image itself."""
+    return name[:5].lower() == "data:"
+
+
+def data_url_bytes(url: str) -> bytes:
+    """The bytes of a data: URL in base64. Line breaks and missing padding are mended, as many programs write them.
+
+    Raises UserError if it is no such URL.
+    """
+    header = _DATA_URL.match(url)
+    if header is None:
+        raise UserError(f"the image {url[:30]!r}... is no data: URL in base64: write data:image/png;base64,...")
+    content = "".join(url[header.end() :].split()).rstrip("=")
+    try:
+        return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"the image of the data: URL is not valid base64 ({error})") from error
 
 
 def printable(path: str | Path) -> str:

@@ -16,7 +16,7 @@ from sphinx_jax.data import accessory_yaml, easy_vqa, easy_vqa_sequences
 from sphinx_jax.data.accessory_yaml import Annotations, Item
 from sphinx_jax.data.batching import ItemReader, held_out_batches, packed_sequences, train_batches
 from sphinx_jax.data.dataset import Batch
-from sphinx_jax.data.images import ImageTransform
+from sphinx_jax.data.images import ImageTransform, is_data_url
 from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tokenizer import train_tokenizer
 from sphinx_jax.data.tokenizer_files import load_tokenizer
@@ -234,18 +234,23 @@ def _identities(annotations: Annotations, group: range) -> list[str]:
     """What identifies the image or text of each item of a type."""
     items = [annotations.items[i] for i in group]
     if items and items[0].image is not None:
-        return [f"image {os.path.abspath(item.image)}" for item in items if item.image is not None]
+        return [f"image {_absolute(item.image)}" for item in items if item.image is not None]
     questions = ["\n".join(turn.text for turn in item.conversation.turns if turn.role == "human") for item in items]
     if len(set(questions)) < 10:
         questions = [item.conversation.text() for item in items]
     return [f"text {question}" for question in questions]
 
 
+def _absolute(image: str) -> str:
+    """One name of an image, links followed; a data: URL is its own."""
+    return image if is_data_url(image) else os.path.realpath(image)
+
+
 def _check_images(annotations: Annotations) -> None:
     """Raises UserError if none of a hundred images of a type exists: a wrong root is reported before training."""
     for kind, group in annotations.groups.items():
         paths = [annotations.items[i].image for i in group[:: max(len(group) // 100, 1)]]
-        images = [path for path in paths if path is not None]
+        images = [path for path in paths if path is not None and not is_data_url(path)]
         if images and not any(os.path.exists(image) for image in images):
             raise UserError(
                 f"of type {kind!r}, none of {len(images)} images exists, the first is {images[0]}; check root in the "

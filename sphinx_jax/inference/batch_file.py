@@ -2,11 +2,10 @@
 
     {"id": 7, "image": "cat.jpg", "prompt": "What is this?"}  ->  {"id": 7, "answer": "A cat."}
 
-`image` may be null, missing, or a data URI. A relative path is looked up in the working directory, then next to the
+`image` may be null, missing, or a data: URL. A relative path is looked up in the working directory, then next to the
 file of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error": "..."}.
 """
 
-import base64
 import codecs
 import contextlib
 import dataclasses
@@ -19,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from sharding import broadcast_from_primary, is_primary_process
-from sphinx_jax.data.images import load_image, printable
+from sphinx_jax.data.images import data_url_bytes, is_data_url, load_image, printable
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.answers_file import AnswersFile, digest_of, key_of, write_line
 from sphinx_jax.inference.capacity import NumSeqs
@@ -108,19 +107,12 @@ def _parse(number: int, line: bytes) -> Question:
 
 
 def open_named_image(name: str, folder: Path) -> Path | Image.Image:
-    """The image of a question: the path, looked up in the working directory, then in `folder`; or a decoded data URI.
+    """The image of a question: the path, looked up in the working directory, then in `folder`; or a decoded data: URL.
 
     Raises UserError on a name that is neither.
     """
-    if name.startswith("data:"):
-        header, comma, content = name.partition(",")
-        try:
-            data = base64.b64decode(content, validate=True) if header.endswith(";base64") and comma else None
-        except ValueError:
-            data = None
-        if data is None:
-            raise UserError(f"the image {name!r:.40}... is no data URI in base64: write data:image/png;base64,...")
-        return load_image(data, "the image of the data URI")
+    if is_data_url(name):
+        return load_image(data_url_bytes(name), "the image of the data: URL")
     if "://" in name:
         return load_image(name)  # Raises: URLs are not read.
     try:

@@ -1,8 +1,5 @@
 """From the messages of a chat to what the model reads: a system text, turns, one image, and how the answer begins."""
 
-import base64
-import binascii
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from sphinx_jax.data.conversation import Conversation, Turn
-from sphinx_jax.data.images import load_image
+from sphinx_jax.data.images import data_url_bytes, is_data_url, load_image
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.requests import PreparedImage
 from sphinx_jax.server.api_errors import ApiError
@@ -18,8 +15,6 @@ from sphinx_jax.server.protocol import ImagePart, Message
 
 MAX_IMAGE_PIXELS = 64 << 20
 """Pixels of an image that are decoded: three bytes each."""
-
-_DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*);base64,", re.IGNORECASE)
 
 
 class ChatPrompt(NamedTuple):
@@ -44,8 +39,8 @@ class ImageReader:
             raise ApiError(str(error), param=param, code="invalid_image") from error
 
     def _data(self, url: str, param: str) -> bytes | Path:
-        if url[:5].lower() == "data:":
-            return _decode(url, param)
+        if is_data_url(url):
+            return data_url_bytes(url)
         if url[:5].lower() == "file:" and self._root is not None:
             return self._file(url.partition(":")[2], self._root, param)
         files = "" if self._root is None else ", or file: URLs below --allowed-media-root"
@@ -64,20 +59,6 @@ class ImageReader:
         except (OSError, ValueError, RuntimeError):
             pass
         raise ApiError("the image is no file below --allowed-media-root", param=param, code="invalid_image")
-
-
-def _decode(url: str, param: str) -> bytes:
-    """The bytes of a data: URL in base64. Line breaks and missing padding are mended, as many clients send them."""
-    header = _DATA_URL.match(url)
-    if header is None:
-        raise ApiError(
-            "the image is no data: URL in base64: write data:image/png;base64,...", param=param, code="invalid_image"
-        )
-    content = "".join(url[header.end() :].split()).rstrip("=")
-    try:
-        return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(f"the image is not valid base64 ({error})", param=param, code="invalid_image") from error
 
 
 def read_chat(messages: Sequence[Message], read_image: Callable[[str, str], PreparedImage]) -> ChatPrompt:

@@ -66,7 +66,7 @@ COMPLAINTS = [
     ".png",
     "missing.png",
     "not JSON",
-    "data URI",
+    "data: URL",
     "URL",
 ]
 
