@@ -53,7 +53,6 @@ def prompts(vocab_size: int, images: int, questions: int) -> list[np.ndarray]:
 def ours(model: Sphinx, asked: list[np.ndarray], prefixes: int) -> tuple[float, int, list[list[int]]]:
     """(seconds, positions computed by prefill, the answers) with so many prefixes in the pool."""
     cache_len = bucket(IMAGE_LEN + QUESTION_LEN + ANSWER_LEN)
-    # The bytes of one prefix more than asked for do not make another one.
     prefix_bytes = prefixes * model.engine.cache_bytes(model.engine.prefix_len(cache_len))
     scheduler = Scheduler(model.engine, generate.state_shape(model.engine, MAX_NUM_SEQS, cache_len, prefix_bytes))
     params = SamplingParams(max_new_tokens=ANSWER_LEN, ignore_eos=True)
