@@ -5,8 +5,11 @@ anyone noticing. What the programs are is in `programs` and `steps`; `scheduler`
 """
 
 import collections
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -93,20 +96,31 @@ class Engine:
         """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype
         self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
-        self._compiled: dict[tuple, Any] = {}
+        self._compiled: dict[tuple, Future[Any]] = {}
+        self._compile_lock = threading.Lock()
+        self._compiling, self._compiling_since = 0, 0.0
         self._image_embeds: collections.OrderedDict[bytes, Array] = collections.OrderedDict()
         self._stop_table: Array | None = None
         self.compile_seconds = 0.0
+        """Time in which something was being compiled."""
         self.images_encoded = 0
         self.refuses_forged_turns = False
         """Whether questions that hold the end mark of a turn are refused, not passed on as in the original."""
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled so far."""
+        """How many programs have been compiled so far, or are being compiled."""
         return len(self._compiled)
 
     # Programs
+
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether another thread may compile programs while some run.
+
+        On a GPU a compilation times kernels, which others would disturb; several processes compile in one order.
+        """
+        return self.mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
 
     def _run(self, key: tuple, program: Program, *args: Any) -> Any:
         """`program` compiled for the shapes and shardings of `args`, which `key` names, and run."""
@@ -116,11 +130,33 @@ class Engine:
         return _abstract_results(compiled) if is_abstract else compiled(*args)
 
     def _compile(self, key: tuple, program: Program, args: tuple) -> jax.stages.Compiled:
-        if key not in self._compiled:
-            start = time.perf_counter()
-            self._compiled[key] = program.compile(args, self.mesh)
-            self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key]
+        """`program` compiled for `args`. Threads that want the same program wait for the one that compiles it."""
+        with self._compile_lock:
+            is_new = key not in self._compiled
+            future = self._compiled.setdefault(key, Future())
+        if is_new:
+            try:
+                with self._timed_compilation():
+                    future.set_result(program.compile(args, self.mesh))
+            except BaseException as error:
+                del self._compiled[key]
+                future.set_exception(error)
+        return future.result()
+
+    @contextlib.contextmanager
+    def _timed_compilation(self) -> Iterator[None]:
+        """Adds to `compile_seconds` while the block runs, however many threads compile."""
+        with self._compile_lock:
+            if not self._compiling:
+                self._compiling_since = time.perf_counter()
+            self._compiling += 1
+        try:
+            yield
+        finally:
+            with self._compile_lock:
+                self._compiling -= 1
+                if not self._compiling:
+                    self.compile_seconds += time.perf_counter() - self._compiling_since
 
     def new_state(self, shape: StateShape) -> steps.State:
         """Free batch slots and an empty pool of prefixes.
@@ -152,7 +188,7 @@ class Engine:
     def working_bytes(self) -> int:
         """Bytes on each device of the temporaries and new results of the compiled program that has most, besides the
         one whose result is the state."""
-        stats = [compiled.memory_analysis() for key, compiled in self._compiled.items() if key[0] != "state"]
+        stats = [future.result().memory_analysis() for key, future in self._compiled.items() if key[0] != "state"]
         sizes = (s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats)
         return max(sizes, default=0)
 
@@ -241,13 +277,13 @@ class Engine:
         wanted = {image.digest: image for image in images}
         found = {digest: self._image_embeds[digest] for digest in wanted if digest in self._image_embeds}
         new = [digest for digest in wanted if digest not in found]
-        at_once = min(sizes[-1], self.max_images)
-        for first in range(0, len(new), at_once):
-            group = [wanted[digest] for digest in new[first : first + at_once]]
-            size = next(size for size in self.encoder_sizes(sizes) if size >= len(group))
+        first = 0
+        for size in self.encoder_batches(len(new), sizes):
+            group = [wanted[digest] for digest in new[first : first + size]]
             padded_group = group + group[:1] * (size - len(group))
             embeds = self._run_encoders(np.stack([image.normalised() for image in padded_group]))
             found |= {image.digest: own for image, own in zip(group, embeds, strict=False)}
+            first += size
         self.images_encoded += len(new)
         for digest, embeds in found.items():
             self._image_embeds[digest] = embeds
@@ -256,11 +292,30 @@ class Engine:
             self._image_embeds.popitem(last=False)
         return [found[image.digest] for image in images]
 
-    def abstract_embeds(self, num_images: int) -> tuple[Float[Array, "crops tokens dim"], ...]:
-        """The shapes of the embeddings of so many images, padding included; the encoders' program is compiled."""
+    def missing_embeds(self, images: Sequence[PreparedImage]) -> set[bytes]:
+        """Digests of the images whose embeddings are not kept."""
+        return {image.digest for image in images} - self._image_embeds.keys()
+
+    def encoder_batches(self, count: int, sizes: Sequence[int]) -> Iterator[int]:
+        """The numbers of images, padding included, that the encoders run on for `count` new ones."""
+        at_once = min(sizes[-1], self.max_images)
+        for first in range(0, count, at_once):
+            yield next(size for size in self.encoder_sizes(sizes) if size >= min(count - first, at_once))
+
+    def compile_encoders(self, num_images: int) -> None:
+        """Compile the encoders' program for so many images, padding included."""
         assert self.config.vision is not None
         size = self.config.vision.image_size
-        return self._run_encoders(jax.ShapeDtypeStruct((num_images, size, size, 3), np.float32))
+        self._run_encoders(jax.ShapeDtypeStruct((num_images, size, size, 3), np.float32))
+
+    def abstract_embeds(self, num_images: int) -> tuple[Float[Array, "crops tokens dim"], ...]:
+        """The shapes of the embeddings of so many images. They do not depend on how many are encoded together."""
+        vision = self.config.vision
+        assert vision is not None
+        shape = (vision.num_crops, vision.tokens_per_crop, self.config.language.dim)
+        dtype = self.params["language"]["embedding"]["table"].dtype
+        embeds: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=self._programs.replicated)
+        return (embeds,) * num_images
 
     def _run_encoders(self, images: Any) -> tuple[Float[Array, "crops tokens dim"], ...]:
         return self._run(("encode", images.shape[0]), self._programs.encode(), self.params, images)

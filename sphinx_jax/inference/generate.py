@@ -1,19 +1,18 @@
 """Thin users of the scheduler: many requests to their ends, or one whose text is streamed."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-
-import numpy as np
 
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference.bucketing import BATCHES, FILE_CHUNKS, bucket, kv_bucket, power_of_two
 from sphinx_jax.inference.capacity import MOST_ON_GPU, NumSeqs, num_seqs
-from sphinx_jax.inference.chunks import Pick, build_chunk
 from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.program_specs import Decode, compile_specs
 from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.rehearsal import compiling_ahead, rehearse
 from sphinx_jax.inference.requests import Completion, Request
 from sphinx_jax.inference.scheduler import Scheduler
-from sphinx_jax.inference.sequence import Sequence
 
 MAX_NUM_SEQS = 64
 """Sequences that decode at the same time, unless the user sets another number; the KV cache grows with it."""
@@ -45,44 +44,49 @@ def run(
     requests: Iterable[Request],
     max_num_seqs: NumSeqs = MAX_NUM_SEQS,
     prefix_bytes: int | None = None,
+    compile_ahead: bool = False,
 ) -> Iterator[tuple[int, Completion]]:
     """(index of the request, its completion), in the order in which they end.
 
     `max_num_seqs` sequences run at a time, or a few more, as many for each data-parallel group; "auto": as many as the
-    devices have memory for. Requests are taken from
-    the iterable as slots become free. The KV cache is as long as the requests looked ahead at need; one that needs more
-    waits until all slots are free. Raises UserError on a request that does not fit.
+    devices have memory for. Requests are taken from the iterable as slots become free. The KV cache is as long as the
+    requests looked ahead at need; one that needs more waits until all slots are free. `compile_ahead`: see
+    `compiling_ahead`. Raises UserError on a request that does not fit.
     """
     most = MOST_ON_GPU if max_num_seqs == "auto" else max_num_seqs
     # So many that the prompts whose images are new fill a chunk, where several ask about one.
     look_ahead = most + AHEAD * BATCHES[-1] * engine.groups
     source = enumerate(requests)
     index_of, held, scheduler = {}, [], None
-    while True:
-        # Submitted are requests in their order: one that does not fit holds up those behind it.
-        submitted = scheduler.num_waiting if scheduler else 0
-        while len(held) + submitted < look_ahead and (item := next(source, None)) is not None:
-            held.append(item)
-        if scheduler is None or not scheduler.has_work:
-            if not held:
-                return
-            cache_len = bucket(max(engine.positions_needed(request) for _, request in held))
-            if scheduler is None or engine.positions_needed(held[0][1]) > scheduler.shape.cache_len:
-                # The old state's memory is free before the new one's is taken.
-                scheduler = None
-                shape_of = functools.partial(
-                    state_shape, engine, cache_len=cache_len, prefix_bytes=prefix_bytes, prefixes=len(held) > 1
-                )
-                number = min(num_seqs(engine, max_num_seqs, shape_of, FILE_CHUNKS), power_of_two(len(held)))
-                scheduler = Scheduler(engine, shape_of(number))
-        while held and engine.positions_needed(held[0][1]) <= scheduler.shape.cache_len:
-            index, request = held.pop(0)
-            index_of[scheduler.submit(request)] = index
-        for sequence in scheduler.step():
-            if sequence.finish == "error":
-                raise UserError(f"request {index_of[sequence]}: {sequence.error}")
-            if sequence.finish is not None:
-                yield index_of.pop(sequence), sequence.completion
+    with contextlib.ExitStack() as stack:
+        while True:
+            # Submitted are requests in their order: one that does not fit holds up those behind it.
+            submitted = scheduler.num_waiting if scheduler else 0
+            while len(held) + submitted < look_ahead and (item := next(source, None)) is not None:
+                held.append(item)
+            if scheduler is None or not scheduler.has_work:
+                if not held:
+                    return
+                cache_len = bucket(max(engine.positions_needed(request) for _, request in held))
+                if scheduler is None or engine.positions_needed(held[0][1]) > scheduler.shape.cache_len:
+                    # The old state's memory is free before the new one's is taken.
+                    scheduler = None
+                    shape_of = functools.partial(
+                        state_shape, engine, cache_len=cache_len, prefix_bytes=prefix_bytes, prefixes=len(held) > 1
+                    )
+                    number = min(num_seqs(engine, max_num_seqs, shape_of, FILE_CHUNKS), power_of_two(len(held)))
+                    shape = shape_of(number)
+                    if compile_ahead and engine.compiles_ahead:
+                        stack.enter_context(compiling_ahead(engine, shape, [request for _, request in held]))
+                    scheduler = Scheduler(engine, shape)
+            while held and engine.positions_needed(held[0][1]) <= scheduler.shape.cache_len:
+                index, request = held.pop(0)
+                index_of[scheduler.submit(request)] = index
+            for sequence in scheduler.step():
+                if sequence.finish == "error":
+                    raise UserError(f"request {index_of[sequence]}: {sequence.error}")
+                if sequence.finish is not None:
+                    yield index_of.pop(sequence), sequence.completion
 
 
 def run_all(
@@ -121,15 +125,8 @@ def stream_alone(engine: Engine, request: Request) -> Iterator[str]:
 def compile_alone(engine: Engine, request: Request) -> None:
     """Compile what `stream_alone` runs for `request`, and run nothing: the engine's parameters are abstract."""
     shape = StateShape(engine.round_up(1), bucket(engine.positions_needed(request)))
-    state, sequence = engine.new_state(shape), Sequence(request, engine.tokenizer, streams=True)
-    sequence.slot, prompt_len = 0, engine.prompt_len(request)
-    while sequence.prefilled < len(sequence.prompt):
-        length = min(len(sequence.prompt) - sequence.prefilled, engine.prefill_tokens)
-        chunk, embeds, _ = build_chunk(engine, state, [Pick(sequence, length)])
-        state, _ = engine.prefill(state, chunk, embeds, False)
-        sequence.prefilled += length
+    prompt_len = engine.prompt_len(request)
     longest = min(prompt_len + request.params.max_new_tokens, engine.max_model_len)
-    lengths = range(prompt_len + 1, longest + 1)
-    for kv_len in sorted({kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in lengths}):
-        engine.decode(state, np.zeros(shape.num_seqs, bool), 1, 0, kv_len, False)
-    engine.forget_images()
+    kv_lens = {kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in range(prompt_len + 1, longest + 1)}
+    specs = [*rehearse(engine, shape, [request]), *map(Decode, sorted(kv_lens))]
+    compile_specs(engine, shape, list(dict.fromkeys(specs)))

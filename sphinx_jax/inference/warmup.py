@@ -5,49 +5,17 @@ these programs serve it; none needs another.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import NamedTuple
 
-import numpy as np
-
-from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import (
     SERVER_CHUNKS,
     ChunkSizes,
     batch_sizes,
     kv_bucket,
 )
-from sphinx_jax.inference.chunks import empty_chunk
 from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.program_specs import Decode, Encode, Prefill, ProgramSpec, compile_specs
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.scheduler import MIN_REUSED
-
-COMPILE_THREADS = 2
-"""Programs that are compiled at a time: XLA releases Python's lock, and is mostly single-threaded."""
-
-
-class Encode(NamedTuple):
-    """The vision encoders on so many images."""
-
-    num_images: int
-
-
-class Prefill(NamedTuple):
-    """A chunk of so many prompts, padded to `length` tokens after an image or none. `start`: tokens before it."""
-
-    batch: int
-    length: int
-    has_image: bool
-    start: int
-
-
-class Decode(NamedTuple):
-    """Decode steps that read so many cache positions."""
-
-    kv_len: int
-
-
-ProgramSpec = Encode | Prefill | Decode
 
 
 def programs(engine: Engine, shape: StateShape, chunks: ChunkSizes = SERVER_CHUNKS) -> list[ProgramSpec]:
@@ -98,7 +66,7 @@ def compile_all(
     The persistent compilation cache is used if it is enabled. `on_progress` is called in this thread with the number
     of programs that are compiled and their total.
     """
-    _compile_specs(engine, shape, programs(engine, shape, chunks), on_progress)
+    compile_specs(engine, shape, programs(engine, shape, chunks), on_progress)
 
 
 def working_bytes(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> int:
@@ -110,35 +78,9 @@ def working_bytes(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> int:
     for spec in sorted(programs(engine, shape, chunks), key=_size):
         kind = (spec.has_image, spec.start) if isinstance(spec, Prefill) else ()
         by_kind[(type(spec), kind)] = spec
-    _compile_specs(engine, shape, list(by_kind.values()), lambda done, total: None)
+    compile_specs(engine, shape, list(by_kind.values()))
     return engine.working_bytes
 
 
 def _size(spec: ProgramSpec) -> int:
     return spec.batch * spec.length if isinstance(spec, Prefill) else spec[0]
-
-
-def _compile_specs(
-    engine: Engine, shape: StateShape, specs: list[ProgramSpec], on_progress: Callable[[int, int], None]
-) -> None:
-    state = engine.abstract_state(shape)
-    on_progress(1, len(specs) + 1)
-    # Made once, not by each thread.
-    assert engine.stops is not None
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        started = [pool.submit(_compile, engine, state, spec) for spec in specs]
-        for done, future in enumerate(as_completed(started), start=2):
-            future.result()
-            on_progress(done, len(specs) + 1)
-
-
-def _compile(engine: Engine, state: steps.State, spec: ProgramSpec) -> None:
-    if isinstance(spec, Encode):
-        engine.abstract_embeds(spec.num_images)
-    elif isinstance(spec, Prefill):
-        chunk = empty_chunk(engine, state, spec.batch, spec.length, spec.start)
-        # Embeddings have one shape, however many images are encoded together.
-        embeds = engine.abstract_embeds(min(spec.batch, engine.max_images))[:1] * spec.batch if spec.has_image else None
-        engine.prefill(state, chunk, embeds, False)
-    else:
-        engine.decode(state, np.zeros(state.num_seqs, bool), 1, 0, spec.kv_len, False)

@@ -1,6 +1,7 @@
 """Decoding against the teacher-forced forward pass, and everything that must not change an answer."""
 
 import itertools
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -256,7 +257,9 @@ def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
     def exhausted():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setitem(model.engine._compiled, ("state", StateShape(1, 64)), exhausted)
+    program = Future()
+    program.set_result(exhausted)
+    monkeypatch.setitem(model.engine._compiled, ("state", StateShape(1, 64)), program)
     with pytest.raises(UserError, match=r"no memory for a KV cache of 1 x 64 positions .* shorter --max-model-len"):
         model.engine.new_state(StateShape(1, 64))
 

@@ -1,0 +1,93 @@
+"""Which programs the first round for some requests runs, found by scheduling them on an engine that runs nothing.
+
+A second thread compiles them from the last to the first, while the scheduler compiles and runs them from the first on.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from sphinx_jax.inference import steps
+from sphinx_jax.inference.bucketing import BATCHES
+from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.program_specs import Decode, Encode, Prefill, ProgramSpec, compile_spec
+from sphinx_jax.inference.programs import StateShape
+from sphinx_jax.inference.requests import PreparedImage, Request
+from sphinx_jax.inference.sampling import MAX_TOP_LOGPROBS
+from sphinx_jax.inference.scheduler import MIN_REUSED, Scheduler
+
+
+class _Rehearsal(Engine):
+    """Another engine's settings, and a list of what was asked of it. Every sampled token is 0, and none is the last."""
+
+    def __init__(self, engine: Engine):
+        vars(self).update(vars(engine))
+        self.specs: list[ProgramSpec] = []
+        self._encoded: set[bytes] = set()
+
+    def new_state(self, shape: StateShape) -> steps.State:
+        return self._programs.abstract_state(shape)
+
+    def encode(self, images: Sequence[PreparedImage], sizes: Sequence[int] = BATCHES) -> list[Any]:
+        new = self.missing_embeds(images) - self._encoded
+        self._encoded |= new
+        self.specs += map(Encode, self.encoder_batches(len(new), sizes))
+        return [None] * len(images)
+
+    def prefill(
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: Any, wants_top: bool
+    ) -> tuple[steps.State, steps.Sampled]:
+        batch, length = chunk.tokens.shape
+        start = MIN_REUSED if chunk.start.any() else 0
+        self.specs.append(Prefill(batch, length, image_embeds is not None, start))
+        return state, self._sampled(batch)
+
+    def decode(
+        self, state: steps.State, cancelled: np.ndarray, num_steps: int, until: int, kv_len: int, wants_top: bool
+    ) -> tuple[steps.State, steps.Sampled]:
+        self.specs.append(Decode(kv_len))
+        return state, self._sampled(state.num_seqs)
+
+    @staticmethod
+    def _sampled(batch: int) -> steps.Sampled:
+        column = (batch, 1)
+        fields: dict[str, Any] = {
+            "tokens": np.zeros(column, np.int32),
+            "logprobs": np.zeros(column, np.float32),
+            "count": np.ones(batch, np.int32),
+            "done": np.zeros(batch, bool),
+            "stopped": np.zeros(batch, bool),
+            "top_tokens": np.zeros((*column, MAX_TOP_LOGPROBS), np.int32),
+            "top_logprobs": np.zeros((*column, MAX_TOP_LOGPROBS), np.float32),
+        }
+        return steps.Sampled(**fields)
+
+
+def rehearse(engine: Engine, shape: StateShape, requests: Iterable[Request]) -> list[ProgramSpec]:
+    """The programs of the first round of a scheduler with these requests, in their order, each once."""
+    rehearsal = _Rehearsal(engine)
+    scheduler = Scheduler(rehearsal, shape)
+    for request in requests:
+        scheduler.submit(request)
+    scheduler.step()
+    return list(dict.fromkeys(rehearsal.specs))
+
+
+@contextlib.contextmanager
+def compiling_ahead(engine: Engine, shape: StateShape, requests: Iterable[Request]) -> Iterator[None]:
+    """While the block runs, a second thread compiles what the first round runs, beginning with its last program.
+
+    That thread does not see settings of jax that hold in the caller's thread alone. A program that fails to compile
+    fails again where it is needed.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        state = engine.abstract_state(shape)
+        for spec in reversed(rehearse(engine, shape, requests)):
+            pool.submit(compile_spec, engine, state, spec)
+        try:
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
