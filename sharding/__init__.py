@@ -25,6 +25,7 @@ from sharding.context import (
 from sharding.errors import LayoutError
 from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
 from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
+from sharding.process_end import exit_now, fail
 from sharding.processes import (
     NO_PROCESSES,
     Processes,
@@ -62,6 +63,8 @@ __all__ = [
     "constrain",
     "default_mesh_shape",
     "device_count",
+    "exit_now",
+    "fail",
     "fuses_operands",
     "init_params",
     "is_primary_process",

@@ -7,8 +7,8 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 from jax.sharding import Mesh
 
 from sharding.errors import LayoutError
+from sharding.process_end import exit_now, report_sudden_end
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class Processes:
 
     coordinator: str | None = None
     """HOST:PORT of process 0, for programs of several processes; each is started with these three options. SLURM's
-    srun needs none of them."""
+    srun and Open MPI's mpirun need none of them."""
     num_processes: int | None = None
     """The number of processes."""
     process_id: int | None = None
@@ -54,46 +55,82 @@ class Processes:
 NO_PROCESSES = Processes()
 
 
-def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300.0) -> int:
-    """Initialise jax.distributed if the options or SLURM name several processes; returns their number.
+class _Launch(NamedTuple):
+    """How the launcher names the processes: for messages, as numbers, and as arguments of jax's initialisation."""
 
-    Call it before the first use of jax's devices, which are those of all processes from then on. Raises LayoutError if
-    process 0 cannot listen or does not answer. If the other processes do not connect within `seconds`, an error is
-    printed and this process exits with code 2.
+    where: str
+    process_id: int
+    num_processes: int
+    arguments: dict[str, Any]
+
+
+def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300.0, catch_sigterm: bool = True) -> int:
+    """Initialise jax.distributed if the options, Open MPI or SLURM name several processes; returns their number.
+
+    Call it before the first use of jax's devices, which are those of all processes from then on. `catch_sigterm`:
+    SIGTERM does not end a process, but is a notice of preemption for all of them. Raises LayoutError if process 0
+    cannot listen or does not answer. If the other processes do not connect within `seconds`, an error is printed and
+    this process exits with code 2.
     """
     processes.check()
-    if processes.coordinator is not None:
-        assert processes.num_processes is not None  # checked above
-        num_processes = processes.num_processes
-        where = f"--coordinator {processes.coordinator}"
-        arguments: dict[str, Any] = {
-            "coordinator_address": processes.coordinator,
-            "num_processes": num_processes,
-            "process_id": processes.process_id,
-            "cluster_detection_method": "deactivate",
-        }
-        host, _, port = processes.coordinator.rpartition(":")
-        if processes.process_id == 0:
-            _check_port_free(where, int(port))
-        else:
-            _wait_for_coordinator(where, host.strip("[]"), int(port), seconds)
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        where = f"SLURM step on {os.environ['SLURM_STEP_NODELIST']}"
-        arguments = {"cluster_detection_method": "slurm"}
-        num_processes = int(os.environ["SLURM_NTASKS"])
-    else:
+    launch = _by_options(processes, seconds) or _by_open_mpi(os.environ) or _by_slurm(os.environ)
+    if launch is None:
         return 1
-    message = f"{where}: not all processes connected within {seconds:g} s; start them all"
+    message = f"{launch.where}: not all processes connected within {seconds:g} s; start them all"
     timeout = threading.Timer(seconds, _exit_with_error, [message])
     timeout.daemon = True
     timeout.start()
+    jax.config.update("jax_enable_preemption_service", catch_sigterm)
     try:
         # jax's own timeout is later: it aborts the process with a stack trace.
-        jax.distributed.initialize(**arguments, initialization_timeout=math.ceil(seconds) + 60)
+        jax.distributed.initialize(**launch.arguments, initialization_timeout=math.ceil(seconds) + 60)
     finally:
         timeout.cancel()
+    report_sudden_end(launch.process_id, launch.num_processes)
     # Not jax.process_count(), which starts the backend: simulate_devices must still be possible.
-    return num_processes
+    return launch.num_processes
+
+
+def _by_options(processes: Processes, seconds: float) -> _Launch | None:
+    """Raises LayoutError if process 0 cannot listen, or does not do so within `seconds`."""
+    if processes.coordinator is None or processes.num_processes is None or processes.process_id is None:
+        return None
+    where = f"--coordinator {processes.coordinator}"
+    host, _, port = processes.coordinator.rpartition(":")
+    if processes.process_id == 0:
+        _check_port_free(where, int(port))
+    else:
+        _wait_for_coordinator(where, host.strip("[]"), int(port), seconds)
+    arguments = {
+        "coordinator_address": processes.coordinator,
+        "num_processes": processes.num_processes,
+        "process_id": processes.process_id,
+        "cluster_detection_method": "deactivate",
+    }
+    return _Launch(where, processes.process_id, processes.num_processes, arguments)
+
+
+def _by_open_mpi(environment: Mapping[str, str]) -> _Launch | None:
+    """By the variables of mpirun. They precede SLURM's, whose tasks may be the daemons of Open MPI."""
+    num_processes = int(environment.get("OMPI_COMM_WORLD_SIZE", 1))
+    if num_processes == 1:
+        return None
+    if "OMPI_MCA_orte_hnp_uri" not in environment:
+        raise LayoutError(
+            "Open MPI 5 does not name the first host, unlike version 4: give --coordinator HOST:PORT --num-processes "
+            f"{num_processes} --process-id $OMPI_COMM_WORLD_RANK, from a shell that mpirun starts"
+        )
+    rank = int(environment["OMPI_COMM_WORLD_RANK"])
+    return _Launch("mpirun", rank, num_processes, {"cluster_detection_method": "ompi"})
+
+
+def _by_slurm(environment: Mapping[str, str]) -> _Launch | None:
+    """By the variables of srun. A batch script without srun is one process, whatever its job's number of tasks."""
+    num_processes = int(environment.get("SLURM_NTASKS", 1))
+    if num_processes == 1 or "SLURM_STEP_NODELIST" not in environment:
+        return None
+    where = f"SLURM step on {environment['SLURM_STEP_NODELIST']}"
+    return _Launch(where, int(environment["SLURM_PROCID"]), num_processes, {"cluster_detection_method": "slurm"})
 
 
 def _check_port_free(where: str, port: int) -> None:
@@ -126,7 +163,7 @@ def _wait_for_coordinator(where: str, host: str, port: int, seconds: float) -> N
 def _exit_with_error(message: str) -> None:
     """Exit from a timer thread while the main thread blocks inside jax."""
     os.write(2, f"error: {message}\n".encode())
-    os._exit(2)
+    exit_now(2)
 
 
 def check_processes(mesh: Mesh) -> None:

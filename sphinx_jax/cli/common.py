@@ -5,7 +5,9 @@ import dataclasses
 import io
 import itertools
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -13,7 +15,7 @@ from typing import Any, TypeVar, overload
 import jax
 import tyro
 
-from sharding import LayoutError
+from sharding import LayoutError, fail
 from sphinx_jax.errors import UserError
 
 Options = TypeVar("Options")
@@ -126,15 +128,28 @@ def divert_native_stdout() -> None:
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`: 2 after an error that the user caused, printed as the last line of stderr."""
+    """The exit code of `main(argv)`: 2 after an error that the user caused, printed as the last line of stderr.
+
+    One of several processes ends any other error with such a line too, after the stack trace, and with code 1.
+    """
     try:
         return main(argv)
     except (UserError, LayoutError) as error:
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return fail(2, "error: " + " ".join(str(error).splitlines()))
     except KeyboardInterrupt:
-        return 130
+        return fail(130)
     except BrokenPipeError:
         # The reader of standard output has gone. Python would report the error again when it flushes on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return fail(1)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # Most often of a collective, whose other end is gone.
+        traceback.print_exc()
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return fail(
+            1,
+            f"error: on {socket.gethostname()}: {reason}; the other processes end within two minutes; start all again, "
+            "train.py with --resume",
+        )

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options, options.max_num_seqs)
-    start_process(options)
+    # Of a signal to all of them, the others hear from process 0, once it has answered what was asked.
+    start_process(options, catch_sigterm=True)
     listeners: list[socket.socket] = []
 
     def prepare() -> Settings:

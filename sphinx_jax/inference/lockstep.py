@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 
-from sharding import broadcast_from_primary
+from sharding import broadcast_from_primary, exit_now
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs
 from sphinx_jax.inference.requests import Request
@@ -102,7 +102,7 @@ def follow(engine: Engine, scheduler: Scheduler, leader: Connection) -> None:
                 plan = leader.recv()
             except (EOFError, OSError):
                 os.write(2, b"error: process 0 is gone; start all processes again\n")
-                os._exit(1)
+                exit_now(1)
             with changed:
                 plans.append(plan)
                 changed.notify()

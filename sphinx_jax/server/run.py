@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
@@ -11,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from sharding import exit_now
 from sphinx_jax.errors import UserError
 from sphinx_jax.server.app import make_app
 from sphinx_jax.server.bridge import Bridge, Served
@@ -63,7 +63,7 @@ async def _run(listener: socket.socket, settings: Settings, load: Callable[[Call
         signals += 1
         if signals > 1:
             # The second one does not wait for anything.
-            os._exit(128 + signal.SIGTERM)
+            exit_now(128 + signal.SIGTERM)
         loop.call_soon_threadsafe(asked.set)
 
     config = uvicorn.Config(
@@ -97,7 +97,9 @@ async def _run(listener: socket.socket, settings: Settings, load: Callable[[Call
         # The thread is in a call of the device, or loads: nothing ends that but the end of the process. And after a
         # failure jax would wait at its exit for processes that are gone.
         logging.shutdown()
-        os._exit(code)
+        if code:
+            print(f"error: {bridge.failure}; start the server again, with all its processes", file=sys.stderr)
+        exit_now(code)
     return code
 
 

@@ -1,5 +1,6 @@
 """Logging of a run: the progress bar, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 
 from sharding import is_primary_process
+from sphinx_jax.errors import UserError
 
 
 class RunLog:
@@ -69,12 +71,14 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        if self._lines:
-            self._lines.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        # Files that cannot be written must not hide the error that ends the run.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            if self._lines:
+                self._lines.close()
+            if self._tensorboard:
+                self._tensorboard.close()
 
     def count(self, step: int, num_tokens: int, num_images: int, flops: float) -> None:
         """Add a finished step's tokens, images and FLOPs to the throughput counters."""
@@ -84,7 +88,10 @@ class RunLog:
         self._progress.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Log the metrics of a step, with the throughput since the last logged step and the peak memory."""
+        """Log the metrics of a step, with the throughput since the last logged step and the peak memory.
+
+        Raises UserError if metrics.jsonl cannot be written.
+        """
         seconds = max(time.monotonic() - self._last_time, 1e-9)
         tokens_per_second, images_per_second = self._num_tokens / seconds, self._num_images / seconds
         mfu = self._flops / seconds / self._peak_flops if self._peak_flops else None
@@ -98,8 +105,13 @@ class RunLog:
         if memory:
             record["memory_bytes"] = memory["peak_bytes_in_use"]
         if self._lines:
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
+            try:
+                self._lines.write(json.dumps(record) + "\n")
+                self._lines.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{self._lines.name}: cannot write ({error.strerror}); make room, and continue with --resume"
+                ) from error
         if self._tensorboard:
             held_out = {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
             for name, value in (record | held_out).items():

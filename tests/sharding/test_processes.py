@@ -80,6 +80,13 @@ def test_slurm_environment(free_port):
     assert [out for out, _ in outputs] == ["0 2 4 2\n", "1 2 4 2\n"], outputs
 
 
+def test_open_mpi_without_a_first_host(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
+    with pytest.raises(LayoutError, match="Open MPI 5 does not name the first host.*--num-processes 2 --process-id"):
+        sharding.start_processes()
+
+
 def test_timeout_is_reported(free_port):
     process = start(1, {}, f"localhost:{free_port}", "2", "0")
     _, stderr = process.communicate(timeout=60)

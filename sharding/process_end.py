@@ -1,0 +1,80 @@
+"""How a process of several ends: with one sentence as its last word, and without waiting for processes that are gone.
+
+jax ends a process from native code, with a stack trace, when its coordination service reports that another process is
+gone; the kernel kills one without asking. Nothing in such a process can say a word: a shell that outlives it does.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from typing import IO, NoReturn
+
+import jax
+
+SHUTDOWN_SECONDS = 10.0
+"""How long a process that failed waits for the others to end with it. jax would wait five minutes."""
+
+_SCRIPT = """trap "" HUP INT TERM
+word=$1
+while read -r line; do word=$line; done
+test -z "$word" || printf "%s\\n" "$word" >&2
+"""
+"""The loop ends at the end of file: when the process that holds the other end of the pipe is gone."""
+
+_pipe: IO[bytes] | None = None
+
+
+def report_sudden_end(process_id: int, num_processes: int) -> None:
+    """Let a shell print one sentence if this process ends by neither Python's exit nor a function of this module."""
+    global _pipe
+    word = (
+        f"error: process {process_id} of {num_processes}, on {socket.gethostname()}, was killed, or jax ended it "
+        "because another process is gone or cannot be reached; start all processes again, train.py with --resume"
+    )
+    arguments = ["sh", "-c", _SCRIPT, "sh", word]
+    _pipe = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).stdin
+    atexit.register(_end)
+
+
+def _end() -> None:
+    # Here, not in jax's own exit handler, which comes later: it too may end the process with a stack trace.
+    jax.distributed.shutdown()
+    _set_last_word("")
+
+
+def _set_last_word(word: str) -> None:
+    """What the shell prints when this process is gone: one line, or nothing."""
+    if _pipe is not None:
+        # The shell may have been killed.
+        with contextlib.suppress(OSError):
+            _pipe.write(f"{word}\n".encode())
+            _pipe.flush()
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process at once, whatever its threads wait for. Its last word has been said."""
+    _set_last_word("")
+    os._exit(code)
+
+
+def fail(code: int, word: str = "") -> int:
+    """Print the last word of a process and return its exit code. One of several processes ends here instead.
+
+    It gives the others SHUTDOWN_SECONDS to come to the same end, and does not run what libraries do at the exit.
+    """
+    if _pipe is not None:
+        _set_last_word(word)
+        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN_SECONDS)
+    if word:
+        print(word, file=sys.stderr, flush=True)
+    if _pipe is not None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        exit_now(code)
+    return code
