@@ -14,9 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from sharding import make_mesh
-from sphinx_jax.checkpoints import lora, reader
+from sphinx_jax.checkpoints import adapters, lora, reader
 from sphinx_jax.checkpoints.assets import Assets, as_assets, has_tokenizer
-from sphinx_jax.checkpoints.formats import accessory, mixtral, native
+from sphinx_jax.checkpoints.formats import accessory, mixtral, native, peft
 from sphinx_jax.checkpoints.io.directory_digest import directory_digest
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, abstract_model
 from sphinx_jax.checkpoints.source import CheckpointSource, match
@@ -36,10 +36,7 @@ FORMATS = ("native", *_FOREIGN_FORMATS)
 _RECOGNISED = [
     (re.compile(pattern), advice)
     for pattern, advice in (
-        (
-            r"adapter_(config\.json|model\..*)",
-            "adapters of PEFT: merge them into their base with peft's merge_and_unload",
-        ),
+        (r"adapter_model\..*", "adapters of PEFT, and lacks their adapter_config.json: download it too"),
         (r".*\.gguf", "a model of llama.cpp: download the model's safetensors instead"),
         (r"(tf_model|.*\.h5|flax_model\.msgpack).*", "weights of another framework: download the safetensors instead"),
         (r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", "and lacks the index of its files: download it too"),
@@ -73,6 +70,8 @@ def _open(path: Path) -> CheckpointSource:
         return accessory.open_directory(path)
     if mixtral.is_mixtral(path):
         return mixtral.open_directory(path)
+    if peft.is_peft(path):
+        return adapters.with_adapters(open(peft.base_path(path)), path)
     names = sorted(file.name for file in path.iterdir())
     for pattern, advice in _RECOGNISED:
         for name in names:

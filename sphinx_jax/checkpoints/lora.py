@@ -90,18 +90,26 @@ def open_directory(
         )
     if fingerprint(base) != info.fingerprint:
         raise UserError(f"{path} holds adapters of {info.base}, which has changed since; restore the old one")
+    # A run has the tokenizer that it was trained with; adapters alone have the base's.
+    own_tokenizer = has_tokenizer(read_assets(path))
+    with_tokenizer = None if own_tokenizer else base.asset_directory or base.path
+    adapters = (*base.adapters, read_run(path, base.config, train_state))
+    return dataclasses.replace(base, path=path, asset_directory=with_tokenizer, adapters=adapters)
+
+
+def read_run(path: Path, config: SphinxConfig, train_state: Path | None = None) -> Adapters:
+    """The adapters alone of a run on a model of this config; those of a training checkpoint with `train_state`.
+
+    Raises UserError if the run has not ended and there is no `train_state`, or if they are of a model of other sizes.
+    """
     if train_state is None and not (path / "adapters").is_dir():
         raise UserError(
             f"{path} is a run that has not ended; continue it with --resume, or convert one of its checkpoints with "
             "sphinx-jax convert RUN DIR --step N"
         )
     subtree = () if train_state is None else ("params", "adapters")
-    # A run has the tokenizer that it was trained with; adapters alone have the base's.
-    own_tokenizer = has_tokenizer(read_assets(path))
-    with_tokenizer = None if own_tokenizer else base.asset_directory or base.path
-    factors = _read_factors(train_state or path / "adapters", subtree, base.config, info.lora)
-    adapters = (*base.adapters, Adapters(info.lora.scale, factors))
-    return dataclasses.replace(base, path=path, asset_directory=with_tokenizer, adapters=adapters)
+    lora = read_adapter_info(path).lora
+    return Adapters(lora.scale, _read_factors(train_state or path / "adapters", subtree, config, lora))
 
 
 def save(path: Path, adapters: Params) -> None:

@@ -15,7 +15,7 @@ from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
 from sphinx_jax.cli import common
 from sphinx_jax.errors import UserError
-from sphinx_jax.training.export import export_step, is_unfinished_run
+from sphinx_jax.training.export import export_adapters, export_step, is_unfinished_run
 
 EXAMPLES = """examples:
   sphinx-jax convert inspect SPHINX-MoE
@@ -27,6 +27,8 @@ EXAMPLES = """examples:
       the language part alone, as transformers reads it
   sphinx-jax convert runs/mine best --step 800
       one checkpoint of a run, finished or not
+  sphinx-jax convert runs/mine-lora adapters --format peft
+      the adapters of a LoRA run, as peft reads them
 
 python -m sphinx_jax.checkpoints is the same command.
 """
@@ -40,8 +42,8 @@ class Convert:
     """Directory to read: a checkpoint of any known format, or a run of train.py."""
     destination: tyro.conf.Positional[Path]
     """Directory to write; it must not exist, or be empty."""
-    format: Literal["native", "accessory", "mixtral"] = "native"
-    """Format to write; mixtral is Hugging Face's layout of the language part."""
+    format: Literal["native", "accessory", "mixtral", "peft"] = "native"
+    """Format to write; mixtral is Hugging Face's layout of the language part, peft the adapters alone of a LoRA run."""
     step: int | None = None
     """Checkpoint of a run to read; by default the final weights, or the newest checkpoint of an unfinished run."""
     shards: int | None = None
@@ -76,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
     # SIGTERM as Ctrl-C: a destination that is half written is removed.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if command.step is not None or is_unfinished_run(source):
+        if command.format == "peft":
+            write_peft(command)
+        elif command.step is not None or is_unfinished_run(source):
             if command.quantize:
                 raise UserError("--quantize takes a whole model: convert the run's step first, and then the result")
             step = export_step(source, destination, command.step, command.format, command.shards, command.dtype)
@@ -87,6 +91,14 @@ def main(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def write_peft(command: Convert) -> None:
+    """Write the adapters of a LoRA run and print the base they need. Raises UserError."""
+    if command.shards is not None or command.quantize:
+        raise UserError("--shards and --quantize do not go with --format peft: leave them out")
+    base = export_adapters(command.source, command.destination, command.step, command.dtype)
+    print(f"wrote {command.destination}: adapters of {base}, which transformers reads in the format mixtral")
 
 
 def describe(source: checkpoints.CheckpointSource) -> list[str]:

@@ -12,6 +12,7 @@ import sharding
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints import lora, reader
 from sphinx_jax.checkpoints.assets import Assets, read_assets, write_assets
+from sphinx_jax.checkpoints.formats import peft
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.model import SphinxMoE
@@ -86,3 +87,20 @@ def export_step(
     weights = read_weights(run, step, config, sharding.make_mesh(), dtype)
     checkpoints.save(destination, config, weights, tokenizer_files, format, shards)
     return step
+
+
+def export_adapters(run: Path, destination: Path, step: int | None, dtype: str | None = None) -> Path:
+    """Write the adapters of a LoRA run, or of one of its checkpoints, as PEFT does; returns the base that they adapt.
+
+    `step` None: the final adapters, or the newest checkpoint of an unfinished run. `dtype` None: float32. Raises
+    UserError if `run` is no LoRA run or has no such checkpoint, or if `destination` is not empty.
+    """
+    checkpoints.check_destination(destination)
+    if not lora.is_lora(run):
+        raise UserError(f"{run} holds no adapters to write for PEFT; give a run of train.py --stage lora")
+    is_of_step = step is not None or is_unfinished_run(run)
+    state = (run / "checkpoints" / str(choose_step(run, step)) / "state").absolute() if is_of_step else None
+    opened = lora.open_directory(run, checkpoints.open, state)
+    base = lora.read_adapter_info(run).base
+    peft.write(destination, opened.config.language, opened.adapters[-1], base, dtype)
+    return base

@@ -204,7 +204,7 @@ def test_dangling_links_of_a_cache(directory):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adapter_config.json", "adapters of PEFT: merge them into their base"),
+        ("adapter_model.safetensors", "adapters of PEFT, and lacks their adapter_config.json"),
         ("model-q4.gguf", "a model of llama.cpp"),
         ("flax_model.msgpack", "another framework"),
         ("model-00001-of-00019.safetensors", "lacks the index"),
