@@ -38,9 +38,9 @@ def has_quantized(params: Any) -> bool:
 
 
 def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind: QuantizedDtype) -> Quantized:
-    """Shapes and shardings of a quantized parameter: each device has the scales of its own shard of the values.
+    """Shapes and shardings of a quantized parameter: each device has the steps and zeros of its shard of the values.
 
-    Raises UserError if a shard boundary falls inside a group of values with one scale, or inside a byte.
+    Raises UserError if a shard boundary falls inside a group of values with one step, or inside a byte.
     """
     axis = CONTRACTION_AXES[path[-1]]
     position = len(leaf.shape) + axis
@@ -53,20 +53,22 @@ def abstract_quantized(path: Path, leaf: jax.ShapeDtypeStruct | jax.Array, kind:
             "outputs to a device: use a smaller mesh, or int8"
         )
     shapes = jax.eval_shape(lambda w: quantize(w, kind, axis), leaf)
-    num_groups = shapes.scales.shape[position]
     num_shards = leaf.shape[position] // sharding.shard_shape(leaf.shape)[position]
-    if num_groups % num_shards and kind == "int4":
+    if kind == "int4" and shapes.num_groups % num_shards:
         raise UserError(
-            f"int4 has one scale per {leaf.shape[position] // num_groups} of {path[-1]}'s {leaf.shape[position]} "
-            f"values, which the mesh would split into {num_shards} shards: use a smaller mesh, or int8"
+            f"int4 rounds {leaf.shape[position] // shapes.num_groups} of {path[-1]}'s {leaf.shape[position]} values "
+            f"together, which the mesh would split into {num_shards} shards: use a smaller mesh, or int8"
         )
     spec = [*sharding.spec, *[None] * len(leaf.shape)][: len(leaf.shape)]
-    if num_groups == 1:
-        spec[position] = None
-    scales_sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
-    values = jax.ShapeDtypeStruct(shapes.values.shape, shapes.values.dtype, sharding=sharding)
-    scales = jax.ShapeDtypeStruct(shapes.scales.shape, shapes.scales.dtype, sharding=scales_sharding)
-    return jax.tree.unflatten(jax.tree.structure(shapes), (values, scales))
+    # Each shard has a number that is the same for the whole dimension.
+    of_output = [None if i == position else axes for i, axes in enumerate(spec)]
+
+    def abstract(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        partition = PartitionSpec(*(of_output if array.shape[position] == 1 else spec))
+        placed = NamedSharding(sharding.mesh, partition, memory_kind=sharding.memory_kind)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed)
+
+    return jax.tree.map(abstract, shapes)
 
 
 def quantized(path: Path, leaf: Weight, kind: QuantizedDtype | None) -> Weight:

@@ -1,11 +1,13 @@
-"""Weight-only quantization: int8 or int4 values, and one scale per group along the contracted dimension.
+"""Weight-only quantization: int8 values with one scale for each output, int4 values in groups of 32 along the
+contracted dimension, with a step and a zero point for each group (`int4_rounding`).
 
-Weights are dequantized where they are multiplied. `quantized_matmul` has the products that read only the integers and
-the scales from memory; any other user of `astype` writes a dequantized matrix, unless XLA fuses it into its consumer.
+Weights are dequantized where they are multiplied. `quantized_matmul` has the products that read only the quantized
+arrays from memory; any other user of `astype` writes a dequantized matrix, unless XLA fuses it into its consumer.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,35 +15,36 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Integer, UInt8
 
+from sphinx_jax.kernels.int4_rounding import ZERO_STEPS, round_to_int4
+
 QuantizedDtype = Literal["int8", "int4"]
 
-GROUP_SIZE = {"int8": None, "int4": 64}
-"""Values that share a scale; None: the whole contracted dimension. 16 levels are too few for a whole column."""
-
-_LAYOUT = {"int8": 1, "int4": 1}
-"""Numbers of the layouts of `Quantized`. A checkpoint records its layout: one that changes gets a new number."""
-
-
-def layout(dtype: QuantizedDtype) -> dict[str, int | None]:
-    """What a checkpoint with quantized weights says of their layout."""
-    return {"group_size": GROUP_SIZE[dtype], "layout": _LAYOUT[dtype]}
+GROUP_SIZE = {"int8": None, "int4": 32}
+"""Values with a step and a zero point of their own; None: there are none, and the scale is that of the whole contracted
+dimension. 16 levels are too few for a whole column."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """values x scales; each scale belongs to a group of values along `axis`, a negative dimension index.
+    """int8: scales x values. int4: scales x steps x (16 x values - zeros).
+
+    Scales, steps and zeros belong to groups of values along `axis`, a negative dimension index: steps and zeros to
+    GROUP_SIZE neighbours, scales to all (or, once dimensions were merged, to several groups).
 
     A drop-in for an array of weights: it has the array's `shape`, and `astype` dequantizes. int4 values are integers in
     [-8, 7] in two's complement. As jax cannot pass arrays of its own int4 type to programs compiled ahead of time, a
     byte holds two neighbours along the last dimension, the outputs of a product: the first in the low four bits.
     """
 
-    # Of arrays: int8[*shape] or packed uint8[*packed_shape], and float[*group_shape]. Not checked at run time: trees of
-    # shapes, shardings or specs are instances of this class as well.
+    # Of arrays: int8[*shape] or packed uint8[*packed_shape], bfloat16[*scales_shape], and of int4 uint8[*group_shape]
+    # and int8[*group_shape]. Not checked at run time: trees of shapes, shardings or specs are instances of this class
+    # as well.
     values: Any
     scales: Any
     axis: int = dataclasses.field(metadata={"static": True})
+    steps: Any = None
+    zeros: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,8 +55,8 @@ class Quantized:
 
     @property
     def num_groups(self) -> int:
-        """Scales of each output."""
-        return self.scales.shape[self.axis]
+        """Groups of values of each output."""
+        return (self.scales if self.steps is None else self.steps).shape[self.axis]
 
     @property
     def dtype(self) -> QuantizedDtype:
@@ -74,48 +77,53 @@ class Quantized:
     def with_flat_outputs(self) -> "Quantized":
         """Itself with all dimensions after the contracted one as one."""
         end = self.values.ndim + self.axis + 1
-        values, scales = (array.reshape(*array.shape[:end], -1) for array in (self.values, self.scales))
-        return Quantized(values, scales, -2)
+        flat = jax.tree.map(lambda array: array.reshape(*array.shape[:end], -1), self)
+        return dataclasses.replace(flat, axis=-2)
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The dequantized weights."""
-        axis = self.values.ndim + self.axis
-        # bfloat16 holds all integers and scales: the product in bfloat16 is the exact one rounded once.
-        wide = jnp.promote_types(dtype, self.scales.dtype)
-        groups = _split_groups(_unpack(self.values).astype(wide), axis, self.num_groups)
-        return (groups * jnp.expand_dims(self.scales.astype(wide), axis + 1)).reshape(self.shape).astype(dtype)
+        """The dequantized weights: exact in float32, or rounded once."""
+        values = _unpack(self.values).astype(jnp.float32)
+        if self.steps is not None:
+            values = self._by_group(jnp.subtract, ZERO_STEPS * values, self.zeros)
+            values = self._by_group(jnp.multiply, values, self.steps)
+        return self._by_group(jnp.multiply, values, self.scales).astype(dtype)
+
+    def _by_group(self, function: Callable[[Array, Array], Array], x: Array, of_groups: Array) -> Array:
+        """function(x, the number of its group), for each element of `x`."""
+        axis = x.ndim + self.axis
+        groups = _split_groups(x, axis, of_groups.shape[axis])
+        return function(groups, jnp.expand_dims(of_groups, axis + 1).astype(x.dtype)).reshape(x.shape)
 
 
 Weight = Array | Quantized
 
 
 def quantize(weights: Float[Array, "..."], dtype: QuantizedDtype, axis: int) -> Quantized:
-    """Round weights to integers times one scale per group; `axis`, negative, is the contracted dimension.
+    """Round weights to integers; `axis`, negative, is the contracted dimension.
 
     Raises ValueError if the last dimension cannot be packed: int4 needs an even one.
     """
     if dtype == "int4" and weights.shape[-1] % 2:
         raise ValueError(f"int4 packs two outputs in a byte; {weights.shape[-1]} outputs are odd")
-    position = weights.ndim + axis
+    position, weights = weights.ndim + axis, weights.astype(jnp.float32)
+    if dtype == "int8":
+        return Quantized(*_round_to_int8(weights, position), axis)
     size = weights.shape[position]
-    groups = _split_groups(weights.astype(jnp.float32), position, size // math.gcd(size, GROUP_SIZE[dtype] or size))
-    values, scales = _round_to_nearest(groups, position + 1, {"int8": 127, "int4": 7}[dtype])
-    values = values.reshape(weights.shape)
-    return Quantized(_pack(values) if dtype == "int4" else values, scales.squeeze(position + 1), axis)
+    rounded = round_to_int4(_split_groups(weights, position, size // math.gcd(size, GROUP_SIZE[dtype])), position + 1)
+    scales, steps, zeros = (array.squeeze(position + 1) for array in rounded[1:])
+    return Quantized(_pack(rounded.values.reshape(weights.shape)), scales, axis, steps, zeros)
 
 
-def _round_to_nearest(
-    groups: Float[Array, "..."], axis: int, max_value: int
-) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Integers, and bfloat16 scales of size 1 along `axis`, the dimension of a group's values.
+def _round_to_int8(weights: Float[Array, "..."], axis: int) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+    """Integers, and bfloat16 scales of size 1 along `axis`.
 
-    Each weight becomes the nearest multiple of its group's scale; the largest gets the largest integer. Scales are
-    rounded to bfloat16 first, and the integers allow for it.
+    Each weight becomes the nearest multiple of its output's scale; the largest gets 127. Scales are rounded to bfloat16
+    first, and the integers allow for it.
     """
-    scales = (jnp.max(jnp.abs(groups), axis=axis, keepdims=True) / max_value).astype(jnp.bfloat16)
-    # A group of zeros has scale 0; any divisor gives zeros.
-    steps = jnp.round(groups / jnp.where(scales == 0, 1, scales).astype(jnp.float32))
-    return jnp.clip(steps, -max_value, max_value).astype(jnp.int8), scales
+    scales = (jnp.max(jnp.abs(weights), axis=axis, keepdims=True) / 127).astype(jnp.bfloat16)
+    # An output whose weights are zeros has scale 0; any divisor gives zeros.
+    values = jnp.round(weights / jnp.where(scales == 0, 1, scales).astype(jnp.float32))
+    return jnp.clip(values, -127, 127).astype(jnp.int8), scales
 
 
 def _pack(values: Int8[Array, "*rows out"]) -> UInt8[Array, "*rows out/2"]:

@@ -154,9 +154,10 @@ def test_another_layout_is_refused(stored, tmp_path):
             native.open_directory(tmp_path / "copy")
         return str(error.value)
 
-    assert "a layout that this program does not read" in refused(quantized=config["quantized"] | {"layout": 99})
+    assert "a layout that this program does not read" in refused(quantized=config["quantized"] | {"group_size": 99})
     assert "a layout that this program does not read" in refused(quantized={"dtype": "int2"})
     assert "a layout that this program does not read" in refused(quantized={"dtype": ["int4"]})
     assert "contradict each other" in refused(version=1)
     assert "contradict each other" in refused(quantized=None)
-    assert "reads versions 1 and 2" in refused(version=3)
+    assert "convert the unquantized checkpoint again" in refused(version=2)
+    assert "reads versions 1 and 3" in refused(version=4)

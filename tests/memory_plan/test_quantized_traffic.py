@@ -55,7 +55,7 @@ def is_quantized(leaf):
 
 
 def stored_bytes(leaf):
-    return sum(array.size * array.dtype.itemsize for array in (leaf.values, leaf.scales))
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(leaf))
 
 
 @pytest.mark.parametrize(

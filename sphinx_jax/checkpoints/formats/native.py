@@ -3,7 +3,7 @@
 `params` is a TensorStore key-value store (OCDBT) in which each parameter is a Zarr array, named by its path
 joined with dots. The decoder's layers are stored stacked or unstacked, as the writer had them, and are loaded
 either way. Of a quantized parameter each array is stored, under the parameter's name and its own; config.json says
-which layout they have, and the layers are unstacked.
+what they are quantized to, and the layers are unstacked.
 """
 
 import gc
@@ -30,11 +30,12 @@ from sphinx_jax.checkpoints.source import CheckpointSource, Tensor, read_json
 from sphinx_jax.checkpoints.writer import ParamReader, new_directory, write_json
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.errors import UserError
-from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype, layout
+from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
 from sphinx_jax.quantization import quantized as to_quantized
 from sphinx_jax.quantization import quantized_dtype
 
-_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 2
+_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 3
+_OLD_QUANTIZED_VERSIONS = (2,)
 _LAYERS = ("language", "layers")
 
 # Of a dict in the metadata of a tree, as Orbax numbers the kinds of keys.
@@ -80,7 +81,12 @@ def _description(config: SphinxConfig, stacked: bool, quantized: QuantizedDtype 
     """The content of config.json."""
     version = _QUANTIZED_VERSION if quantized else _VERSION
     described = {"format": _FORMAT, "version": version, "model": config.to_dict(), "stacked": stacked}
-    return described | ({"quantized": {"dtype": quantized} | layout(quantized)} if quantized else {})
+    return described | ({"quantized": _quantization(quantized)} if quantized else {})
+
+
+def _quantization(dtype: QuantizedDtype) -> dict[str, Any]:
+    """What config.json says of quantized weights."""
+    return {"dtype": dtype, "group_size": GROUP_SIZE[dtype]}
 
 
 def write(
@@ -219,6 +225,11 @@ def _read_config(path: Path) -> tuple[SphinxConfig, bool, QuantizedDtype | None]
     described = read_json(file)
     if described.get("format") != _FORMAT:
         raise UserError(f'{file} does not describe a sphinx-jax checkpoint: it lacks "format": "{_FORMAT}"')
+    if described.get("version") in _OLD_QUANTIZED_VERSIONS:
+        raise UserError(
+            f"{file} describes weights quantized by an earlier version, which this one cannot read; convert the "
+            "unquantized checkpoint again"
+        )
     if described.get("version") not in (_VERSION, _QUANTIZED_VERSION):
         raise UserError(
             f"{file} has version {described.get('version')!r} and this program reads versions {_VERSION} and "
@@ -245,7 +256,7 @@ def _read_quantized(file: Path, described: Any) -> QuantizedDtype | None:
     if described is None:
         return None
     dtype = described.get("dtype") if isinstance(described, dict) else None
-    if dtype not in tuple(GROUP_SIZE) or described != {"dtype": dtype} | layout(dtype):
+    if dtype not in tuple(GROUP_SIZE) or described != _quantization(dtype):
         raise UserError(
             f"{file} describes weights quantized as {described!r:.200}, a layout that this program does not read; "
             "convert the unquantized checkpoint again"
