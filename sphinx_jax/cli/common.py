@@ -148,8 +148,4 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         # Most often of a collective, whose other end is gone.
         traceback.print_exc()
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return fail(
-            1,
-            f"error: on {socket.gethostname()}: {reason}; the other processes end within two minutes; start all again, "
-            "train.py with --resume",
-        )
+        return fail(1, f"error: on {socket.gethostname()}: {reason}; start all processes again, train.py with --resume")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from sharding import shardings_of
+from sphinx_jax.errors import UserError
 from sphinx_jax.training.step import Params, TrainState
 
 
@@ -89,15 +90,21 @@ class CheckpointStore:
         )
 
     def save(self, state: TrainState, data_position: dict[str, Any], score: float | None = None) -> None:
-        """Save the state and the position of the data iterator; `score`: held-out accuracy, higher is better."""
+        """Save the state and the position of the data iterator; `score`: held-out accuracy, higher is better.
+
+        Raises UserError if the directory cannot be written, or could not for the save before.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)),
-            metrics=None if score is None else {"score": score},
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))
+        try:
+            self._manager.save(step, args=args, metrics=None if score is None else {"score": score})
+        except OSError as error:
+            raise UserError(
+                f"{self._manager.directory}: cannot write a checkpoint ({error.strerror or error}); make room, and "
+                "continue with --resume"
+            ) from error
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, after waiting for a save in progress."""

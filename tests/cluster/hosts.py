@@ -104,12 +104,13 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
 def _namespaces() -> Iterator[tuple[Host, Host]]:
     """Two namespaces on one bridge. Raises CalledProcessError where they are not permitted."""
     tag = os.getpid()
-    hosts = tuple(Host(f"sphinx-{side}-{tag}", f"10.213.7.{i}", f"sx{side}{tag}") for i, side in ((2, "a"), (3, "b")))
+    network = f"10.{200 + tag // 250 % 50}.{tag % 250}"
+    hosts = tuple(Host(f"sphinx-{side}-{tag}", f"{network}.{i}", f"sx{side}{tag}") for i, side in ((2, "a"), (3, "b")))
     bridge = f"sx{tag}"
     names = "".join(f"{host.address} {host.name}\n" for host in hosts) + "127.0.0.1 localhost\n"
     try:
         _ip("link", "add", bridge, "type", "bridge")
-        _ip("addr", "add", "10.213.7.1/24", "dev", bridge)
+        _ip("addr", "add", f"{network}.1/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
         for host in hosts:
             (etc := Path("/etc/netns", host.name)).mkdir(parents=True)

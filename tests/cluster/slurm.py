@@ -32,7 +32,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=20
+KillWait=60
+FirstJobId={first_job}
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -76,16 +77,18 @@ class Slurm:
 @contextlib.contextmanager
 def slurm(folder: Path, num_nodes: int) -> Iterator[Slurm]:
     """A cluster of `num_nodes` nodes, with its files in `folder`; its daemons end with the context."""
+    ports = _free_ports(num_nodes + 1)
     (folder / "state").mkdir(parents=True)
     (key := folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     first, last = 2, num_nodes + 1
-    ports = _free_ports(num_nodes + 1)
     config = _CONFIG.format(
         folder=folder,
         host=socket.gethostname(),
         controller_port=ports[0],
         last=last,
+        # Of two clusters at a time: jax takes the coordinator's port from the number of the job.
+        first_job=16 * os.getpid() % 4000 + 1,
         first_port=ports[1],
         last_port=ports[-1],
     )

@@ -43,7 +43,7 @@ def check_end(processes, folder, seconds=SECONDS):
     codes = [process.wait(timeout=max(deadline - time.monotonic(), 0.1)) for process in processes]
     assert 0 not in codes
     # The shell that speaks for a process outlives it by a moment.
-    wait_until(lambda: all(said and said[0].startswith("error: ") for said in last_words(folder)), 5)
+    wait_until(lambda: all(said and said[0].startswith("error: ") for said in last_words(folder)), 20)
 
 
 def check_resumed(training, out, folder, num_processes):
@@ -63,6 +63,7 @@ def check_resumed(training, out, folder, num_processes):
     assert json.loads((out / "summary.json").read_text())["mesh"]["data"] == num_processes
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_one_host(training, started, tmp_path):
     started[1].kill()
     check_end(started, tmp_path)
@@ -72,7 +73,7 @@ def test_killed_and_resumed_on_one_host(training, started, tmp_path):
 def test_coordinator_killed(started, tmp_path):
     started[0].kill()
     check_end(started, tmp_path)
-    assert "start all processes again, train.py with --resume" in last_words(tmp_path)[1][0]
+    assert all(said[0].endswith("start all processes again, train.py with --resume") for said in last_words(tmp_path))
 
 
 def test_directory_that_cannot_be_written(training, tmp_path):
@@ -89,7 +90,7 @@ def test_directory_that_cannot_be_written(training, tmp_path):
             while filler.write(bytes(4096)):
                 pass
         check_end(processes, tmp_path)
-        assert "No space left on device" in last_words(tmp_path)[0][0]
+        assert "No space left on device" in last_words(tmp_path)[0][0] and str(out) in last_words(tmp_path)[0][0]
         (shared / "filler").unlink()
         check_resumed(training, out, tmp_path, 1)
     finally:
@@ -103,6 +104,7 @@ srun --label {command} --out $OUT "$@" $(test -f $OUT/options.json && echo --res
 """
 
 
+@pytest.mark.slow
 def test_requeue_and_scancel_under_slurm(slurm_cluster, training, tmp_path):
     """The same script continues: started again by SLURM, and submitted again by its user with more nodes."""
     out, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "job.sh"
@@ -125,12 +127,12 @@ def test_requeue_and_scancel_under_slurm(slurm_cluster, training, tmp_path):
     wait_until(lambda: max(losses(out)) > requeued + 2)
     slurm_cluster.command("scancel", job)
     slurm_cluster.wait_for(job, "CANCELLED", seconds=SECONDS)
-    wait_until(lambda: log.read_text().count("stopped by SIGTERM") == 2, 30)
+    wait_until(lambda: log.read_text().count("stopped by SIGTERM") == 2, SECONDS)
     cancelled = saved(out)[-1]
     assert cancelled == max(losses(out)) > requeued
 
     job = submit(3, "--steps", cancelled + 3)
-    slurm_cluster.wait_for(job, "COMPLETED", seconds=SECONDS)
+    slurm_cluster.wait_for(job, "COMPLETED", seconds=300)
     assert list(losses(out)) == list(range(1, cancelled + 4))
     assert json.loads((out / "summary.json").read_text())["mesh"]["data"] == 3
 
