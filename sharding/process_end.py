@@ -1,7 +1,7 @@
 """How a process of several ends: with one sentence as its last word, and without waiting for processes that are gone.
 
 jax ends a process from native code, with a stack trace, when its coordination service reports that another process is
-gone; the kernel kills one without asking. Nothing in such a process can say a word: a shell that outlives it does.
+gone; the kernel kills one without asking. Nothing in such a process can print anything: a shell that outlives it does.
 """
 
 import atexit
