@@ -11,15 +11,10 @@ from sharding import MeshShape
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
-from sphinx_jax.memory_plan.hlo import executed_instructions, parse
+from sphinx_jax.memory_plan.hlo import called_computations, executed_instructions, parse
 from sphinx_jax.memory_plan.training import training_batch
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
-
-reads_kernels = pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11),
-    reason="counts kernels as the HLO text of jax 0.10 names them",
-)
 
 LAYERS = 2
 FULL_WIDTH = SphinxConfig(DecoderConfig(num_layers=LAYERS), None)
@@ -59,12 +54,24 @@ def test_optimizer_bytes_per_parameter(step, moments, expected):
     assert moved / parameters == pytest.approx(expected, rel=1e-3)
 
 
-@reads_kernels
+def kernels(text):
+    """Each kernel, and how often it runs.
+
+    From jax 0.11.2 on, a call that reads a slice of an array, or writes a part of one, is inside a fusion which passes
+    it the addresses.
+    """
+    computations, entry = parse(text)
+    for instruction, times in executed_instructions(computations, entry):
+        inner = [computations[name] for name in called_computations(instruction) if instruction.opcode == "fusion"]
+        calls = [i for body in inner for i in body if i.opcode == "custom-call"]
+        yield from ((kernel, times) for kernel in calls or [instruction])
+
+
 def test_no_product_is_computed_twice(step):
     """Each matrix has one product forward, one for the gradient of its input, and one for its own."""
     text, _ = step("float32")
     counts = dict.fromkeys(("cublas", "grouped_matmul", "grouped_outer", "flash"), 0)
-    for instruction, times in executed_instructions(*parse(text)):
+    for instruction, times in kernels(text):
         for name in counts:
             if instruction.opcode == "custom-call" and re.search(
                 rf"__{name}|/_?{name}\w*_kernel", instruction.attributes
@@ -80,19 +87,26 @@ def test_no_product_is_computed_twice(step):
     }
 
 
-@reads_kernels
 def test_large_copies(step):
-    """None of 64 MiB or more but those of the layers' loop: a layer's matrices of experts, sliced from their stack in
-    the forward and in the backward pass.
+    """None of 64 MiB or more.
+
+    Before jax 0.11.2 the matrices of a layer's experts are sliced from their stack in the forward and in the backward
+    pass. Kernels that add the layer's offset to an expert's number could read the stack instead. They do not: newer
+    compilers give ours the address of the slice.
     """
     text, _ = step("float32")
     found = []
-    for instruction, times in executed_instructions(*parse(text)):
-        is_copy = re.match(r"copy|transpose|.*(copy|transpose|_dynamic_slice)_fusion", instruction.name)
-        if is_copy and instruction.bytes >= 64 << 20:
-            found.append((instruction.bytes >> 20, times))
+    for kernel, times in kernels(text):
+        is_copy = re.match(r"copy|transpose|.*(copy|transpose|_dynamic_slice)_fusion", kernel.name)
+        if kernel.opcode in ("fusion", "dynamic-slice", "custom-call"):
+            # Or whatever writes the matrices of one layer, but the product that is their gradient.
+            is_layer = re.match(r"bf16\[(1,)?8,(4096,2,14336|4096,28672|14336,4096)\]", kernel.type)
+            is_copy = is_copy or (is_layer and "grouped_outer" not in kernel.attributes)
+        if is_copy and kernel.bytes >= 64 << 20:
+            found.append((kernel.bytes >> 20, times))
     w_in, w_out = 1792, 896
-    assert sorted(found) == sorted(2 * [(w_in, LAYERS), (w_out, LAYERS)])
+    slices_are_copied = jax.__version_info__ < (0, 11, 2)
+    assert sorted(found) == (sorted(2 * [(w_in, LAYERS), (w_out, LAYERS)]) if slices_are_copied else [])
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
