@@ -105,6 +105,11 @@ def type_bytes(hlo_type: str) -> int:
     return sum(_array_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(hlo_type))
 
 
+def array_shapes(hlo_type: str) -> list[tuple[int, ...]]:
+    """The shapes of all arrays of a type."""
+    return [tuple(_integers(dims)) for _, dims in _ARRAY.findall(hlo_type)]
+
+
 def _array_bytes(dtype: str, dims: str) -> int:
     return math.prod(map(int, filter(None, dims.split(",")))) * _ITEM_BITS.get(dtype, 0) // 8
 

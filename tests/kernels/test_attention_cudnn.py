@@ -14,7 +14,8 @@ from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.kernels import attention as module
 from sphinx_jax.kernels.attention import attention
 from sphinx_jax.kernels.attention_mask import Causal
-from sphinx_jax.memory_plan.aot import compile_aot
+from sphinx_jax.memory_plan.aot import compile_aot, hlo_text
+from sphinx_jax.memory_plan.cudnn_workspace import cudnn_workspace_bytes
 from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.model import SphinxMoE, bind
 
@@ -129,6 +130,8 @@ def test_training_compiled(gpu_mesh, gpu):
 
     compiled = compile_aot(sharding.Program(jax.grad(loss)), (params, tokens), mesh)
     assert calls_and_scores(compiled) == (2, 1, False)
+    # A device has one sequence and one head: float32 gradients of its queries, and sums of their softmax.
+    assert cudnn_workspace_bytes(hlo_text(compiled)) == LENGTH * (4 * 64 + 4)
 
 
 def test_prefill_compiled(gpu_mesh):
