@@ -114,10 +114,17 @@ class LowRank(nnx.Module):
         """(a, b x alpha / rank) in `dtype`."""
         return self.a[...].astype(dtype), (self.b[...] * self.scale).astype(dtype)
 
-    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "..."]:
-        """The LoRA term of x W for a single matrix; `x` has the dimensions *in flattened into one."""
+    def __call__(
+        self, x: Float[Array, "batch length in"], rank_mask: Float[Array, "batch rank"] | None = None
+    ) -> Float[Array, "..."]:
+        """The LoRA term of x W for a single matrix; `x` has the dimensions *in flattened into one.
+
+        `rank_mask` is 1 at the ranks that apply to a sequence, and 0 at the others: of several adapters next to each
+        other, each sequence has its own.
+        """
         a, b = self.factors(x.dtype)
-        return matmul(matmul(x, a.reshape(-1, a.shape[-1])), b)
+        projected = matmul(x, a.reshape(-1, a.shape[-1]))
+        return matmul(projected if rank_mask is None else projected * rank_mask[:, None], b)
 
 
 def make_layers(

@@ -55,14 +55,16 @@ class SphinxMoE(nnx.Module):
         images: Float[Array, "batch size size 3"] | None = None,
         segment_ids: Int[Array, "batch text"] | None = None,
         *,
+        rank_mask: Float[Array, "batch rank"] | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch text vocab"], dict[str, Any]]:
         """Logits of the token after each text token, teacher-forced, float32; and the intermediates.
 
         `segment_ids` is the segment of each token, 0 for the shared prefix: each segment attends to itself and the
-        prefix only. `remat` is the rematerialisation policy of decoder and encoders (`layers.run_layers`). The
-        intermediates are `image_embeds` (None without images), `embedded` (the decoder's input), `hidden` (after the
-        final norm) and `layers` (see `Decoder`).
+        prefix only. `rank_mask` says which ranks of the adapters apply to each sequence (None: all). `remat` is the
+        rematerialisation policy of decoder and encoders (`layers.run_layers`). The intermediates are `image_embeds`
+        (None without images), `embedded` (the decoder's input), `hidden` (after the final norm) and `layers` (see
+        `Decoder`).
         """
         image_embeds = None if images is None else self.encode_images(images, remat=remat)
         x = self.embed(tokens, image_embeds)
@@ -76,7 +78,7 @@ class SphinxMoE(nnx.Module):
             zeros = jnp.zeros((batch, num_image_tokens), segment_ids.dtype)
             segment_ids = jnp.concatenate([segment_ids[:, :1], zeros, segment_ids[:, 1:]], axis=1)
             positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
-        hidden, _, layers = self.language(x, positions, mask, remat=remat)
+        hidden, _, layers = self.language(x, positions, mask, rank_mask=rank_mask, remat=remat)
         intermediates = {"image_embeds": image_embeds, "embedded": x, "hidden": hidden, "layers": layers}
         # The last `text` positions: the image's last position predicts the token after BOS in place of BOS itself.
         return self.language.logits(hidden[:, num_image_tokens:]), intermediates

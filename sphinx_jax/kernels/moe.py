@@ -14,11 +14,11 @@ and k experts per token:
 """
 
 import logging
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import sharding
 from sharding.log_once import log_once
@@ -27,6 +27,7 @@ from sphinx_jax.kernels.moe_grouped_matmul import moe_grouped_matmul, supports_g
 from sphinx_jax.kernels.moe_sorted_blocks import (
     ExpertIds,
     LoraFactors,
+    RankMask,
     RouterWeights,
     Tokens,
     WIn,
@@ -68,18 +69,22 @@ def moe_ffn(
     w_out: WOut,
     implementation: Implementation | None = None,
     factors: LoraFactors = (),
+    rank_mask: RankMask | None = None,
 ) -> Tokens:
     """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]), expert(x) = (silu(x gate) * (x up)) w_out.
 
     `w_in` holds gate and up next to each other. An assignment to expert number `w_in.shape[0]`, one past the last,
     contributes zero. Differentiable in all arguments but `experts`. `implementation` overrides the choice.
 
-    LoRA `factors` (see `moe_sorted_blocks`) are for training, and imply `sorted_blocks`.
+    LoRA `factors` (see `moe_sorted_blocks`) without a `rank_mask` are for training, and imply `sorted_blocks`. With one
+    they are several adapters next to each other, for inference: it is 1 at the ranks that apply to a token.
     """
     if implementation is None:
-        (tokens, k), can_group = experts.shape, can_use_grouped_matmul(x, w_in)
+        (tokens, k), can_group = experts.shape, not factors and can_use_grouped_matmul(x, w_in)
         implementation = choose_implementation(sharding.platform(), tokens, k, w_in.shape[0], can_group)
-    if factors or (implementation == "dense" and isinstance(w_in, Quantized) and not fuses_dequantization(w_in)):
+    if (factors and rank_mask is None) or (
+        implementation == "dense" and isinstance(w_in, Quantized) and not fuses_dequantization(w_in)
+    ):
         # Sorted blocks dequantize the weights of one expert at a time, dense would those of all.
         implementation = "sorted_blocks"
     in_place = implementation == "sorted_blocks" and reads_in_place(x, w_in)
@@ -88,11 +93,12 @@ def moe_ffn(
     if implementation == "sorted_blocks":
         max_size = CPU_MAX_BLOCK_SIZE if sharding.platform() == "cpu" else GPU_MAX_BLOCK_SIZE
         sizes = IN_PLACE_BLOCK_SIZES if in_place else block_sizes(experts.size, w_in.shape[0], max_size)
-        return moe_sorted_blocks(x, experts, weights, w_in, w_out, sizes, factors, in_place)
+        return moe_sorted_blocks(x, experts, weights, w_in, w_out, sizes, factors, in_place, rank_mask)
+    lora_in, lora_out = _lora_terms(factors, rank_mask)
     if implementation == "gather":
-        return _moe_gather(x, experts, weights, w_in, w_out)
+        return _moe_gather(x, experts, weights, w_in, w_out, lora_in, lora_out)
     if implementation == "dense":
-        return _moe_dense(x, experts, weights, w_in, w_out)
+        return _moe_dense(x, experts, weights, w_in, w_out, lora_in, lora_out)
     if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
         raise ValueError(f"{implementation} takes no quantized weights; choose gather, dense or sorted_blocks")
     return moe_grouped_matmul(x, experts, weights, w_in, w_out)
@@ -130,20 +136,65 @@ def _swiglu(gate_up: Float[Array, "*rows 2 hidden"]) -> Float[Array, "*rows hidd
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
-def _moe_gather(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: WIn, w_out: WOut) -> Tokens:
+class _LoraTerm(NamedTuple):
+    """The adapters of one matrix of each expert."""
+
+    a: Float[Array, "experts in rank"]
+    b: Float[Array, "experts rank *out"]
+    rank_mask: Float[Array, "*rows rank"]
+
+    def add(self, y: Float[Array, "experts rows *out"], x: Float[Array, "experts rows in"]) -> Array:
+        """y + x a b, of each row with the ranks of its token's adapter."""
+        projected = jnp.einsum("eti,eir->etr", x, self.a) * self.rank_mask
+        return y + jnp.einsum("etr,er...->et...", projected, self.b)
+
+    def gather(self, experts: Int[Array, "n"], tokens: Int[Array, "n"]) -> "_LoraTerm":
+        """The term of assignments: each has an expert of its own, and one row."""
+        return _LoraTerm(self.a[experts], self.b[experts], self.rank_mask[tokens][:, None])
+
+
+def _lora_terms(factors: LoraFactors, rank_mask: RankMask | None) -> tuple[_LoraTerm | None, _LoraTerm | None]:
+    if not factors or rank_mask is None:
+        return None, None
+    a_in, b_in, a_out, b_out = factors
+    return _LoraTerm(a_in, b_in, rank_mask), _LoraTerm(a_out, b_out, rank_mask)
+
+
+def _moe_gather(
+    x: Tokens,
+    experts: ExpertIds,
+    weights: RouterWeights,
+    w_in: WIn,
+    w_out: WOut,
+    lora_in: _LoraTerm | None,
+    lora_out: _LoraTerm | None,
+) -> Tokens:
     """Matrix-vector products, one assignment after the other, with the matrices of its expert."""
     tokens, k = experts.shape
     elsewhere = experts == w_in.shape[0]
     # An assignment to an expert elsewhere reads some matrix too: that of a local expert which is read anyway.
     local = jnp.where(elsewhere, jnp.max(jnp.where(elsewhere, 0, experts)), experts).reshape(-1)
     assignments = range(tokens * k)
+    token = jnp.arange(tokens * k) // k
     gate_up = jnp.stack([gathered_matvec(x[i // k], w_in, local[i]) for i in assignments])
+    if lora_in is not None:
+        gate_up = lora_in.gather(local, token).add(gate_up[:, None], x[token][:, None])[:, 0]
     hidden = _swiglu(gate_up)
     outputs = jnp.stack([gathered_matvec(hidden[i], w_out, local[i]) for i in assignments])
+    if lora_out is not None:
+        outputs = lora_out.gather(local, token).add(outputs[:, None], hidden[:, None])[:, 0]
     return _weighted_sum(outputs.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))
 
 
-def _moe_dense(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: WIn, w_out: WOut) -> Tokens:
+def _moe_dense(
+    x: Tokens,
+    experts: ExpertIds,
+    weights: RouterWeights,
+    w_in: WIn,
+    w_out: WOut,
+    lora_in: _LoraTerm | None,
+    lora_out: _LoraTerm | None,
+) -> Tokens:
     """All experts on all tokens; the input of an expert that a token did not choose is zero, and so is its output."""
     num_experts = w_in.shape[0]
     # [tokens, experts]: the router weight of each expert, zero if not chosen.
@@ -151,14 +202,22 @@ def _moe_dense(x: Tokens, experts: ExpertIds, weights: RouterWeights, w_in: WIn,
     if len(x) == 1:
         # For a batch of products with one row each, XLA would transpose the weights.
         matrices = [[gathered_matrix(w, e).astype(x.dtype) for e in range(num_experts)] for w in (w_in, w_out)]
-        hidden = _swiglu(jnp.stack([matvec(x[0], w) for w in matrices[0]]))
+        gate_up = jnp.stack([matvec(x[0], w) for w in matrices[0]])
+        if lora_in is not None:
+            gate_up = lora_in.add(gate_up[:, None], jnp.broadcast_to(x, (num_experts, *x.shape)))[:, 0]
+        hidden = _swiglu(gate_up)
         outputs = jnp.stack([matvec(h, w) for h, w in zip(hidden, matrices[1], strict=True)])
+        if lora_out is not None:
+            outputs = lora_out.add(outputs[:, None], hidden[:, None])[:, 0]
         return _weighted_sum(outputs[None], expert_weights)
     chosen = jnp.any(experts[..., None] == jnp.arange(num_experts), axis=1)
     # The mask is on the input: without it XLA merges the products into one of [tokens, dim] by [dim, experts x hidden].
     inputs = jnp.where(chosen.T[..., None], x, 0)
-    hidden = _swiglu(_experts_dot(inputs, w_in))
+    gate_up = _experts_dot(inputs, w_in)
+    hidden = _swiglu(gate_up if lora_in is None else lora_in.add(gate_up, inputs))
     outputs = _experts_dot(hidden, w_out)
+    if lora_out is not None:
+        outputs = lora_out.add(outputs, hidden)
     return _weighted_sum(outputs.swapaxes(0, 1), expert_weights)
 
 

@@ -41,6 +41,8 @@ LoraFactors = (
     ]
 )
 """(a_in, b_in, a_out, b_out), or none."""
+RankMask = Float[Array, "tokens rank"]
+"""1 at the ranks that apply to a token, of several adapters next to each other; 0 at the others."""
 
 
 def block_sizes(rows: int, experts: int, max_size: int) -> tuple[int, ...]:
@@ -69,6 +71,7 @@ def moe_sorted_blocks(
     sizes: tuple[int, ...],
     factors: LoraFactors = (),
     in_place: bool = False,
+    rank_mask: RankMask | None = None,
 ) -> Tokens:
     """y[t] = sum over j of weights[t, j] x expert_{experts[t, j]}(x[t]); see `kernels.moe`.
 
@@ -76,9 +79,9 @@ def moe_sorted_blocks(
     a_out b_out; w_in and w_out are frozen then, and have no gradient. The merged matrices are never computed: rows are
     multiplied by both factors, and nothing as large as the matrices is written, forward or backward.
 
-    `in_place` requires matrices of the dtype of `x`.
+    `in_place` requires matrices of the dtype of `x`. With a `rank_mask`, for inference, there is no gradient.
     """
-    return _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, save_residuals=False)[0]
+    return _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, rank_mask, save_residuals=False)[0]
 
 
 class SortedAssignments(NamedTuple):
@@ -163,10 +166,13 @@ def _expert_matrices(
     return tuple(w.reshape(w.shape[0], -1) for w in matrices)
 
 
-def _matmul(x, w, a=None, b=None):
-    """x w, or with LoRA factors x (w + a b)."""
+def _matmul(x, rank_mask, w, a=None, b=None):
+    """x w, or with LoRA factors x (w + a b); of these only the ranks in `rank_mask` [size, rank], if there is one."""
+    if a is None:
+        return x @ w
     # From left to right: [size, rank] is the only intermediate array, and it is small.
-    return x @ w if a is None else x @ w + (x @ a) @ b
+    projected = x @ a if rank_mask is None else (x @ a) * rank_mask
+    return x @ w + projected @ b
 
 
 def _matmul_dx(dy, w, a=None, b=None):
@@ -195,6 +201,7 @@ def _forward(
     sizes: tuple[int, ...],
     factors: LoraFactors,
     in_place: bool,
+    rank_mask: RankMask | None,
     save_residuals: bool,
 ) -> tuple[Tokens, tuple]:
     """The sum over each token's experts; with `save_residuals` also the sorted assignments, and gate and up by row."""
@@ -218,9 +225,11 @@ def _forward(
         def block(start, size, carry):
             # [size, dim] -> [size, 2 hidden] -> [size, dim]: one block stays in cache between the two products.
             w_in, w_out = copied or slice_matrices()
-            gate_up = _matmul(x[_slice(rows.token, start, size)], *w_in)
+            token = _slice(rows.token, start, size)
+            own_ranks = None if rank_mask is None else rank_mask[token]
+            gate_up = _matmul(x[token], own_ranks, *w_in)
             gate, up = jnp.split(gate_up, 2, axis=-1)
-            out = _matmul(jax.nn.silu(gate) * up, *w_out)
+            out = _matmul(jax.nn.silu(gate) * up, own_ranks, *w_out)
             results = (out, gate_up) if save_residuals else (out,)
             return tuple(_update(buffer, result, start, 0) for buffer, result in zip(carry, results, strict=True))
 
@@ -242,8 +251,11 @@ def _vjp_forward(
     sizes: tuple[int, ...],
     factors: LoraFactors,
     in_place: bool,
+    rank_mask: RankMask | None,
 ) -> tuple[Tokens, tuple]:
-    y, residuals = _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, save_residuals=True)
+    if rank_mask is not None:
+        raise ValueError("experts with a rank mask have no gradient: train one adapter at a time")
+    y, residuals = _forward(x, experts, weights, w_in, w_out, sizes, factors, in_place, None, save_residuals=True)
     return y, (x, experts, weights, w_in, w_out, factors, *residuals)
 
 
@@ -297,7 +309,7 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
     # A token's gradient is the sum over its k rows; the router weight's is that of its own row.
     dx = jnp.sum(rows.unsort(dx, experts, num_experts), axis=1)
     dweights = rows.unsort(dweight, experts, num_experts)[..., 0]
-    return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ()))
+    return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ())), None
 
 
 moe_sorted_blocks.defvjp(_vjp_forward, _vjp_backward)

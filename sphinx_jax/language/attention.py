@@ -69,16 +69,17 @@ class Attention(nnx.Module):
         positions: Int[Array, "batch length"],
         mask: Mask,
         cache: LayerCache | None = None,
+        rank_mask: Float[Array, "batch rank"] | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None]:
         """Attention output, and the cache with this call's keys and values.
 
         `positions` are consecutive in each sequence if there is a cache: the keys and values are written at them, and
-        attention is over the whole cache as `mask` allows.
+        attention is over the whole cache as `mask` allows. `rank_mask`: see `layers.LowRank`.
         """
         x = constrain(x, "batch", "sequence", None)
         qkv = matmul(x, self.wqkv[...])
         if self.wqkv_lora is not None:
-            qkv += self.wqkv_lora(x)
+            qkv += self.wqkv_lora(x, rank_mask)
         qkv = constrain(qkv, "batch", "sequence", "kv_heads", None, None)
         groups = qkv.shape[3] - 2
         rotated = rotate(qkv[:, :, :, : groups + 1], positions, self.theta)
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
         heads = out.reshape(*x.shape[:2], -1)
         out = dot(heads, wo)
         if self.wo_lora is not None:
-            out += self.wo_lora(heads)
+            out += self.wo_lora(heads, rank_mask)
         return constrain(out, "batch", "residual", None), cache
 
 

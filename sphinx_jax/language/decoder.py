@@ -33,10 +33,11 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "batch length"],
         mask: Mask,
         cache: LayerCache | None = None,
+        rank_mask: Float[Array, "batch rank"] | None = None,
     ) -> tuple[Float[Array, "batch length dim"], LayerCache | None, dict[str, Any]]:
         """The layer's output, the updated cache, and the intermediates: outputs of attention and FFN, routing."""
-        h, normed, attention_out, cache = self.attend(x, positions, mask, cache)
-        ffn_out, routing = self.ffn(normed)
+        h, normed, attention_out, cache = self.attend(x, positions, mask, cache, rank_mask)
+        ffn_out, routing = self.ffn(normed, rank_mask)
         out = constrain(h + ffn_out, "batch", "residual", None)
         return out, cache, {"attention": attention_out, "ffn": ffn_out, "out": out, "routing": routing}
 
@@ -46,6 +47,7 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "batch length"],
         mask: Mask,
         cache: LayerCache | None,
+        rank_mask: Float[Array, "batch rank"] | None = None,
     ) -> tuple[
         Float[Array, "batch length dim"],
         Float[Array, "batch length dim"],
@@ -54,7 +56,7 @@ class DecoderLayer(nnx.Module):
     ]:
         """The layer without its experts: h, norm(h) for router and experts, attention's output, the updated cache."""
         normed = constrain(self.attention_norm(x), "batch", "residual", None)
-        attention_out, cache = self.attention(normed, positions, mask, cache)
+        attention_out, cache = self.attention(normed, positions, mask, cache, rank_mask)
         h = x + attention_out
         return h, constrain(self.ffn_norm(h), "batch", "residual", None), attention_out, cache
 
@@ -78,17 +80,19 @@ class Decoder(nnx.Module):
         mask: Mask,
         cache: Cache | None = None,
         *,
+        rank_mask: Float[Array, "batch rank"] | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "batch length dim"], Cache | None, Any]:
         """Hidden states after the final norm, the updated cache, and the layers' intermediates.
 
         The intermediates are a list of dicts if the layers are unstacked, else one dict of stacked arrays: `attention`,
         `ffn` and `out` [batch, length, dim], and `routing` (`moe.Routing`). XLA removes those that the caller does not
-        use. A cache needs unstacked layers.
+        use. A cache needs unstacked layers. `rank_mask` says which ranks of the adapters, if there are any, apply to
+        each sequence; None: all.
         """
 
         def body(layer, carry, layer_cache):
-            out, layer_cache, intermediates = layer(carry, positions, mask, layer_cache)
+            out, layer_cache, intermediates = layer(carry, positions, mask, layer_cache, rank_mask)
             return out, (layer_cache, intermediates)
 
         length = x.shape[1]

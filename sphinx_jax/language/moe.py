@@ -68,7 +68,11 @@ def _rank(values: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
 
 
 _WEIGHTS = ("experts", None, None, "mlp"), ("experts", "mlp", None)
-_FACTORS = ("experts", None, None), ("experts", None, None, "mlp"), ("experts", "mlp", None), ("experts", None, None)
+_FACTORS = (
+    *(("experts", None, None), ("experts", None, None, "mlp"), ("experts", "mlp", None), ("experts", None, None)),
+    ("batch", "sequence", None),
+)
+"""Of the LoRA factors, and of the rank mask of each token."""
 
 
 class MoE(nnx.Module):
@@ -84,11 +88,13 @@ class MoE(nnx.Module):
         self.k = config.experts_per_token
 
     @jax.named_scope("moe")
-    def __call__(self, x: Float[Array, "batch length dim"]) -> tuple[Float[Array, "batch length dim"], Routing]:
-        """The experts' output, and the routing."""
+    def __call__(
+        self, x: Float[Array, "batch length dim"], rank_mask: Float[Array, "batch rank"] | None = None
+    ) -> tuple[Float[Array, "batch length dim"], Routing]:
+        """The experts' output, and the routing. `rank_mask`: see `layers.LowRank`."""
         routing = self.route(x)
         with jax.named_scope("experts"):
-            return self._experts(x, routing), routing
+            return self._experts(x, routing, rank_mask), routing
 
     @jax.named_scope("router")
     def route(self, x: Float[Array, "batch length dim"]) -> Routing:
@@ -99,11 +105,16 @@ class MoE(nnx.Module):
         logits = constrain(logits, "batch", "residual", None)
         return route(constrain(logits, "batch", "sequence", None), self.k)
 
-    def _experts(self, x: Float[Array, "batch length dim"], routing: Routing) -> Float[Array, "batch length dim"]:
+    def _experts(
+        self, x: Float[Array, "batch length dim"], routing: Routing, rank_mask: Float[Array, "batch rank"] | None
+    ) -> Float[Array, "batch length dim"]:
         """The weighted sum of each token's k experts, computed on local shards and reduced over the devices."""
         factors = ()
         if self.w_in_lora is not None and self.w_out_lora is not None:
             factors = (*self.w_in_lora.factors(x.dtype), *self.w_out_lora.factors(x.dtype))
+            if rank_mask is not None:
+                of_tokens = jnp.broadcast_to(rank_mask[:, None], (*x.shape[:2], rank_mask.shape[1]))
+                factors = (*factors, of_tokens)
         compute = sharded_map(
             functools.partial(_local_experts_sum, routing.logits.shape[-1]),
             in_names=(
@@ -134,7 +145,7 @@ def _local_experts_sum(
     weights: Float[Array, "batch length k"],
     w_in: WIn,
     w_out: WOut,
-    *factors: Float[Array, "local_experts ..."],
+    *factors: Float[Array, "..."],
 ) -> Float[Array, "batch length dim"]:
     """The contribution of this device's experts, and its shard of their hidden dimension, to each of its tokens.
 
@@ -144,7 +155,9 @@ def _local_experts_sum(
     dim, k = x.shape[-1], experts.shape[-1]
     local = local_index(experts.reshape(-1, k), "experts", num_experts)
     rows, weights = x.reshape(-1, dim), weights.reshape(-1, k)
-    return moe_ffn(rows, local, weights, w_in, w_out, factors=cast(LoraFactors, factors)).reshape(x.shape)
+    rank_mask = factors[4].reshape(len(rows), -1) if len(factors) > 4 else None
+    lora = cast(LoraFactors, factors[:4])
+    return moe_ffn(rows, local, weights, w_in, w_out, factors=lora, rank_mask=rank_mask).reshape(x.shape)
 
 
 SINGLE_EXPERT = {"w_in": ("embed", None, "expert_mlp"), "w_out": ("expert_mlp", "embed")}

@@ -50,7 +50,11 @@ def compiled():
             if options == ["on a GPU"]:
                 patch.setattr(sharding, "platform", lambda: "gpu")
             patch.setattr(sharding, "reads_slices_in_place", lambda: options == ["in place"])
-            y, vjp = jax.vjp(lambda *a: moe_ffn(a[0], experts, *a[1:], implementation), x, weights, w_in, w_out)
+
+            def function(x, weights, w_in, w_out):
+                return moe_ffn(x, experts, weights, w_in, w_out, implementation)
+
+            y, vjp = jax.vjp(function, x, weights, w_in, w_out)
             return y, vjp(dy)
 
     return jax.jit(both, static_argnums=0)
@@ -125,6 +129,44 @@ def test_lora_factors_are_trained_with_frozen_matrices(moe_reference, monkeypatc
     references = (expected, expected_dx, expected_dweights, *expected_factors)
     for one, reference in zip(actual, references, strict=True):
         np.testing.assert_allclose(one, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_adapters_next_to_each_other(compiled_with_adapters, moe_reference, implementation, tokens):
+    """Tokens with the first adapter, the second, and none, against the matrices of each merged."""
+    x, experts, weights, w_in, w_out, dy = draw(tokens)
+    experts = ROUTINGS["some elsewhere"](experts)
+    shapes = (E, DIM, 5), (E, 5, 2, HIDDEN), (E, HIDDEN, 5), (E, 5, DIM)
+    factors = tuple(jax.random.normal(jax.random.key(i), shape) / 3 for i, shape in enumerate(shapes))
+    ranks_of = np.array([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]], np.float32)
+    choices = [np.arange(tokens) % 3] if tokens > 1 else [np.array([i]) for i in range(3)]
+    a_in, b_in, a_out, b_out = (np.asarray(f, np.float64) for f in factors)
+    for chosen in choices:
+        args = (x, experts, weights, w_in, w_out, factors, jnp.asarray(ranks_of[chosen]))
+        y = np.asarray(compiled_with_adapters(implementation, *args))
+        for i, ranks in enumerate(ranks_of):
+            merged = (
+                np.asarray(w_in) + np.einsum("edr,ergh->edgh", a_in * ranks, b_in),
+                np.asarray(w_out) + (a_out * ranks) @ b_out,
+            )
+            expected = moe_reference(x, experts, weights, *merged, dy)[0]
+            np.testing.assert_allclose(y[chosen == i], expected[chosen == i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def compiled_with_adapters():
+    """y of an implementation as one program."""
+
+    def forward(case, x, experts, weights, w_in, w_out, factors, rank_mask):
+        implementation, *options = case.split(" ", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            if options == ["on a GPU"]:
+                patch.setattr(sharding, "platform", lambda: "gpu")
+            patch.setattr(sharding, "reads_slices_in_place", lambda: options == ["in place"])
+            return moe_ffn(x, experts, weights, w_in, w_out, implementation, factors, rank_mask)
+
+    return jax.jit(forward, static_argnums=0)
 
 
 FULL = DecoderConfig()
