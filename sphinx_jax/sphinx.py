@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sphinx_jax import checkpoints
+from sphinx_jax.checkpoints.adapters import read_adapters
 from sphinx_jax.checkpoints.loaded_model import Loaded, Params, model_mesh
+from sphinx_jax.checkpoints.source import Adapters
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.images import load_image, padded_resize
@@ -21,6 +23,7 @@ from sphinx_jax.data.tokenizer import Tokenizer
 from sphinx_jax.data.tokenizer_files import load_tokenizer
 from sphinx_jax.errors import UserError
 from sphinx_jax.inference import generate, pinned_memory
+from sphinx_jax.inference.adapters import join_adapters, rank_masks
 from sphinx_jax.inference.batch_file import Progress, answer_file
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.chat import Chat
@@ -31,6 +34,7 @@ from sphinx_jax.inference.offload_params import offloaded
 from sphinx_jax.inference.requests import Completion, PreparedImage, Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingParams
 from sphinx_jax.kernels.quantized import GROUP_SIZE, QuantizedDtype, Weight
+from sphinx_jax.lora_params import split
 from sphinx_jax.quantization import quantized, quantized_dtype
 
 ImageLike = Image.Image | str | Path | np.ndarray | PreparedImage
@@ -46,6 +50,7 @@ def load(
     max_model_len: int = MAX_MODEL_LEN,
     quantize: QuantizedDtype | None = None,
     offload: bool = False,
+    adapters: Mapping[str, str | os.PathLike] | None = None,
     refuse_forged_turns: bool = False,
     compile_for: Callable[["Sphinx"], None] | None = None,
 ) -> "Sphinx":
@@ -55,12 +60,13 @@ def load(
     `max_model_len` how many positions a prompt, its image and its answer may take; `quantize` "int8" or "int4" keeps
     the decoder's matrices quantized (weight-only), each as soon as it is read; `offload` keeps its experts in host
     memory, and those used last on the devices as far as these have room (`inference.offload_engine`).
+    `adapters` are directories of adapters by a name, LoRA runs or PEFT's, of which each request chooses one or none.
     `refuse_forged_turns` refuses questions that hold the end mark of a turn, with which a user could write turns of the
     assistant. `compile_for` is called with the model while its weights are being read, to compile what will run
-    (`Sphinx.compile_for`); with `quantize` or `offload` it is not called, and programs are compiled when they are first
-    needed.
-    Raises UserError if `path` holds no checkpoint or a damaged one, or if the host has too little memory for
-    `offload`; LayoutError if the mesh does not fit.
+    (`Sphinx.compile_for`); with `quantize`, `offload` or `adapters` it is not called, and programs are compiled when
+    they are first needed.
+    Raises UserError if `path` holds no checkpoint or a damaged one, if adapters do not fit it, or if the host has too
+    little memory for `offload`; LayoutError if the mesh does not fit.
     """
     if quantize not in (None, *GROUP_SIZE):
         raise UserError(f"unknown quantize {quantize!r}; choose one of {', '.join(GROUP_SIZE)}")
@@ -71,6 +77,10 @@ def load(
             f"{path} is quantized to {source.quantized}; leave --quantize out, or load the checkpoint that it was "
             "converted from"
         )
+
+    own_adapters = {name: read_adapters(Path(directory), source) for name, directory in (adapters or {}).items()}
+    if offload and own_adapters:
+        raise UserError("adapters do not go with offload yet: merge them with sphinx-jax convert, or leave one out")
 
     def transform(path: tuple[str | int, ...], param: Weight) -> Any:
         return (offloaded if offload else quantized)(path, param, quantize)
@@ -83,7 +93,7 @@ def load(
             compile_for(abstract[0])
 
     # Transformed parameters are not what the programs of the abstract model are compiled for.
-    is_transformed = offload or source.quantized != quantize is not None
+    is_transformed = offload or bool(own_adapters) or source.quantized != quantize is not None
     callback = on_abstract_model if compile_for and not is_transformed else None
     check_tokenizer(source)
     if offload:
@@ -94,8 +104,9 @@ def load(
         model = abstract[0]
         model.set_params(loaded.params)
     else:
-        model = Sphinx(loaded, max_model_len, offload)
+        model = Sphinx(loaded, max_model_len, offload, own_adapters)
     model.path = Path(path).resolve()
+    model.adapter_paths = {name: Path(directory) for name, directory in (adapters or {}).items()}
     model.engine.refuses_forged_turns = refuse_forged_turns
     return model
 
@@ -103,17 +114,29 @@ def load(
 class Sphinx:
     """`config`, `tokenizer` and `mesh` of a loaded model, and what it can do."""
 
-    def __init__(self, loaded: Loaded, max_model_len: int = MAX_MODEL_LEN, offload: bool = False):
+    def __init__(
+        self,
+        loaded: Loaded,
+        max_model_len: int = MAX_MODEL_LEN,
+        offload: bool = False,
+        adapters: Mapping[str, Adapters] | None = None,
+    ):
         self.config: SphinxConfig = loaded.config
         self.mesh: Mesh = loaded.mesh
         self.tokenizer = tokenizer_of(loaded)
         self._assets = assets_of(loaded)
         self.path: Path | None = None
         """The checkpoint that it was loaded from."""
+        self.adapter_paths: dict[str, Path] = {}
+        """The directories of its adapters by name."""
         if offload:
             self.engine = OffloadEngine(loaded.config, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
-        else:
-            self.engine = Engine(loaded.config, loaded.graph, loaded.params, self.tokenizer, loaded.mesh, max_model_len)
+            return
+        graph, params, masks = loaded.graph, loaded.params, None
+        if adapters:
+            graph, params = join_adapters(loaded, adapters)
+            masks = rank_masks(adapters)
+        self.engine = Engine(loaded.config, graph, params, self.tokenizer, loaded.mesh, max_model_len, masks)
 
     def compile_for(self, prompt: str, has_image: bool, *, max_new_tokens: int = 512) -> None:
         """Compile what `stream` takes for this prompt, with an image or without one, and run nothing.
@@ -131,7 +154,13 @@ class Sphinx:
 
     @property
     def _params(self) -> Params:
-        return self.engine.all_params
+        """Of the base, without adapters."""
+        return split(self.engine.all_params)[0]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may choose."""
+        return tuple(self.engine.adapters)
 
     def prepare_image(self, image: ImageLike) -> PreparedImage:
         """An image as the encoders take it. Raises UserError if it cannot be read or has the wrong shape or dtype."""
@@ -153,11 +182,15 @@ class Sphinx:
         return PreparedImage.of(padded_resize(load_image(image), size))
 
     def logits(
-        self, tokens: Int[np.ndarray, "batch text"], images: Iterable[ImageLike] | None = None
+        self,
+        tokens: Int[np.ndarray, "batch text"],
+        images: Iterable[ImageLike] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Float[Array, "batch text vocab"]:
         """Logits of the token after each token, teacher-forced, float32. Images are inserted after the first token."""
         prepared = None if images is None else [self.prepare_image(image) for image in images]
-        logits = self.engine.logits(np.asarray(tokens, np.int32), prepared)
+        logits = self.engine.logits(np.asarray(tokens, np.int32), prepared, adapter)
         # A table padded for meshes has logits that belong to no token.
         return logits[..., : self.config.language.vocab_size]
 
@@ -172,10 +205,12 @@ class Sphinx:
         params: SamplingParams = GREEDY,
         *,
         seed: int | Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         **options: Any,
     ) -> list[str]:
         """The answer to each prompt. The arguments are those of `complete`."""
-        return [completion.text for completion in self.complete(prompts, images, params, seed=seed, **options)]
+        completions = self.complete(prompts, images, params, seed=seed, adapter=adapter, **options)
+        return [completion.text for completion in completions]
 
     def complete(
         self,
@@ -184,6 +219,7 @@ class Sphinx:
         params: SamplingParams = GREEDY,
         *,
         seed: int | Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         raw: bool = False,
         max_num_seqs: NumSeqs = MAX_NUM_SEQS,
         **options: Any,
@@ -193,7 +229,8 @@ class Sphinx:
         `prompts` are questions, put into the conversation template; with `raw` they are taken as they are, and nothing
         but EOS and stop strings ends the answer. `images` gives each prompt its image, or None. `options` are fields of
         `SamplingParams`, which replace those of `params`: `max_new_tokens`, `temperature`, `top_p`, `stop`, ... An
-        answer depends on its own prompt, image and seed alone; give a list of seeds to draw several for one prompt. At
+        answer depends on its own prompt, image and seed alone; give a list of seeds to draw several for one prompt.
+        `adapter` is the name of a loaded adapter, or a list with one, or None for the base, for each prompt. At
         most `max_num_seqs` sequences run at a time; "auto": as many as the devices have memory for.
         Raises UserError on a prompt that does not fit, or an option outside its range.
         """
@@ -205,12 +242,13 @@ class Sphinx:
         images = [None] * len(prompts) if images is None else list(images)
         params = sampling_params(params, options)
         seeds = [params.seed if seed is None else seed] * len(prompts) if not isinstance(seed, Sequence) else list(seed)
-        for name, values in (("images", images), ("seeds", seeds)):
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        for name, values in (("images", images), ("seeds", seeds), ("adapters", adapters)):
             if len(values) != len(prompts):
                 raise UserError(f"{len(prompts)} prompts but {len(values)} {name}; give one for each prompt")
         requests = (
-            self.request(prompt, image, dataclasses.replace(params, seed=own_seed), raw=raw)
-            for prompt, image, own_seed in zip(prompts, images, seeds, strict=True)
+            self.request(prompt, image, dataclasses.replace(params, seed=own_seed), raw=raw, adapter=own_adapter)
+            for prompt, image, own_seed, own_adapter in zip(prompts, images, seeds, adapters, strict=True)
         )
         return generate.run_all(self.engine, requests, max_num_seqs)
 
@@ -221,16 +259,24 @@ class Sphinx:
         params: SamplingParams = GREEDY,
         *,
         raw: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The text that `generate` gives, as it becomes certain."""
-        request = self.request(prompt, image, sampling_params(params, options), raw=raw)
+        request = self.request(prompt, image, sampling_params(params, options), raw=raw, adapter=adapter)
         return generate.stream_alone(self.engine, request)
 
-    def chat(self, image: ImageLike | None = None, params: SamplingParams = GREEDY, **options: Any) -> Chat:
+    def chat(
+        self,
+        image: ImageLike | None = None,
+        params: SamplingParams = GREEDY,
+        *,
+        adapter: str | None = None,
+        **options: Any,
+    ) -> Chat:
         """A conversation about an image, or none, that remembers its turns."""
         prepared = None if image is None else self.prepare_image(image)
-        return Chat(self.engine, prepared, sampling_params(params, options))
+        return Chat(self.engine, prepared, sampling_params(params, options), adapter)
 
     def answer_file(
         self,
@@ -241,24 +287,38 @@ class Sphinx:
         max_num_seqs: NumSeqs = MAX_NUM_SEQS,
         logprobs: bool = False,
         prefix_bytes: int | None = None,
+        adapter: str | None = None,
         **options: Any,
     ) -> Iterator[Progress]:
         """Answer a file of questions, line by line as `inference.batch_file` describes; resumes where it was stopped.
 
-        `prefix_bytes` bounds the pool of prefixes on each device: 0 turns prefix reuse off.
+        `prefix_bytes` bounds the pool of prefixes on each device: 0 turns prefix reuse off. `adapter` answers the
+        questions that name no model.
         """
         params = sampling_params(params, options)
+        settings = self.settings() | dataclasses.asdict(params)
+        if self.adapters:
+            digests = {name: checkpoints.digest(path) for name, path in self.adapter_paths.items()}
+            settings |= {"adapters": digests, "adapter": adapter}
         return answer_file(
             self.engine,
             Path(source),
             Path(out),
             self.prepare_image,
-            lambda prompt, image: self.request(prompt, image, params),
-            settings=self.settings() | dataclasses.asdict(params),
+            lambda prompt, image, model: self.request(prompt, image, params, adapter=self._adapter_of(model, adapter)),
+            settings=settings,
             max_num_seqs=max_num_seqs,
             logprobs=logprobs,
             prefix_bytes=prefix_bytes,
         )
+
+    def _adapter_of(self, model: str | None, default: str | None) -> str | None:
+        """The adapter of a question that names `model`; the base has the name of its directory. Without adapters,
+        names are passed over."""
+        if model is None or not self.adapters:
+            return default
+        is_base = self.path is not None and model == self.path.name and model not in self.adapters
+        return None if is_base else model
 
     def settings(self) -> dict[str, Any]:
         """What decides answers besides the prompt and its sampling."""
@@ -293,8 +353,10 @@ class Sphinx:
         *,
         raw: bool = False,
         prefix: str = "",
+        adapter: str | None = None,
     ) -> Request:
         """One prompt as the scheduler takes it. The answer continues `prefix`, which is no part of its text."""
+        self.engine.rank_masks([adapter])  # raises UserError on an unknown one
         if raw:
             tokens = self.tokenizer.encode(prompt + prefix, bos=True, eos=False)
         else:
@@ -305,7 +367,7 @@ class Sphinx:
         # A chat template has no end signal: its answers end with a token.
         raw = raw or self.tokenizer.chat_template is not None
         prepared = None if image is None else self.prepare_image(image)
-        return Request(tokens, prepared, params, raw, continues=bool(prefix))
+        return Request(tokens, prepared, params, raw, continues=bool(prefix), adapter=adapter)
 
 
 def assets_of(loaded: Loaded) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from sphinx_jax.checkpoints.io.mapped_file import MappedFile
 from sphinx_jax.checkpoints.io.names import shorten
 from sphinx_jax.checkpoints.io.placeholders import check_real_file
 from sphinx_jax.checkpoints.mapping.param_mapping import ParamMapping
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.kernels.quantized import QuantizedDtype
 
@@ -45,6 +45,13 @@ class Adapters:
 
     scale: float
     factors: Mapping[tuple[str, ...], tuple[np.ndarray, np.ndarray]]
+
+
+def lora_config(adapters: Adapters) -> LoraConfig:
+    """The sizes that hold every factor of a set of adapters, with the same scale."""
+    rank = max(a.shape[-1] for a, _ in adapters.factors.values())
+    adapts_experts = any("ffn" in path for path in adapters.factors)
+    return LoraConfig(rank, adapters.scale * rank, "all" if adapts_experts else "attention")
 
 
 def ignore_none(name: str) -> bool:

@@ -8,11 +8,13 @@ Examples:
   python infer.py --batch questions.jsonl --out answers.jsonl
   python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
   python infer.py --checkpoint SPHINX-MoE --quantize int4 --chat        weights in a quarter of the memory
+  python infer.py --checkpoint SPHINX-MoE --adapters mine=runs/mine --adapter mine --chat    adapters on their base
   python infer.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2
   python infer.py --plan --gpu rtx3090 --num-gpus 8     would SPHINX-MoE-1k fit? needs no GPU and no weights
 
 A line of questions.jsonl is {"id": 1, "image": "cat.jpg" or null, "prompt": "What is this?"}; answers.jsonl gets
-{"id": 1, "answer": "A cat."} as answers end. Started again, it goes on where it was.
+{"id": 1, "answer": "A cat."} as answers end. Started again, it goes on where it was. With --adapters a line may name
+the one that answers it: "model": "mine".
 """
 
 import sys
@@ -52,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     compiles_ahead = options.prompt is not None and processes == 1
     model = load_model(
         options,
+        adapters=options.named_adapters,
         refuse_forged_turns=options.refuse_forged_turns,
         compile_for=compile_for(options) if compiles_ahead else None,
     )
@@ -84,7 +87,7 @@ def show(model: Sphinx, held_out: list[tuple[Path, str, str]], options: Options)
     """Ask what is known about held-out images, and print it next to the truth."""
     images, questions, truths = zip(*held_out, strict=True)
     prepared = sharding.broadcast_from_primary(lambda: [model.prepare_image(image) for image in images])
-    answers = model.generate(questions, prepared, options.sampling)
+    answers = model.generate(questions, prepared, options.sampling, adapter=options.adapter)
     if not is_primary_process():
         return
     for image, question, truth, given in zip(images, questions, truths, answers, strict=True):
@@ -103,7 +106,7 @@ def answer(model: Sphinx, options: Options) -> float:
     assert options.prompt is not None
     first = None
     image = sharding.broadcast_from_primary(lambda: options.image and model.prepare_image(options.image))
-    for text in model.stream(options.prompt, image, options.sampling):
+    for text in model.stream(options.prompt, image, options.sampling, adapter=options.adapter):
         first = first or time.perf_counter()
         if is_primary_process():
             print(text, end="", flush=True)
@@ -114,7 +117,7 @@ def answer(model: Sphinx, options: Options) -> float:
 
 def chat(model: Sphinx, options: Options) -> None:
     """A conversation on the terminal, or with whatever feeds standard input."""
-    conversation = model.chat(options.image, options.sampling)
+    conversation = model.chat(options.image, options.sampling, adapter=options.adapter)
     if sys.stdin.isatty():
         chat_on_terminal(conversation, options.image, model.prepare_image)
     else:
@@ -131,6 +134,7 @@ def answer_batch(model: Sphinx, options: Options) -> int:
         max_num_seqs=options.max_num_seqs,
         logprobs=options.logprobs,
         prefix_bytes=options.prefix_bytes,
+        adapter=options.adapter,
     )
     done = show_progress(progress)
     remark(f"{done.answered} answered, {done.skipped} answered before, {done.failed} failed: {options.out}")

@@ -25,6 +25,8 @@ class Options(AnsweringOptions):
     """A file of questions, one JSON object a line."""
     out: Path | None = None
     """The file that the answers to --batch are added to."""
+    adapter: str | None = None
+    """Name of the one of --adapters that answers; with --batch, the questions that name no model. Default: the base."""
     logprobs: bool = False
     """Add to each answer of --batch the log-probability of each of its tokens."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = GREEDY
@@ -34,6 +36,9 @@ def check_options(options: Options) -> None:
     """Raises UserError on what is wrong, before a model is loaded, which may take minutes."""
     options.check_model_options()
     options.planning.check()
+    options.check_adapters()
+    if options.adapter is not None and options.adapter not in options.named_adapters:
+        raise UserError(f"--adapter {options.adapter}: none has this name; give --adapters {options.adapter}=DIR")
     if options.planning.plan:
         return
     if options.preset:

@@ -1,6 +1,7 @@
 """Which model runs and how it is placed: options and loading, the same for every command that runs one."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +13,14 @@ import sharding
 import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
+from sphinx_jax.checkpoints.adapters import read_adapters
 from sphinx_jax.cli import common
 from sphinx_jax.cli.common import NO_PLAN, PlanOptions
 from sphinx_jax.cli.plan import plan_inference
 from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.config import preset
 from sphinx_jax.inference import pinned_memory
+from sphinx_jax.inference.adapters import served_lora
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.inference.engine import MAX_MODEL_LEN
 from sphinx_jax.inference.generate import MAX_NUM_SEQS
@@ -70,6 +73,9 @@ class ModelOptions:
 class AnsweringOptions(ModelOptions):
     """Options of the commands that answer users."""
 
+    adapters: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Adapters on the checkpoint, NAME=DIR ...: runs of train.py --stage lora, or directories of PEFT. Each request
+    chooses one by its name, or the base."""
     refuse_forged_turns: bool = False
     """Refuse questions that hold the mark that ends a turn ("###" on a new line), with which a user can write turns of
     the assistant. The original passes them on, as is done by default."""
@@ -78,10 +84,33 @@ class AnsweringOptions(ModelOptions):
     sphinx-moe or, by default, sphinx-moe-1k."""
     planning: Annotated[PlanOptions, tyro.conf.arg(name="")] = NO_PLAN
 
+    @property
+    def named_adapters(self) -> dict[str, Path]:
+        """--adapters by name. Raises UserError on one that is not NAME=DIR, a name twice, a DIR that is none."""
+        named: dict[str, Path] = {}
+        for given in itertools.chain.from_iterable(self.adapters):
+            name, equals, directory = given.partition("=")
+            if not (name.strip() and equals and directory):
+                raise UserError(f"--adapters {given}: give NAME=DIR, a name and the directory of its adapters")
+            if name in named:
+                raise UserError(f"--adapters {given}: the name is given twice; choose another")
+            if not Path(directory).is_dir():
+                raise UserError(f"--adapters {given}: {directory} is not a directory; give the one with the adapters")
+            named[name] = Path(directory)
+        return named
+
+    def check_adapters(self) -> None:
+        """Raises UserError on --adapters that cannot be used, before a model is loaded."""
+        if self.named_adapters and self.offload:
+            raise UserError("--adapters do not go with --offload: merge them with sphinx-jax convert, or leave one out")
+        if self.named_adapters and self.planning.plan and not self.checkpoint:
+            raise UserError("--adapters adapt a checkpoint: give it with --checkpoint")
+
 
 def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
     """Print whether it would fit on the GPUs that --gpu and --num-gpus name; 0 if it does, 1 if not."""
     source = checkpoints.open(options.checkpoint) if options.checkpoint else None
+    adapters = {name: read_adapters(path, source) for name, path in options.named_adapters.items()} if source else {}
     name = options.preset or "sphinx-moe-1k"
     return plan_inference(
         options.planning,
@@ -93,6 +122,7 @@ def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
         offload=options.offload,
         max_num_seqs=max_num_seqs,
         max_model_len=options.max_model_len,
+        lora=served_lora(adapters) if adapters else None,
     )
 
 

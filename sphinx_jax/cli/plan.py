@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sharding import LayoutError, MeshShape
 from sphinx_jax.cli.common import PlanOptions
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.errors import UserError
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.inference.capacity import NumSeqs
@@ -33,9 +33,10 @@ def plan_inference(
     offload: bool,
     max_num_seqs: NumSeqs,
     max_model_len: int,
+    lora: LoraConfig | None,
 ) -> int:
     """Print the plan for `max_num_seqs` sequences of up to `max_model_len` tokens, or with "auto" for as many as fit;
-    the exit code: 0 if it fits, else 1.
+    the exit code: 0 if it fits, else 1. `lora` is the size of all adapters together.
 
     Raises UserError or LayoutError on an unknown GPU, or a mesh that does not divide the model.
     """
@@ -52,6 +53,7 @@ def plan_inference(
             quantize=quantize,
             offload=offload,
             max_model_len=max_model_len,
+            lora=lora,
         )
         for shape in shapes
     )

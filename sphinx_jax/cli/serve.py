@@ -117,7 +117,7 @@ def load(options: Options, report: Callable[[str], None]) -> tuple[Sphinx, Sched
     """The model, a scheduler whose programs are all compiled, and the connections to the other processes."""
     check_memory(options)
     report("reading the weights")
-    model = load_model(options, refuse_forged_turns=options.refuse_forged_turns)
+    model = load_model(options, adapters=options.named_adapters, refuse_forged_turns=options.refuse_forged_turns)
     engine = model.engine
     cache_len = engine.cache_len_of_all(SERVER_CHUNKS.lengths)
     shape_of = functools.partial(generate.state_shape, engine, cache_len=cache_len, prefix_bytes=options.prefix_bytes)

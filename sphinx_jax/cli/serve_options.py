@@ -49,6 +49,7 @@ def check_options(options: Options) -> None:
     """Raises UserError on what is wrong, before a model is loaded, which may take minutes."""
     options.check_model_options()
     options.planning.check()
+    options.check_adapters()
     SamplingParams(temperature=options.temperature, top_p=options.top_p)
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port must be from 0 (a free one) to {2**16 - 1}, got {options.port}")
@@ -64,6 +65,9 @@ def check_options(options: Options) -> None:
 def settings(options: Options) -> Settings:
     """What the server needs to know. Raises UserError on a key that cannot be used."""
     names = options.model_name or ((options.checkpoint or default_checkpoint()).resolve().name,)
+    for name in options.named_adapters:
+        if name in names:
+            raise UserError(f"--adapters {name}=...: this is the name of the model itself; choose another")
     return Settings(
         model_names=names,
         temperature=options.temperature,
@@ -75,6 +79,7 @@ def settings(options: Options) -> Settings:
         max_body_bytes=options.max_body_mib << 20,
         image_root=options.allowed_media_root,
         drain_seconds=options.drain_seconds,
+        adapters=tuple(options.named_adapters),
     )
 
 

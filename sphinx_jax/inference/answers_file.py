@@ -21,9 +21,9 @@ def key_of(question_id: str | int | None) -> str:
     return json.dumps(question_id)
 
 
-def digest_of(prompt: str, image: str | None) -> str:
-    """What a question asked, in 16 characters."""
-    content = json.dumps([prompt, image]).encode()
+def digest_of(prompt: str, image: str | None, model: str | None = None) -> str:
+    """What a question asked, and of which model if it names one, in 16 characters."""
+    content = json.dumps([prompt, image] if model is None else [prompt, image, model]).encode()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 

@@ -3,7 +3,8 @@
     {"id": 7, "image": "cat.jpg", "prompt": "What is this?"}  ->  {"id": 7, "answer": "A cat."}
 
 `image` may be null, missing, or a data: URL. A relative path is looked up in the working directory, then next to the
-file of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error": "..."}.
+file of questions. A line that cannot be answered gives {"id": 7, "line": 3, "error": "..."}. Where adapters are loaded,
+`model` is the name of the one that answers, or that of the checkpoint's directory for the base.
 """
 
 import codecs
@@ -35,6 +36,7 @@ class Question:
     id: str | int | None = None
     prompt: str = ""
     image: str | None = None
+    model: str | None = None
     error: str | None = None
 
 
@@ -96,14 +98,14 @@ def _parse(number: int, line: bytes) -> Question:
         return Question(number, error=f"line {number}: not JSON ({error})")
     if not isinstance(record, dict):
         return Question(number, error=f"line {number}: not a JSON object")
-    name, prompt, image = (record.get(key) for key in ("id", "prompt", "image"))
+    name, prompt, image, model = (record.get(key) for key in ("id", "prompt", "image", "model"))
     if not isinstance(name, str | int) or isinstance(name, bool):
         return Question(number, error=f'line {number}: "id" must be a text or a whole number')
     if not isinstance(prompt, str) or not prompt.strip():
         return Question(number, name, error=f'line {number}: "prompt" must be a text that is not empty')
     if image is not None and not isinstance(image, str):
         return Question(number, name, error=f'line {number}: "image" must be a path or null')
-    return Question(number, name, prompt, image)
+    return Question(number, name, prompt, image, model if isinstance(model, str) else None)
 
 
 def open_named_image(name: str, folder: Path) -> Path | Image.Image:
@@ -128,7 +130,7 @@ def answer_file(
     source: Path,
     out: Path,
     prepare_image: Callable[[Path | Image.Image], PreparedImage],
-    make_request: Callable[[str, PreparedImage | None], Request],
+    make_request: Callable[[str, PreparedImage | None, str | None], Request],
     *,
     settings: Mapping[str, Any],
     max_num_seqs: NumSeqs,
@@ -137,8 +139,9 @@ def answer_file(
 ) -> Iterator[Progress]:
     """Answer every question of `source` that `out` does not answer yet, appending lines to `out` as answers end.
 
-    `make_request` makes a request of a prompt and an image. `settings` are what decides the answers besides: they are
-    recorded next to `out`, and a file of answers made with others is refused. Yields the progress after each answer.
+    `make_request` makes a request of a prompt, an image and the model that the question names. `settings` are what
+    decides the answers besides: they are recorded next to `out`, and a file of answers made with others is refused.
+    Yields the progress after each answer.
     Of several processes the primary one reads and writes the files; all answer.
     """
 
@@ -159,7 +162,8 @@ def answer_file(
     def request(question: Question) -> Request:
         if question.error:
             raise UserError(question.error)
-        return make_request(question.prompt, None if question.image is None else prepare_cached(question.image))
+        image = None if question.image is None else prepare_cached(question.image)
+        return make_request(question.prompt, image, question.model)
 
     with AnswersFile(out).open(settings, _digests(questions)) if is_primary else contextlib.nullcontext() as file:
         for question, result in complete_each(engine, left, request, max_num_seqs, prefix_bytes):
@@ -187,4 +191,4 @@ def check_files(source: Path, out: Path) -> tuple[list[Question], AnswersFile]:
 
 
 def _digests(questions: Iterable[Question]) -> dict[str, str]:
-    return {key_of(q.id): digest_of(q.prompt, q.image) for q in questions if q.error is None}
+    return {key_of(q.id): digest_of(q.prompt, q.image, q.model) for q in questions if q.error is None}

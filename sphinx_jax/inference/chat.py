@@ -34,10 +34,17 @@ class Turn:
 class Chat:
     """Asks one question after another. The image is encoded once, and a turn prefills only what is new."""
 
-    def __init__(self, engine: Engine, image: PreparedImage | None = None, params: SamplingParams = GREEDY):
+    def __init__(
+        self,
+        engine: Engine,
+        image: PreparedImage | None = None,
+        params: SamplingParams = GREEDY,
+        adapter: str | None = None,
+    ):
+        engine.rank_masks([adapter])  # raises UserError on an unknown one
         self.turns: list[Turn] = []
         self.image = image
-        self._engine, self._params = engine, params
+        self._engine, self._params, self._adapter = engine, params, adapter
         # The padding of a prompt's last chunk may reach past the model's length.
         cache_len = bucket(engine.max_model_len + engine.prefill_tokens)
         self._scheduler = Scheduler(engine, StateShape(engine.round_up(1), cache_len))
@@ -60,6 +67,7 @@ class Chat:
             self.image,
             self._params,
             self._engine.tokenizer.chat_template is not None,
+            adapter=self._adapter,
         )
         parts = []
         try:

@@ -42,7 +42,11 @@ def build_chunk(
     # Padding starts where the first pick does: a chunk that is every prompt's first stays one.
     chunk = empty_chunk(engine, state, len(places), text, _start(engine, picks[0].sequence))
     params = [GREEDY if i is None else picks[i].sequence.request.params for i in places]
-    fields: dict[str, Any] = chunk._asdict() | {"sampling": SamplingArrays.of(params)}
+    adapters = [None if i is None else picks[i].sequence.request.adapter for i in places]
+    fields: dict[str, Any] = chunk._asdict() | {
+        "sampling": SamplingArrays.of(params),
+        "rank_mask": engine.rank_masks(adapters),
+    }
     for place, i in enumerate(places):
         if i is None:
             continue
@@ -94,6 +98,7 @@ def empty_chunk(engine: Engine, state: State, batch: int, text: int, start: int)
         "seeds": np.zeros((batch, 2), np.uint32),
         "seen": np.zeros((batch, engine.config.language.padded_vocab_size), bool),
         "sampling": SamplingArrays.of([GREEDY] * batch),
+        "rank_mask": engine.rank_masks([None] * batch),
     }
     return Chunk(**fields)
 

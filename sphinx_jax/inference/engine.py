@@ -8,14 +8,14 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import sharding
 from sharding import Program
@@ -39,6 +39,7 @@ from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadde
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.stop_strings import stop_table
 from sphinx_jax.kernels.attention import copies_kv_slices
+from sphinx_jax.lora_params import num_ranks
 from sphinx_jax.quantization import has_quantized
 
 MAX_MODEL_LEN = 4096
@@ -75,6 +76,7 @@ class Engine:
         tokenizer: Tokenizer,
         mesh: Mesh,
         max_model_len: int = MAX_MODEL_LEN,
+        adapters: Mapping[str, Bool[np.ndarray, "rank"]] | None = None,
     ):
         if tokenizer.vocab_size > config.language.vocab_size:
             raise UserError(
@@ -95,7 +97,10 @@ class Engine:
         self.groups = sharding.num_shards("batch", mesh)
         """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype
-        self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype)
+        self._num_ranks = num_ranks(params)
+        self._programs = Programs(config, graph, tokenizer.vocab_size, mesh, dtype, self._num_ranks)
+        self.adapters = dict(adapters or {})
+        """By name, which ranks of the adapters in `params` are its own (`inference.adapters`)."""
         self._compiled: dict[tuple, Future[Any]] = {}
         self._compile_lock = threading.Lock()
         self._compiling, self._compiling_since = 0, 0.0
@@ -332,13 +337,35 @@ class Engine:
 
     # The whole model at once
 
+    def rank_masks(self, adapters: Sequence[str | None]) -> Bool[np.ndarray, "batch rank"] | None:
+        """The ranks of each sequence's adapter (None: the base, and no rank); None if no adapter is loaded.
+
+        Raises UserError on an unknown name.
+        """
+        for name in adapters:
+            if name is not None and name not in self.adapters:
+                loaded = f"choose one of {', '.join(self.adapters)}" if self.adapters else "none is loaded"
+                raise UserError(f"unknown adapter {name!r:.100}; {loaded}")
+        if not self._num_ranks:
+            return None
+        base = np.zeros(self._num_ranks, bool)
+        return np.stack([base if name is None else self.adapters[name] for name in adapters])
+
+    def _factor_masks(self, adapters: Sequence[str | None]) -> Float[np.ndarray, "batch rank"] | None:
+        masks = self.rank_masks(adapters)
+        return None if masks is None else masks.astype(self.params["language"]["embedding"]["table"].dtype)
+
     def logits(
-        self, tokens: Int[np.ndarray, "batch text"], images: Sequence[PreparedImage] | None
+        self,
+        tokens: Int[np.ndarray, "batch text"],
+        images: Sequence[PreparedImage] | None,
+        adapter: str | None = None,
     ) -> Float[Array, "batch text vocab"]:
         """Logits of the token after each token, teacher-forced, without a KV cache. Compiled for each shape."""
         pixels = np.stack([image.normalised() for image in images]) if images else None
         key = ("logits", *tokens.shape, pixels is not None)
-        return self._run(key, self._programs.logits(), self.params, tokens, pixels)
+        masks = self._factor_masks([adapter] * len(tokens))
+        return self._run(key, self._programs.logits(), self.params, tokens, pixels, masks)
 
     def expert_load(
         self, texts: Sequence[Sequence[int]], images: Sequence[PreparedImage] | None
@@ -352,12 +379,13 @@ class Engine:
             padding = [images[0]] * (size - len(images))
             pixels = np.stack([image.normalised() for image in [*images, *padding]])
         key = ("expert load", *tokens.shape, pixels is not None)
-        return np.asarray(self._run(key, self._programs.expert_load(), self.params, tokens, lengths, pixels))
+        args = (self.params, tokens, lengths, pixels, self._factor_masks([None] * size))
+        return np.asarray(self._run(key, self._programs.expert_load(), *args))
 
-    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+    def prompt_logprobs(self, tokens: list[int], adapter: str | None = None) -> PromptLogprobs:
         """Log-probabilities of the tokens of a text, each given those before it."""
-        row = padded(tokens)
-        scored = self._run(("prompt logprobs", row.shape[1]), self._programs.score(), self.params, row)
+        row, mask = padded(tokens), self._factor_masks([adapter])
+        scored = self._run(("prompt logprobs", row.shape[1]), self._programs.score(), self.params, row, mask)
         return unpadded(tokens, jax.device_get(scored))
 
     # Requests

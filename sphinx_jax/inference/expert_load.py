@@ -22,6 +22,7 @@ def count(
     tokens: Int[Array, "batch text"],
     lengths: Int[Array, "batch"],
     images: Float[Array, "batch size size 3"] | None,
+    rank_mask: Float[Array, "batch rank"] | None = None,
 ) -> Int[Array, "layers kinds experts"]:
     """Assignments of tokens to experts, k for each token; kinds as in KINDS. Tokens from `lengths` on are padding."""
     model = bind(graph, params)
@@ -29,7 +30,8 @@ def count(
     batch, length, _ = x.shape
     num_image_tokens = length - tokens.shape[1]
     position = jnp.arange(length)[None]
-    _, _, layers = model.language(x, jnp.broadcast_to(position, (batch, length)), Causal())
+    positions = jnp.broadcast_to(position, (batch, length))
+    _, _, layers = model.language(x, positions, Causal(), rank_mask=rank_mask)
     # The image is inserted after BOS.
     is_image = (position >= 1) & (position <= num_image_tokens)
     is_real = (lengths[:, None] > 0) & (position < lengths[:, None] + num_image_tokens)

@@ -34,6 +34,7 @@ class Score(NamedTuple):
     """Not a round: the log-probabilities of a text are asked for."""
 
     tokens: list[int]
+    adapter: str | None
 
 
 class Lockstep:
@@ -61,10 +62,10 @@ class Lockstep:
                 self._number_of.pop(sequence, None)
         return new, changed
 
-    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+    def prompt_logprobs(self, tokens: list[int], adapter: str | None = None) -> PromptLogprobs:
         """Log-probabilities of the tokens of a text, computed by all processes."""
-        self._send(Score(tokens))
-        return self._engine.prompt_logprobs(tokens)
+        self._send(Score(tokens, adapter))
+        return self._engine.prompt_logprobs(tokens, adapter)
 
     def close(self) -> None:
         """No more rounds: the followers return."""
@@ -119,7 +120,7 @@ def follow(engine: Engine, scheduler: Scheduler, leader: Connection) -> None:
         if plan is None:
             return
         if isinstance(plan, Score):
-            engine.prompt_logprobs(plan.tokens)
+            engine.prompt_logprobs(plan.tokens, plan.adapter)
             continue
         for request in plan.submitted:
             sequences[count] = scheduler.submit(request, streams=True)

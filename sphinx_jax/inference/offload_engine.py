@@ -270,9 +270,13 @@ class OffloadEngine(Engine):
         return rest._replace(cache=cache, prefixes=state.prefixes), sampled
 
     def logits(
-        self, tokens: Int[np.ndarray, "batch text"], images: Sequence[PreparedImage] | None
+        self,
+        tokens: Int[np.ndarray, "batch text"],
+        images: Sequence[PreparedImage] | None,
+        adapter: str | None = None,
     ) -> Float[Array, "batch text vocab"]:
-        """As `Engine.logits`."""
+        """As `Engine.logits`; no adapter is loaded."""
+        self.rank_masks([adapter])  # raises UserError on one
         programs, (batch, text) = self._by_layer, tokens.shape
         embeds = jnp.stack(self.encode(images)) if images else None
         size = (batch, text + (self.config.num_image_tokens if images else 0))
@@ -290,6 +294,6 @@ class OffloadEngine(Engine):
         """Raises UserError: the program needs all layers on the devices."""
         raise UserError("the experts' load needs all experts on the devices: start without --offload")
 
-    def prompt_logprobs(self, tokens: list[int]) -> PromptLogprobs:
+    def prompt_logprobs(self, tokens: list[int], adapter: str | None = None) -> PromptLogprobs:
         """Raises UserError: the program needs all layers on the devices."""
         raise UserError("log-probabilities of a prompt need all experts on the devices: start without --offload")

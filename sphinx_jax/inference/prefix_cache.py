@@ -1,7 +1,8 @@
-"""Which prompts have their first positions in the KV cache already: an index on the host, of tokens and image digests.
+"""Which prompts have their first positions in the KV cache already: an index on the host, of tokens and contexts.
 
-Keys and values of a position depend on the tokens up to it and on the image, which is after the first token; nothing
-else. So a prompt that begins like one that was prefilled starts where the two part.
+Keys and values of a position depend on the tokens up to it, on the image, which is after the first token, and on the
+adapter: these two are the context (`Sequence.context`). So a prompt that begins like one that was prefilled in the same
+context starts where the two part.
 """
 
 import collections
@@ -17,12 +18,12 @@ class CachedTokens:
     """The tokens whose keys and values a batch slot, or a prefix of the pool, holds."""
 
     tokens: Int[np.ndarray, "tokens"]
-    image: bytes | None
-    """Digest of the image after the first token."""
+    context: bytes | None
+    """Of the image after the first token, and of the adapter."""
 
-    def common(self, tokens: Int[np.ndarray, "prompt"], image: bytes | None) -> int:
-        """How many tokens of a prompt are the same; 0 where the images differ, as they are right after the first."""
-        if image != self.image:
+    def common(self, tokens: Int[np.ndarray, "prompt"], context: bytes | None) -> int:
+        """How many tokens of a prompt are the same; 0 where the contexts differ: an image is right after the first."""
+        if context != self.context:
             return 0
         size = min(len(tokens), len(self.tokens))
         differ = np.flatnonzero(self.tokens[:size] != tokens[:size])
@@ -46,31 +47,31 @@ class PrefixCache:
             collections.OrderedDict.fromkeys(range(group * each, (group + 1) * each), NOTHING_CACHED)
             for group in range(groups)
         ]
-        # By image digest: the places, and their groups. Most prompts then meet few prefixes.
-        self._by_image: dict[bytes | None, dict[int, int]] = collections.defaultdict(dict)
+        # By context: the places, and their groups. Most prompts then meet few prefixes.
+        self._by_context: dict[bytes | None, dict[int, int]] = collections.defaultdict(dict)
 
     def longest(
-        self, tokens: Int[np.ndarray, "prompt"], image: bytes | None, groups: Collection[int]
+        self, tokens: Int[np.ndarray, "prompt"], context: bytes | None, groups: Collection[int]
     ) -> tuple[int, int] | None:
         """(tokens, place) of the prefix in one of `groups` that shares most tokens with a prompt; None if none does."""
         best = (0, -1)
-        for place, group in self._by_image.get(image, {}).items():
+        for place, group in self._by_context.get(context, {}).items():
             if group in groups:
-                best = max(best, (self._places[group][place].common(tokens, image), place))
+                best = max(best, (self._places[group][place].common(tokens, context), place))
         return best if best[0] else None
 
     def touch(self, place: int) -> None:
         """Count `place` as used."""
         self._places[self._group(place)].move_to_end(place)
 
-    def store(self, tokens: Int[np.ndarray, "prefix"], image: bytes | None, group: int) -> int:
+    def store(self, tokens: Int[np.ndarray, "prefix"], context: bytes | None, group: int) -> int:
         """The place for a new prefix in `group`, which holds it from now on."""
         place, replaced = next(iter(self._places[group].items()))
-        self._by_image[replaced.image].pop(place, None)
-        if not self._by_image[replaced.image]:
-            del self._by_image[replaced.image]
-        self._places[group][place] = CachedTokens(tokens, image)
-        self._by_image[image][place] = group
+        self._by_context[replaced.context].pop(place, None)
+        if not self._by_context[replaced.context]:
+            del self._by_context[replaced.context]
+        self._places[group][place] = CachedTokens(tokens, context)
+        self._by_context[context][place] = group
         self.touch(place)
         return place
 

@@ -32,24 +32,34 @@ class StateShape:
 
 
 class Programs:
-    """The programs of one model on one mesh. `vocab_size` is the tokenizer's, `dtype` the weights'."""
+    """The programs of one model on one mesh. `vocab_size` is the tokenizer's, `dtype` the weights', `num_ranks` the
+    rank of all adapters in `graph` together.
+    """
 
-    def __init__(self, config: SphinxConfig, graph: Any, vocab_size: int, mesh: Mesh, dtype: jnp.dtype):
+    def __init__(
+        self, config: SphinxConfig, graph: Any, vocab_size: int, mesh: Mesh, dtype: jnp.dtype, num_ranks: int = 0
+    ):
         self._config, self.graph, self._vocab_size, self._mesh, self._dtype = config, graph, vocab_size, mesh, dtype
+        self._num_ranks = num_ranks
         self.replicated = NamedSharding(mesh, PartitionSpec())
 
     def abstract_state(self, shape: StateShape) -> steps.State:
         """Shapes and shardings of the state that `new_state` makes."""
-        rules = sharding.DEFAULT_RULES
         return steps.abstract_state(
-            self._config.language, **dataclasses.asdict(shape), dtype=self._dtype, mesh=self._mesh, rules=rules
+            self._config.language,
+            **dataclasses.asdict(shape),
+            dtype=self._dtype,
+            mesh=self._mesh,
+            rules=sharding.DEFAULT_RULES,
+            num_ranks=self._num_ranks,
         )
 
     def new_state(self, shape: StateShape) -> Program:
         """() -> state with free batch slots."""
 
         def make() -> steps.State:
-            return steps.make_state(self._config.language, **dataclasses.asdict(shape), dtype=self._dtype)
+            sizes = dataclasses.asdict(shape) | {"num_ranks": self._num_ranks}
+            return steps.make_state(self._config.language, **sizes, dtype=self._dtype)
 
         return Program(make, (), sharding.shardings_of(self.abstract_state(shape)))
 
@@ -83,15 +93,16 @@ class Programs:
         return Program(function, (), self.replicated)
 
     def score(self) -> Program:
-        """params, tokens -> log-probabilities of a text; see `prompt_logprobs.score`."""
+        """params, tokens, rank_mask -> log-probabilities of a text; see `prompt_logprobs.score`."""
 
-        def function(params: dict, tokens: jax.Array) -> Any:
-            return score(self.graph, self._vocab_size, params, tokens)
+        def function(params: dict, tokens: jax.Array, rank_mask: jax.Array | None = None) -> Any:
+            return score(self.graph, self._vocab_size, params, tokens, rank_mask)
 
         return Program(function, (), self.replicated, slices_in_place=True)
 
     def expert_load(self) -> Program:
-        """params, tokens, lengths, normalised images or None -> assignments to experts; see `expert_load.count`."""
+        """params, tokens, lengths, normalised images or None, rank_mask -> assignments to experts; see
+        `expert_load.count`."""
 
         def function(*args: Any) -> Int[Array, "layers kinds experts"]:
             return expert_load.count(self.graph, *args)
@@ -99,9 +110,11 @@ class Programs:
         return Program(function, (), self.replicated, slices_in_place=True)
 
     def logits(self) -> Program:
-        """params, tokens, normalised images or None -> logits of the token after each token."""
+        """params, tokens, normalised images or None, rank_mask -> logits of the token after each token."""
 
-        def function(params: dict, tokens: jax.Array, images: jax.Array | None) -> Float[Array, "batch text vocab"]:
-            return bind(self.graph, params)(tokens, images)[0]
+        def function(
+            params: dict, tokens: jax.Array, images: jax.Array | None, rank_mask: jax.Array | None = None
+        ) -> Float[Array, "batch text vocab"]:
+            return bind(self.graph, params)(tokens, images, rank_mask=rank_mask)[0]
 
         return Program(function, (), self.replicated, slices_in_place=True)

@@ -41,16 +41,20 @@ def padded_lens(max_len: int) -> list[int]:
 
 
 def score(
-    graph: nnx.GraphDef, vocab_size: int, params: dict[str, Any], tokens: Int[Array, "1 length"]
+    graph: nnx.GraphDef,
+    vocab_size: int,
+    params: dict[str, Any],
+    tokens: Int[Array, "1 length"],
+    rank_mask: Float[Array, "1 rank"] | None = None,
 ) -> tuple[Float[Array, "length"], Int[Array, "length top"], Float[Array, "length top"]]:
     """At each position, the log-probability of the next token, and the most probable tokens with theirs.
 
     The logits of all positions at once would be 32,000 floats for each: they are made CHUNK positions at a time.
-    `length` is a multiple of CHUNK. What is padded on the right no earlier position sees.
+    `length` is a multiple of CHUNK. What is padded on the right no earlier position sees. `rank_mask`: of the adapter.
     """
     model = bind(graph, params)
     length = tokens.shape[1]
-    hidden, _, _ = model.language(model.embed(tokens), jnp.arange(length)[None], Causal())
+    hidden, _, _ = model.language(model.embed(tokens), jnp.arange(length)[None], Causal(), rank_mask=rank_mask)
     following = jnp.roll(tokens, -1, axis=1)
 
     def of_chunk(

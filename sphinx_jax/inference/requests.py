@@ -44,6 +44,8 @@ class Request:
     """The prompt is no conversation: the template's end signal does not end the answer."""
     continues: bool = False
     """The answer goes on within a text: the space that its first token may begin with belongs to it."""
+    adapter: str | None = None
+    """Name of the adapter that answers; None: the base."""
 
     @property
     def stops(self) -> tuple[str, ...]:

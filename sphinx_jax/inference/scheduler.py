@@ -99,6 +99,7 @@ class Scheduler:
         Raises UserError if it can never be served; nothing else is affected then.
         """
         self._check_owner()
+        self._engine.rank_masks([request.adapter])  # raises UserError on an unknown one
         needed = self._engine.positions_needed(request, self._chunks.lengths)
         if needed > self.shape.cache_len:
             raise UserError(
@@ -264,25 +265,26 @@ class Scheduler:
         """Whether another sequence is prefilling what this one could copy from the pool a moment later."""
         if not self.shape.num_prefixes:
             return False
-        image = sequence.image_digest
+        context, has_image = sequence.context, sequence.request.image is not None
         for other in (*picked, *self._prefilling.values()):
-            if other.reused or other.image_digest != image:
+            if other.reused or other.context != context:
                 continue
-            common = CachedTokens(other.prompt, image).common(sequence.prompt, image)
-            if common and (image is not None or common >= MIN_SHARED):
+            common = CachedTokens(other.prompt, context).common(sequence.prompt, context)
+            if common and (has_image or common >= MIN_SHARED):
                 pooled = self._best(sequence, range(self._engine.groups))
                 return pooled is None or 2 * pooled[0] < common
         return False
 
     def _best(self, sequence: Sequence, groups: Collection[int]) -> tuple[int, int] | None:
         """(tokens, place) of the best prefix in the pool for a sequence, in one of `groups`."""
-        return self._prefixes.longest(sequence.prompt, sequence.image_digest, groups)
+        return self._prefixes.longest(sequence.prompt, sequence.context, groups)
 
     def _place(self, sequence: Sequence, groups: list[int], load: collections.Counter) -> tuple[int, int, int | None]:
         """(slot, tokens reused, prefix of the pool they are copied from) for a sequence, in one of `groups`."""
-        image = sequence.image_digest
         slots = [slot for slot in self._freed if self._group(slot) in groups]
-        common = [(self._cached[slot].common(sequence.prompt, image), -i, slot) for i, slot in enumerate(slots)]
+        common = [
+            (self._cached[slot].common(sequence.prompt, sequence.context), -i, slot) for i, slot in enumerate(slots)
+        ]
         in_slot, _, slot = max(common)
         pooled = self._best(sequence, groups)
         if pooled is not None and pooled[0] > in_slot:
@@ -324,7 +326,7 @@ class Scheduler:
             worth = image_len > 0 or len(sequence.prompt) >= MIN_SHARED
             if self.shape.num_prefixes and ends and worth and not sequence.reused:
                 kept = sequence.prompt[: max(self.shape.prefix_len - image_len, 0)]
-                place = self._prefixes.store(kept, sequence.image_digest, self._group(sequence.slot))
+                place = self._prefixes.store(kept, sequence.context, self._group(sequence.slot))
                 # With more picks than places one is stored over another: only the last of them is written.
                 targets[place] = i
         places = {i: place for place, i in targets.items()}
@@ -430,6 +432,6 @@ class Scheduler:
         filled = sequence.prompt[: sequence.prefilled]
         if sequence.prefilled == len(sequence.prompt):
             filled = np.concatenate([filled, np.asarray(sequence.tokens[:-1], np.int32)])
-        self._cached[slot] = CachedTokens(filled, sequence.image_digest)
+        self._cached[slot] = CachedTokens(filled, sequence.context)
         self._freed[slot] = None
         sequence.slot = NO_SLOT

@@ -30,8 +30,12 @@ class Sequence:
         self._new_text, self._parts = "", []
 
     @property
-    def image_digest(self) -> bytes | None:
-        return self.request.image.digest if self.request.image else None
+    def context(self) -> bytes | None:
+        """What keys and values depend on besides the tokens: the image, and the adapter; None: on nothing."""
+        image, adapter = self.request.image, self.request.adapter
+        if adapter is None:
+            return image.digest if image else None
+        return adapter.encode() + b"\0" + (image.digest if image else b"")
 
     @property
     def text(self) -> str:

@@ -50,6 +50,8 @@ class State(NamedTuple):
     seen: Bool[Array, "num_seqs vocab"]
     """Tokens of the prompt and of the answer, for the repetition penalty."""
     sampling: SamplingArrays
+    rank_mask: Bool[Array, "num_seqs rank"] | None = None
+    """The ranks of each sequence's adapter (`inference.adapters`); None where no adapter is loaded."""
 
     @property
     def num_seqs(self) -> int:
@@ -99,6 +101,7 @@ class Chunk(NamedTuple):
     seeds: UInt32[Array, "batch 2"]
     seen: Bool[Array, "batch vocab"]
     sampling: SamplingArrays
+    rank_mask: Bool[Array, "batch rank"] | None = None
 
 
 class Sampled(NamedTuple):
@@ -120,9 +123,15 @@ class Sampled(NamedTuple):
 
 
 def make_state(
-    config: DecoderConfig, num_seqs: int, cache_len: int, num_prefixes: int, prefix_len: int, dtype: jnp.dtype
+    config: DecoderConfig,
+    num_seqs: int,
+    cache_len: int,
+    num_prefixes: int,
+    prefix_len: int,
+    dtype: jnp.dtype,
+    num_ranks: int = 0,
 ) -> State:
-    """Free batch slots and an empty pool of prefixes."""
+    """Free batch slots and an empty pool of prefixes. `num_ranks`: of all adapters that are loaded."""
     ints, floats = jnp.zeros(num_seqs, jnp.int32), jnp.zeros(num_seqs, jnp.float32)
     return State(
         cache=make_cache(config, num_seqs, cache_len, dtype),
@@ -136,6 +145,7 @@ def make_state(
         seeds=jnp.zeros((num_seqs, 2), jnp.uint32),
         seen=jnp.zeros((num_seqs, config.padded_vocab_size), bool),
         sampling=SamplingArrays(floats, floats, ints, floats),
+        rank_mask=jnp.zeros((num_seqs, num_ranks), bool) if num_ranks else None,
     )
 
 
@@ -148,9 +158,10 @@ def abstract_state(
     dtype: jnp.dtype,
     mesh: Mesh,
     rules: Rules,
+    num_ranks: int = 0,
 ) -> State:
     """Shapes and shardings: KV caches are sharded by batch slot and key/value head, all else is replicated."""
-    shapes = jax.eval_shape(lambda: make_state(config, num_seqs, cache_len, num_prefixes, prefix_len, dtype))
+    shapes = jax.eval_shape(lambda: make_state(config, num_seqs, cache_len, num_prefixes, prefix_len, dtype, num_ranks))
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = _CACHE if leaf.ndim == 4 else (None,) * leaf.ndim
@@ -184,7 +195,8 @@ def prefill(
         gather_slots(layer, prefixes, chunk, visible, first_chunk)
         for layer, prefixes in zip(state.cache, layer_prefixes, strict=True)
     ]
-    hidden, own, _ = model.language(x, positions, chunk_mask(chunk, first_chunk), own)
+    mask, rank_mask = chunk_mask(chunk, first_chunk), as_factors(chunk.rank_mask, x)
+    hidden, own, _ = model.language(x, positions, mask, own, rank_mask=rank_mask)
     cache = [scatter_slots(layer, part, chunk.slot) for layer, part in zip(state.cache, own, strict=True)]
     prefixes = [scatter_slots(layer, part, chunk.target) for layer, part in zip(state.prefixes, own, strict=False)]
     rest, sampled = prefill_finish(model, vocab_size, state.without_cache, chunk, hidden, stops, wants_top)
@@ -197,6 +209,13 @@ def prefill_embed(
     """Embeddings of a chunk, image tokens included, and their positions."""
     x = model.embed(chunk.tokens, None if image_embeds is None else jnp.stack(image_embeds))
     return x, chunk.start[:, None] + jnp.arange(x.shape[1])
+
+
+def as_factors(
+    rank_mask: Bool[Array, "batch rank"] | None, x: Float[Array, "batch length dim"]
+) -> Float[Array, "batch rank"] | None:
+    """The mask as what the ranks of adapters are multiplied by."""
+    return None if rank_mask is None else rank_mask.astype(x.dtype)
 
 
 def visible_len(cache_len: int, positions: Int[Array, "batch length"], first_chunk: bool) -> int:
@@ -290,6 +309,7 @@ def prefill_finish(
         seeds=chunk.seeds,
         seen=chunk.seen,
         sampling=chunk.sampling,
+        rank_mask=chunk.rank_mask,
     )
     slots, token, logprob, top = _sample_next(slots, logits, vocab_size, stops, wants_top)
     rest = jax.tree.map(lambda whole, new: whole.at[chunk.slot].set(new, mode="drop"), rest, slots)
@@ -323,7 +343,8 @@ def decode(
     def body(carry: tuple[Int[Array, ""], State, Sampled]) -> tuple[Int[Array, ""], State, Sampled]:
         step, state, so_far = carry
         x, positions = decode_embed(model, state)
-        hidden, cache, _ = model.language(x, positions, Causal(state.length, kv_len), state.cache)
+        mask, rank_mask = Causal(state.length, kv_len), as_factors(state.rank_mask, x)
+        hidden, cache, _ = model.language(x, positions, mask, state.cache, rank_mask=rank_mask)
         rest, new = decode_finish(model, vocab_size, state.without_cache, hidden, stops, wants_top)
         return step + 1, rest._replace(cache=cache, prefixes=state.prefixes), _put_column(so_far, new, step)
 

@@ -24,6 +24,7 @@ from sphinx_jax.inference.generate import MAX_PREFIXES
 from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.sampling import SamplingArrays
 from sphinx_jax.inference.stop_strings import NUM_STATES
+from sphinx_jax.lora_params import num_ranks
 from sphinx_jax.memory_plan.jobs import Job
 
 
@@ -44,7 +45,8 @@ class AbstractInputs:
         chunk_len: int | None = None,
     ):
         self._config, self._dtype = config, params["language"]["embedding"]["table"].dtype
-        self.programs = Programs(config, graph, config.language.vocab_size, mesh, self._dtype)
+        self._num_ranks = num_ranks(params)
+        self.programs = Programs(config, graph, config.language.vocab_size, mesh, self._dtype, self._num_ranks)
         self._groups, self.chunk_len = sharding.num_shards("batch", mesh), chunk_len or prefill_tokens(mesh)
         self.max_text_len = max_model_len - config.num_image_tokens
         self.needs_chunked_prefill = self.max_text_len > self.chunk_len
@@ -110,6 +112,7 @@ class AbstractInputs:
             seeds=self.replicated((batch_size, 2), jnp.uint32),
             seen=self.replicated((batch_size, self._config.language.padded_vocab_size), jnp.bool_),
             sampling=SamplingArrays(floats, floats, integers, floats),
+            rank_mask=self.replicated((batch_size, self._num_ranks), jnp.bool_) if self._num_ranks else None,
         )
 
     def encode_jobs(self, params: Any) -> list[Job]:

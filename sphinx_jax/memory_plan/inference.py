@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 import sharding
 from sharding import MeshShape, bytes_per_device
-from sphinx_jax.config import SphinxConfig
+from sphinx_jax.config import LoraConfig, SphinxConfig
 from sphinx_jax.costs import Cost, Workload, decode_bytes, forward_flops, fraction_of_parameters
 from sphinx_jax.errors import UserError
 from sphinx_jax.hardware import Gpu
@@ -36,10 +36,12 @@ def inference_plan(
     offload: bool = False,
     max_num_seqs: int,
     max_model_len: int,
+    lora: LoraConfig | None = None,
 ) -> Plan:
     """The plan of `infer.py` for `max_num_seqs` sequences of up to `max_model_len` tokens, image tokens included.
 
-    Each sequence has an image if the model has vision. Raises UserError or LayoutError if that is impossible.
+    Each sequence has an image if the model has vision. `lora` is the size of all adapters that are served. Raises
+    UserError or LayoutError if that is impossible.
     """
     if max_model_len <= config.num_image_tokens:
         raise UserError(
@@ -47,7 +49,7 @@ def inference_plan(
         )
     mesh, compiler = planning_mesh(gpu, shape)
     graph, params = sharding.abstract_params(
-        lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.dtype(dtype)
+        lambda rngs: SphinxMoE(config, unstacked=True, lora=lora, rngs=rngs), mesh, dtype=jnp.dtype(dtype)
     )
     unquantized = params
     if quantize:
@@ -112,7 +114,9 @@ def largest_plan(name: str, config: SphinxConfig, gpu: Gpu, shape: MeshShape, **
     mesh, _ = planning_mesh(gpu, shape)
     groups = sharding.num_shards("batch", mesh)
     graph, params = sharding.abstract_params(
-        lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.dtype(options["dtype"])
+        lambda rngs: SphinxMoE(config, unstacked=True, lora=options.get("lora"), rngs=rngs),
+        mesh,
+        dtype=jnp.dtype(options["dtype"]),
     )
 
     if quantize := options.get("quantize"):

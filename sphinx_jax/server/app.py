@@ -125,11 +125,13 @@ class Api:
             "image_size": model.config.vision.image_size if model.config.vision else None,
             "num_image_tokens": model.config.num_image_tokens if model.config.vision else 0,
             "defaults": {**defaults, "max_tokens": PAGE_MAX_TOKENS, "seed": None},
+            # As in vLLM, an adapter names its base.
+            **({"parent": self._settings.model_names[0]} if name in self._settings.adapters else {}),
         }
 
     async def models(self, request: Request) -> Response:
-        """The model, by each of its names."""
-        return JsonResponse({"object": "list", "data": [self._card(name) for name in self._settings.model_names]})
+        """The model, by each of its names, and its adapters."""
+        return JsonResponse({"object": "list", "data": [self._card(name) for name in self._settings.served_names]})
 
     async def one_model(self, request: Request) -> Response:
         """The card of one name."""
@@ -137,15 +139,20 @@ class Api:
 
     def _known(self, name: str | None) -> str:
         """The name under which the answer goes. Raises ApiError if no model has it."""
-        names = self._settings.model_names
+        names = self._settings.served_names
         if name is not None and name not in names:
+            others = f", or an adapter: {', '.join(self._settings.adapters)}" if self._settings.adapters else ""
             raise ApiError(
-                f"the model {name!r:.100} is not served here; use {names[0]!r}",
+                f"the model {name!r:.100} is not served here; use {names[0]!r}{others}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
         return name or names[0]
+
+    def _adapter(self, name: str) -> str | None:
+        """The adapter of that name; None: it is the base's."""
+        return name if name in self._settings.adapters else None
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text."""
@@ -190,7 +197,7 @@ class Api:
             name = self._known(body.model)
             prompt = chat.chat_prompt(model, body, reader)
             top_logprobs = body.top_logprobs or 0
-            return body, name, self._generation(body, [prompt], body.max_new_tokens, top_logprobs)
+            return body, name, self._generation(body, name, [prompt], body.max_new_tokens, top_logprobs)
 
         body, name, work = await self._in_thread(prepare, await request.body())
         self._submit(request, work)
@@ -206,7 +213,8 @@ class Api:
             body = parse(data, CompletionRequest)
             body.check()
             name, prompts = self._known(body.model), completions.completion_prompts(model, body)
-            return body, name, prompts, self._generation(body, prompts, body.max_new_tokens or 1, body.logprobs or 0)
+            work = self._generation(body, name, prompts, body.max_new_tokens or 1, body.logprobs or 0)
+            return body, name, prompts, work
 
         body, name, prompts, work = await self._in_thread(prepare, await request.body())
         if body.stream:
@@ -216,7 +224,7 @@ class Api:
         async def answer() -> dict[str, Any]:
             before = [completions.NO_ECHO] * len(work.tickets)
             if body.echo:
-                before = completions.echoes(model, body, await self._prompt_logprobs(body, prompts))
+                before = completions.echoes(model, body, await self._prompt_logprobs(body, name, prompts))
             if not body.max_new_tokens:
                 return completions.echo_object(model, name, body, prompts, before)
             self._submit(request, work)
@@ -224,17 +232,21 @@ class Api:
 
         return await self._whole(request, answer(), work)
 
-    async def _prompt_logprobs(self, body: CompletionRequest, prompts: list[Prompt]) -> list[PromptLogprobs | None]:
+    async def _prompt_logprobs(
+        self, body: CompletionRequest, name: str, prompts: list[Prompt]
+    ) -> list[PromptLogprobs | None]:
         """The log-probabilities of the tokens of each prompt, between two rounds of the scheduler."""
         served = self._bridge.served
         if body.logprobs is None or served is None:
             return [None] * len(prompts)
-        score = served.lockstep.prompt_logprobs
+        score = functools.partial(served.lockstep.prompt_logprobs, adapter=self._adapter(name))
         return [await self._bridge.call(functools.partial(score, prompt.tokens)) for prompt in prompts]
 
-    def _generation(self, body: Any, prompts: list, max_new_tokens: int | None, top_logprobs: int) -> Generation:
-        bridge = self._bridge
-        return generation(bridge.model, self._settings, body, prompts, max_new_tokens, top_logprobs, bridge.room)
+    def _generation(
+        self, body: Any, name: str, prompts: list, max_new_tokens: int | None, top_logprobs: int
+    ) -> Generation:
+        bridge, limits = self._bridge, (max_new_tokens, top_logprobs, self._bridge.room)
+        return generation(bridge.model, self._settings, body, prompts, *limits, self._adapter(name))
 
     def _submit(self, request: Request, work: Generation) -> None:
         self._bridge.submit(work.tickets)

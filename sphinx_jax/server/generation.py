@@ -64,6 +64,7 @@ def generation(
     max_new_tokens: int | None,
     top_logprobs: int,
     max_tickets: int,
+    adapter: str | None,
 ) -> Generation:
     """Tickets for `body.n` answers to each of `prompts`. `max_new_tokens` None: what the context leaves.
 
@@ -82,7 +83,7 @@ def generation(
         left = model.engine.max_model_len - prompt_len
         for i in range(n):
             params = _params(settings, body, (seed + i) % 2**32, min(max_new_tokens or left, left), top_logprobs)
-            request = Request(prompt.tokens, prompt.image, params, prompt.raw, prompt.continues)
+            request = Request(prompt.tokens, prompt.image, params, prompt.raw, prompt.continues, adapter)
             tickets.append(Ticket(request, prompt_len, wake))
     return Generation(tickets, n, seed, wake)
 

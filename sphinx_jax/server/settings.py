@@ -22,3 +22,10 @@ class Settings:
     """Folder of images that requests may name by file: URLs."""
     drain_seconds: float = 30.0
     """How long requests that run may go on after SIGTERM."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters, each a model of its own to those who ask."""
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """What requests may name as their model."""
+        return self.model_names + self.adapters
