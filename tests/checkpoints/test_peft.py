@@ -27,8 +27,8 @@ def directory(tmp_path):
     into |= {"w_in": ((experts,), (16,), (2, 24)), "w_out": ((experts,), (24,), (16,))}
     factors = {
         ("language", "layers", "attention" if name in ("wqkv", "wo") else "ffn", name): (
-            np.float32(draw(size=(layers, *stack, *inputs, 2))),
-            np.float32(draw(size=(layers, *stack, 2, *outputs))),
+            draw(size=(layers, *stack, *inputs, 2)).astype(np.float32),
+            draw(size=(layers, *stack, 2, *outputs)).astype(np.float32),
         )
         for name, (stack, inputs, outputs) in into.items()
     }
