@@ -83,7 +83,7 @@ def test_slurm_environment(free_port):
 def test_open_mpi_without_a_first_host(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
-    with pytest.raises(LayoutError, match="Open MPI 5 does not name the first host.*--num-processes 2 --process-id"):
+    with pytest.raises(LayoutError, match=r"Open MPI 5 does not name the first host.*--num-processes 2 --process-id"):
         sharding.start_processes()
 
 
