@@ -31,6 +31,13 @@ _compilation_cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _compilation_cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Programs are compiled as users do, or for tests marked `unoptimized` in half the time."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("unoptimized") is not None)
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 MESHES = [
