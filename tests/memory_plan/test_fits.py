@@ -52,7 +52,7 @@ def test_decode_step_on_eight_gpus(inference):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "quantize", "least_kept", "tokens_per_second"), [("rtx4080", None, 0, 1.0), ("rtx4090", "int4", 6.5, 15.0)]
+    ("gpu", "quantize", "least_kept", "tokens_per_second"), [("rtx4080", None, 0, 1.0), ("rtx4090", "int4", 6.0, 15.0)]
 )
 def test_one_small_gpu(needs_gpu_compiler, monkeypatch, gpu, quantize, least_kept, tokens_per_second):
     """The original does not support this: experts in host memory, and those used last in device memory."""
@@ -67,7 +67,8 @@ def test_one_small_gpu(needs_gpu_compiler, monkeypatch, gpu, quantize, least_kep
     assert plan.compiler == "gpu"
     assert plan.fits
     weights = 3 * 4096 * 14336
-    expert = 2 * weights if quantize is None else weights // 2 + 2 * weights // 64
+    # A step and a zero point for 32 weights, and a scale for each output.
+    expert = 2 * weights if quantize is None else weights // 2 + 2 * weights // 32 + 2 * (2 * 14336 + 4096)
     vision = 2 * (50_103_211_392 - 46_702_792_704)
     if quantize is None:
         assert plan.parameters["language"] == 2 * (46_702_792_704 - 256 * weights)
