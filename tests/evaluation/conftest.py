@@ -64,7 +64,9 @@ class FakeModel:
     def request(self, prompt: str, image: PreparedImage | None, params: SamplingParams, *, prefix: str) -> Request:
         return Request([ord(character) for character in prompt + prefix], image, params)
 
-    def run(self, _: FakeEngine, requests: Iterable[Request], *__: Any) -> Iterator[tuple[int, Completion]]:
+    def run(
+        self, _engine: FakeEngine, requests: Iterable[Request], *_args: Any, **_options: Any
+    ) -> Iterator[tuple[int, Completion]]:
         """In place of `generate.run`: answers end in any order."""
         texts = ["".join(map(chr, request.tokens)) for request in requests]
         self.received = texts
