@@ -21,10 +21,11 @@ import sharding
 from sharding import Program, is_primary_process
 from sphinx_jax.checkpoints import lora
 from sphinx_jax.checkpoints.formats import native
+from sphinx_jax.checkpoints.source import Adapters
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.tasks import Task, primary_accuracy
 from sphinx_jax.errors import UserError
-from sphinx_jax.lora_params import split
+from sphinx_jax.lora_params import split, with_factors
 from sphinx_jax.training.export import write_description
 from sphinx_jax.training.guards import DivergenceGuard
 from sphinx_jax.training.metrics import RunLog
@@ -73,13 +74,15 @@ def train(
     run_config: RunConfig = RunConfig(),
     resume: bool = False,
     initial_model: Params | None = None,
+    initial_adapters: Adapters | None = None,
 ) -> dict[str, Any] | None:
     """Train, evaluate on the held-out examples, write `out`, and return the content of its `summary.json`.
 
     Returns None if SIGTERM ended the run early; the state is saved then. `initial_model` are the model parameters to
     start from, on the mesh; by default they are initialised from the seed. A LoRA run does not save them, and needs
-    them again to resume. `resume` continues from the newest checkpoint, if there is one yet. Raises UserError if a
-    loss or gradient norm is not finite.
+    them again to resume. `initial_adapters` are adapters to train on, of the program's scale; their rank may be lower.
+    `resume` continues from the newest checkpoint, if there is one yet. Raises UserError if a loss or gradient norm is
+    not finite.
     """
     start_time = time.monotonic()
     train_config, mesh = program.train_config, program.mesh
@@ -94,6 +97,8 @@ def train(
         batches.set_state(position)
     else:
         params = {name: initial_params(program, name, initial_model) for name in program.state.params}
+        if initial_adapters:
+            params["adapters"] = with_factors(params["adapters"], initial_adapters.factors)
         state = init_state(params, program.optimizer, mesh)
 
     step_count = int(state.step)
