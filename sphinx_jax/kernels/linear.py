@@ -26,14 +26,34 @@ def matmul(x: _Inputs, w: Weight) -> Float[Array, "..."]:
 
 
 def dot(x: _Inputs, w: Weight) -> Float[Array, "..."]:
-    """x @ w as one dot: a `w` that is sharded along the contracted dimension too is read in place."""
-    if not isinstance(w, Quantized):
-        return jnp.tensordot(x, w.astype(x.dtype), axes=1)
+    """x @ w as one dot: a `w` that is sharded along the contracted dimension too is read in place.
+
+    A quantized `w` is frozen: it has no gradient.
+    """
+    return _quantized_dot(x, w) if isinstance(w, Quantized) else jnp.tensordot(x, w.astype(x.dtype), axes=1)
+
+
+@jax.custom_vjp
+def _quantized_dot(x: _Inputs, w: Quantized) -> Float[Array, "..."]:
     if x.size == x.shape[-1] and sharding.device_count() == 1:
         # With several devices the sums over the matrix might contain collectives.
         return _quantized_row(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
     y = quantized_product(lambda weights: jnp.dot(x, weights), w, x.dtype)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+def _quantized_dot_forward(x: _Inputs, w: Quantized) -> tuple[Float[Array, "..."], Quantized]:
+    # The integers are kept for the backward pass; autodiff would keep the dequantized matrix.
+    return _quantized_dot(x, w), w
+
+
+def _quantized_dot_backward(w: Quantized, dy: Float[Array, "..."]) -> tuple[_Inputs, None]:
+    matrix = w.astype(dy.dtype).reshape(w.shape[0], -1)
+    rows = dy.shape[: dy.ndim - len(w.shape) + 1]
+    return dy.reshape(*rows, -1) @ matrix.T, None
+
+
+_quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
 
 
 def _quantized_row(x: Float[Array, "in"], w: Quantized) -> Float[Array, "*out"]:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sphinx_jax.kernels.linear import gathered_matrix, outer
-from sphinx_jax.kernels.quantized import Weight
+from sphinx_jax.kernels.quantized import Quantized, Weight
 
 Tokens = Float[Array, "tokens dim"]
 ExpertIds = Int[Array, "tokens k"]
@@ -171,25 +171,30 @@ def _matmul(x, rank_mask, w, a=None, b=None):
     if a is None:
         return x @ w
     # From left to right: [size, rank] is the only intermediate array, and it is small.
-    projected = x @ a if rank_mask is None else (x @ a) * rank_mask
-    return x @ w + projected @ b
+    projected = _unmerged(x) @ a
+    return x @ w + (projected if rank_mask is None else projected * rank_mask) @ b
 
 
 def _matmul_dx(dy, w, a=None, b=None):
     """The gradient of `_matmul` with respect to x."""
-    return dy @ w.T if a is None or b is None else dy @ w.T + (dy @ b.T) @ a.T
+    return dy @ w.T if a is None or b is None else dy @ w.T + (_unmerged(dy) @ b.T) @ a.T
 
 
-def _matmul_dw(x, dy, w, a=None, b=None):
-    """The gradients of `_matmul` with respect to `_trainable(w, a, b)`, float32."""
+def _unmerged(x):
+    """`x` for a product of its own: XLA:GPU would merge two products with `x`, and copy their matrices for that."""
+    return jax.lax.optimization_barrier(x)
+
+
+def _matmul_dw(x, dy, frozen, w, a=None, b=None):
+    """The gradients of `_matmul` with respect to `_trainable(frozen, w, a, b)`, float32."""
     if a is None or b is None:
-        return (outer(x, dy, jnp.float32),)
+        return () if frozen else (outer(x, dy, jnp.float32),)
     return outer(x, dy @ b.T, jnp.float32), outer(x @ a, dy, jnp.float32)
 
 
-def _trainable(w, *factors):
-    """What has a gradient: the LoRA factors if there are any, else the matrix."""
-    return factors or (w,)
+def _trainable(frozen, w, *factors):
+    """What has a gradient: the LoRA factors if there are any, else the matrix, unless it is `frozen`."""
+    return factors if frozen else (w,)
 
 
 def _forward(
@@ -264,6 +269,7 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
     x, experts, weights, w_in, w_out, factors, rows, gate_up = residuals
     num_experts, dim = w_in.shape[:2]
     in_stacks, out_stacks = (w_in, *factors[:2]), (w_out, *factors[2:])
+    frozen = bool(factors) or isinstance(w_in, Quantized)
     # Router weight of each row, [padded, 1].
     weight = jnp.pad(weights.reshape(-1)[rows.order], (0, sizes[0]))[:, None]
 
@@ -287,7 +293,10 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
             row_weight = _slice(weight, start, size)
             dhidden = dhidden * row_weight
             dgate_up = jnp.concatenate([*swish_vjp(dhidden * up), dhidden * swish], axis=-1)
-            gradients = (*_matmul_dw(x[token], dgate_up, *w_in), *_matmul_dw(swish * up, dout * row_weight, *w_out))
+            gradients = (
+                *_matmul_dw(x[token], dgate_up, frozen, *w_in),
+                *_matmul_dw(swish * up, dout * row_weight, frozen, *w_out),
+            )
             sums = map(jnp.add, sums, gradients)
             return _update(dx, _matmul_dx(dgate_up, *w_in), start, 0), dweight, *sums
 
@@ -296,7 +305,7 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
 
         # Carry: dx and dweight by row, and the gradients of the stacks, of which this expert's slice is written here.
         dx, dweight, *stacks = carry
-        zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_trainable(*w_in), *_trainable(*w_out)))
+        zeros = (jnp.zeros_like(w, jnp.float32) for w in (*_trainable(frozen, *w_in), *_trainable(frozen, *w_out)))
         dx, dweight, *sums = rows.loop_over_blocks(e, sizes, block, (dx, dweight, *zeros))
         return dx, dweight, *map(set_expert, stacks, sums)
 
@@ -304,12 +313,12 @@ def _vjp_backward(sizes: tuple[int, ...], in_place: bool, residuals: tuple, dy: 
         return jnp.zeros_like(x, shape=(rows.token.size, width))
 
     # Experts without rows keep the zero gradient.
-    zeros = map(jnp.zeros_like, (*_trainable(*in_stacks), *_trainable(*out_stacks)))
+    zeros = map(jnp.zeros_like, (*_trainable(frozen, *in_stacks), *_trainable(frozen, *out_stacks)))
     dx, dweight, *gradients = rows.loop_over_experts(expert, (empty(dim), empty(1), *zeros))
     # A token's gradient is the sum over its k rows; the router weight's is that of its own row.
     dx = jnp.sum(rows.unsort(dx, experts, num_experts), axis=1)
     dweights = rows.unsort(dweight, experts, num_experts)[..., 0]
-    return dx, None, dweights, *((None, None, tuple(gradients)) if factors else (*gradients, ())), None
+    return dx, None, dweights, *((None, None, tuple(gradients)) if frozen else (*gradients, ())), None
 
 
 moe_sorted_blocks.defvjp(_vjp_forward, _vjp_backward)
