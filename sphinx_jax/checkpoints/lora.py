@@ -24,6 +24,7 @@ from sphinx_jax.checkpoints.source import Adapters, CheckpointSource, read_json
 from sphinx_jax.checkpoints.writer import write_json
 from sphinx_jax.config import LoraConfig, LoraTargets, SphinxConfig
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import GROUP_SIZE, QuantizedDtype
 from sphinx_jax.lora_params import SUFFIX, Params
 
 _FORMAT, _VERSION = "sphinx-jax-lora", 1
@@ -40,12 +41,18 @@ class AdapterInfo:
     base: Path
     fingerprint: str
     lora: LoraConfig
+    quantize: QuantizedDtype | None = None
+    """What the base was quantized to in training."""
 
 
-def write_adapter_info(directory: Path, base: CheckpointSource, lora: LoraConfig) -> None:
-    """Write DIRECTORY/lora.json: adapters of the sizes of `lora`, trained on `base`."""
+def write_adapter_info(
+    directory: Path, base: CheckpointSource, lora: LoraConfig, quantize: QuantizedDtype | None = None
+) -> None:
+    """Write DIRECTORY/lora.json: adapters of the sizes of `lora`, trained on `base`, which was quantized to `quantize`
+    (None: not).
+    """
     info = {"format": _FORMAT, "version": _VERSION, "base": str(base.path), "fingerprint": fingerprint(base)}
-    write_json(directory / _INFO_FILE, info | dataclasses.asdict(lora))
+    write_json(directory / _INFO_FILE, info | dataclasses.asdict(lora) | {"quantize": quantize})
 
 
 def is_lora(path: Path) -> bool:
@@ -63,7 +70,10 @@ def read_adapter_info(path: Path) -> AdapterInfo:
         if targets not in get_args(LoraTargets):
             raise ValueError(f"unknown target_modules {targets}")
         lora = LoraConfig(int(values["rank"]), float(values["alpha"]), targets)  # pyright: ignore[reportArgumentType]
-        return AdapterInfo(Path(values["base"]), str(values["fingerprint"]), lora)
+        quantize = values["quantize"]
+        if quantize not in (None, *GROUP_SIZE):
+            raise ValueError(f"unknown quantize {quantize}")
+        return AdapterInfo(Path(values["base"]), str(values["fingerprint"]), lora, quantize)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / _INFO_FILE} is damaged, restore it from a copy: {error}") from error
 

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 import sharding
 from sharding import is_primary_process
 from sphinx_jax import checkpoints
-from sphinx_jax.checkpoints import CheckpointSource
+from sphinx_jax.checkpoints import CheckpointSource, Loaded
+from sphinx_jax.checkpoints.quantized_base import load_quantized
 from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
 from sphinx_jax.cli.startup import keep_freed_memory
@@ -65,11 +68,9 @@ def run(options: Options) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
     sharding.check_processes(mesh)
 
-    # A frozen LoRA base is stored in the compute dtype; trainable parameters are float32.
-    dtype = options.train.dtype if options.train.stage == "lora" else "float32"
     source = checkpoints.open(options.init) if options.init else None
     tokenizer_files = starting_tokenizer(source) if source else run_directory.tokenizer_files(out, options.resume)
-    checkpoint = checkpoints.load(source, mesh, dtype, unstacked=False) if source else None
+    checkpoint = load_initial(source, mesh, options.train) if source else None
     config = checkpoint.config if checkpoint else preset(options.preset)
     skipped = SkippedRecords(options.max_skipped)
     task = make_task(options, config, tokenizer_files, skipped)
@@ -83,7 +84,7 @@ def run(options: Options) -> None:
     if is_primary_process():
         skipped.log_to(out / "skipped.jsonl")
         if train_config.lora and source:
-            checkpoints.lora.write_adapter_info(out, source, train_config.lora)
+            checkpoints.lora.write_adapter_info(out, source, train_config.lora, train_config.quantize)
     initial_model = checkpoint.params if checkpoint else None
     keep_freed_memory()
     summary = train(program, task, out, run_config=options.run, resume=options.resume, initial_model=initial_model)
@@ -111,6 +112,16 @@ def plan(options: Options) -> int:
         return shapes_of(next(task.batches(train_config.batch_size, train_config.seed)))
 
     return plan_training(options.planning, name, config, options.mesh, options.train, batch, auxiliary_loss)
+
+
+def load_initial(source: CheckpointSource, mesh: Mesh, train_config: TrainConfig) -> Loaded:
+    """The checkpoint to start from: trainable parameters in float32, a frozen base in the compute dtype, or quantized
+    as it is read.
+    """
+    if train_config.quantize:
+        return load_quantized(source, mesh, train_config.dtype, train_config.quantize)
+    dtype = train_config.dtype if train_config.stage == "lora" else "float32"
+    return checkpoints.load(source, mesh, dtype, unstacked=False)
 
 
 def starting_tokenizer(source: CheckpointSource) -> dict[str, bytes]:

@@ -70,7 +70,7 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {values[name]}")
         if not 0 <= self.max_skipped <= 1:
             raise UserError(f"--max-skipped must be a fraction from 0 to 1, got {self.max_skipped:g}")
-        for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
+        for name in ("lora_rank", "lora_alpha", "lora_target_modules", "quantize"):
             if values[name] is not None and self.train.stage != "lora":
                 raise UserError(f"--{name.replace('_', '-')} belongs to --stage lora; add it")
         if self.train.stage == "lora" and self.init is None and not self.planning.plan:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 import sharding
 from sharding import MeshShape, bytes_per_device
@@ -64,10 +64,7 @@ def training_plan(
     """The plan of one optimizer step of `train.py`. Raises UserError or LayoutError if that is impossible."""
     mesh, compiler = planning_mesh(gpu, shape)
     program = train_program(config, train_config, mesh, auxiliary_loss)
-    batch = {
-        key: jax.ShapeDtypeStruct(dims, dtype, sharding=_batch_sharding(dims, mesh))
-        for key, (dims, dtype) in batch_shapes.items()
-    }
+    batch = abstract_batch(batch_shapes, mesh)
     (compiled,) = compile_jobs(
         [Job("training step", program.step, (program.state, batch, program.frozen_params))], mesh
     )
@@ -103,9 +100,14 @@ def training_plan(
     )
 
 
-def _batch_sharding(dims: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Dimension 0 over the "batch" axes, all others replicated."""
-    return sharding.named_sharding(("batch", *[None] * (len(dims) - 1)), dims, mesh)
+def abstract_batch(batch_shapes: BatchShapes, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch on `mesh`: dimension 0 over the "batch" axes, all others replicated."""
+
+    def abstract(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        placed = sharding.named_sharding(("batch", *[None] * (len(dims) - 1)), dims, mesh)
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=placed)
+
+    return {key: abstract(*shape) for key, shape in batch_shapes.items()}
 
 
 def _gradient_bytes(program: TrainProgram) -> int:
@@ -121,8 +123,11 @@ def _gradient_bytes(program: TrainProgram) -> int:
 def _job_text(name: str, train_config: TrainConfig, length: int) -> str:
     lora = train_config.lora
     adapters = f" of rank {lora.rank} on {lora.target_modules}" if lora else ""
+    base = f", {train_config.quantize} base" if train_config.quantize else ""
+    microbatches = f" in {train_config.grad_accum_steps} microbatches" if train_config.grad_accum_steps > 1 else ""
     return (
-        f"{name}, {train_config.stage}{adapters}: batch {train_config.batch_size} × {length:,} tokens, "
+        f"{name}, {train_config.stage}{adapters}{base}: batch {train_config.batch_size} × {length:,} tokens"
+        f"{microbatches}, "
         f"{train_config.dtype}, remat {train_config.remat}, {train_config.moments} moments"
         f"{', sequence parallel' * train_config.sequence_parallel}"
     )
@@ -176,6 +181,8 @@ def _training_command(name: str, train_config: TrainConfig, shape: MeshShape, ma
         "remat": train_config.remat,
         "moments": train_config.moments,
     }
+    if train_config.quantize:
+        options["quantize"] = train_config.quantize
     flags = [f"--{option} {value}" for option, value in options.items()]
     flags += ["--sequence-parallel"] * train_config.sequence_parallel
     return f"python train.py {' '.join(flags)} {mesh_flags(shape)}"

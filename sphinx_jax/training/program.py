@@ -17,6 +17,7 @@ from sharding import Program
 from sphinx_jax.config import SphinxConfig
 from sphinx_jax.lora_params import split
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.quantization import abstract_quantized_params
 from sphinx_jax.training.optimizer import adamw, is_trainable, map_with_path, trainable_only
 from sphinx_jax.training.step import (
     AuxiliaryLoss,
@@ -63,8 +64,8 @@ def train_program(
 ) -> TrainProgram:
     """The programs of `train_config` on `mesh`. Nothing is allocated.
 
-    Trainable parameters are float32; the others are stored in the compute dtype. Raises LayoutError if the mesh does
-    not fit the model, and UserError if it does not divide the batch.
+    Trainable parameters are float32; the others are stored in the compute dtype, or quantized. Raises LayoutError if
+    the mesh does not fit the model, and UserError if it does not divide the batch or splits a quantized group.
     """
     check_batch(train_config, mesh)
     replicated, dtype = NamedSharding(mesh, PartitionSpec()), jnp.dtype(train_config.dtype)
@@ -76,6 +77,8 @@ def train_program(
         return p if is_trainable else jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
 
     params: Params = {"model": jax.tree.map(stored, model, model_trainable)}
+    if train_config.quantize:
+        params["model"] = abstract_quantized_params(params["model"], train_config.quantize)
     if train_config.lora:
         params["adapters"] = adapters
     if auxiliary_loss:
@@ -83,7 +86,9 @@ def train_program(
             name: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated)
             for name, p in auxiliary_loss.params.items()
         }
-    trainable = jax.tree.map(lambda _: True, params) | {"model": model_trainable}
+    trainable = jax.tree.map(lambda _: True, params) | {
+        "model": jax.tree.map(lambda _: False, params["model"]) if train_config.lora else model_trainable
+    }
     frozen_params = {"model": params["model"]} if train_config.lora else {}
     state_params = {name: tree for name, tree in params.items() if name not in frozen_params}
 

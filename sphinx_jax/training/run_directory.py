@@ -42,7 +42,7 @@ def check(out: Path, resume: bool, overwrite: bool) -> None:
 def check_resume(out: Path, preset: str, train_config: TrainConfig, base: Path | None) -> None:
     """Raises UserError where the run to resume was started with options that give its train state other shapes.
 
-    A LoRA run needs the same adapters on the same checkpoint `base`.
+    A LoRA run needs the same adapters on the same checkpoint `base`, quantized alike.
     """
     options = json.loads((out / "options.json").read_text())
     started = options | options["train"]
@@ -55,6 +55,11 @@ def check_resume(out: Path, preset: str, train_config: TrainConfig, base: Path |
     if info.lora != train_config.lora:
         flags, given_flags = map(_lora_flags, (info.lora, train_config.lora))
         raise UserError(f"--resume: {out} was started with {flags}, not with {given_flags}; give the same")
+    if info.quantize != train_config.quantize:
+        flags, given_flags = (
+            f"with --quantize {q}" if q else "without --quantize" for q in (info.quantize, train_config.quantize)
+        )
+        raise UserError(f"--resume: {out} was started {flags}, not {given_flags}; give the same")
     if base is not None and lora.fingerprint(checkpoints.open(base)) != info.fingerprint:
         raise UserError(f"--resume: {out} adapts {info.base}, and --init {base} is another checkpoint")
 

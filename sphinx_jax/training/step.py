@@ -13,6 +13,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.conversation import IGNORE_INDEX
 from sphinx_jax.data.images import CLIP_MEAN, CLIP_STD
 from sphinx_jax.kernels.argmax import argmax
+from sphinx_jax.kernels.quantized import Quantized
 from sphinx_jax.lora_params import join
 from sphinx_jax.model import bind
 
@@ -104,6 +105,13 @@ class AuxiliaryLoss(NamedTuple):
     """params, the model's intermediates, batch -> weighted loss, metrics."""
 
 
+def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """The parameters in `dtype`; quantized ones as they are, since their products dequantize them."""
+    return jax.tree.map(
+        lambda p: p if isinstance(p, Quantized) else p.astype(dtype), params, is_leaf=lambda p: isinstance(p, Quantized)
+    )
+
+
 def make_loss(
     graph: nnx.GraphDef,
     config: SphinxConfig,
@@ -119,7 +127,7 @@ def make_loss(
     float[B, S, S, 3]; and what the auxiliary loss reads.
     `params` holds "model", with LoRA "adapters", and with an auxiliary loss "aux_probe". `trainable` is a mask of the
     model's parameters (None: all trainable); no gradient is computed for the others.
-    `dtype` is the compute dtype; parameters of another dtype are cast once.
+    `dtype` is the compute dtype; parameters of another dtype, but quantized ones, are cast once.
     """
 
     def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
@@ -127,7 +135,7 @@ def make_loss(
         if trainable is not None:
             weights = jax.tree.map(lambda p, keep: p if keep else jax.lax.stop_gradient(p), weights, trainable)
         if dtype is not None:
-            weights = jax.tree.map(lambda p: p.astype(dtype), weights)
+            weights = cast(weights, dtype)
         logits, intermediates = bind(graph, weights)(
             batch["tokens"], batch.get("images"), batch.get("segment_ids"), remat=remat
         )
@@ -198,7 +206,7 @@ def make_eval_step(
     """params, batch -> `answer_correctness` of the batch, and the expert load of each layer; `dtype`: compute dtype."""
 
     def step(params: Params, batch: Batch):
-        weights = jax.tree.map(lambda p: p.astype(dtype), join(params["model"], params.get("adapters", {})))
+        weights = cast(join(params["model"], params.get("adapters", {})), dtype)
         logits, intermediates = bind(graph, weights)(batch["tokens"], batch.get("images"), batch.get("segment_ids"))
         _, correct, loss_mask = next_token_losses(logits, batch["labels"])
         return *answer_correctness(correct, loss_mask), intermediates["layers"]["routing"].expert_load

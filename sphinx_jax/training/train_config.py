@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from sphinx_jax.config import LoraConfig, LoraTargets
 from sphinx_jax.errors import UserError
+from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.training.moments import Moments
 from sphinx_jax.training.optimizer import Stage
 
@@ -48,6 +49,9 @@ class TrainConfig:
     """LoRA scaling: the product of the factors is multiplied by alpha / rank; twice the rank by default."""
     lora_target_modules: LoraTargets | None = None
     """Matrices with a LoRA adapter: attention, or all, the experts included; all by default."""
+    quantize: QuantizedDtype | None = None
+    """With --stage lora: quantize the frozen matrices of attention and experts as they are read, to a half or a third
+    of bfloat16's memory (docs/fine-tuning.md)."""
     dtype: ComputeDtype = "float32"
     """Compute dtype. Master weights are always float32."""
     remat: Remat = "none"

@@ -84,10 +84,11 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_in_two_processes(tmp_path):
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")], ids=["full", "int8"])
+def test_adapters_in_two_processes(tmp_path, quantize):
     """The same adapters as in one process; each process reads its shards of the base; one file of each adapter."""
     base, one, two = save_base(tmp_path / "base", seed=0), tmp_path / "one", tmp_path / "two"
-    program = Program(tmp_path, "--init", base, "--stage", "lora", "--lora-rank", "3", "--steps", "4")
+    program = Program(tmp_path, "--init", base, "--stage", "lora", "--lora-rank", "3", "--steps", "4", *quantize)
     assert common.run(train.main, [*map(str, program.argv[2:]), "--out", str(one)]) == 0
     processes = program.start_two("--out", two)
     assert [process.wait(timeout=120) for process in processes] == [0, 0], program.outputs()
