@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 import sharding
 from sharding import is_primary_process
@@ -15,12 +17,14 @@ from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
 from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.cli.train_options import Options
+from sphinx_jax.cli.train_recipe import print_settings, with_recipe
 from sphinx_jax.config import SphinxConfig, preset
 from sphinx_jax.data.easy_vqa import IMAGE_SIZE
 from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tasks import EasyVqa, Task, YamlData
 from sphinx_jax.data.tokenizer_files import without_chat_template
 from sphinx_jax.errors import UserError
+from sphinx_jax.memory_plan.fit import check_fits
 from sphinx_jax.memory_plan.training import BatchShapes, shapes_of, training_batch
 from sphinx_jax.sphinx import check_tokenizer
 from sphinx_jax.training import run_directory
@@ -38,8 +42,11 @@ EXAMPLES = """examples:
   python train.py --out runs/mine --steps 5000 --seed 1
   python train.py --out runs/mine --resume
       resume an interrupted run
-  python train.py --plan --gpu a100-80gb --num-gpus 32 --preset sphinx-moe --stage mm_stage2 --max-length 2048
-                  --batch-size 32 --dtype bfloat16 --remat block
+  python train.py --init SPHINX-MoE --data data.yaml --out runs/mine
+      fine-tune the published model as the original does: prints its settings, and whether they fit
+  python train.py --init SPHINX-MoE --data data.yaml --out runs/mine --stage lora --quantize int4
+      train adapters on a quantized base, for one GPU
+  python train.py --plan --gpu a100-80gb --num-gpus 32 --preset sphinx-moe
       check whether this fits; needs no GPU and no data
 """
 
@@ -49,17 +56,20 @@ def main(argv: Sequence[str]) -> int:
     options = common.parse(Options, argv, "train.py", f"{__doc__}\n\n{EXAMPLES}")
     options.check()
     if options.planning.plan:
-        return plan(options)
-    run(options)
+        return plan(options, argv)
+    run(options, argv)
     return 0
 
 
-def run(options: Options) -> None:
-    """Check the options and the data, then train and report the result."""
+def run(options: Options, argv: Sequence[str] = ()) -> None:
+    """Check the options and the data, then train and report the result. `argv` says which options were given."""
     if sharding.start_processes(options.processes) > 1:
         common.divert_native_stdout()
     if options.simulate_devices:
         sharding.simulate_devices(options.simulate_devices)
+    source = checkpoints.open(options.init) if options.init else None
+    config = source.config if source else preset(options.preset)
+    options, recipe = with_recipe(options, argv, config, jax.device_count)
     out = run_directory.choose(options.out, options.preset)
     run_directory.check(out, options.resume, options.overwrite)
     if options.resume:
@@ -68,10 +78,12 @@ def run(options: Options) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
     sharding.check_processes(mesh)
 
-    source = checkpoints.open(options.init) if options.init else None
+    if recipe and is_primary_process():
+        print_settings(options, argv, Console())
+    if recipe and mesh.devices.flat[0].platform == "gpu":
+        check_fits(config, options.train, mesh, training_batch(config, options.train, options.yaml.max_length))
     tokenizer_files = starting_tokenizer(source) if source else run_directory.tokenizer_files(out, options.resume)
     checkpoint = load_initial(source, mesh, options.train) if source else None
-    config = checkpoint.config if checkpoint else preset(options.preset)
     skipped = SkippedRecords(options.max_skipped)
     task = make_task(options, config, tokenizer_files, skipped)
     train_config = options.train_config(task.examples)
@@ -98,9 +110,12 @@ def run(options: Options) -> None:
         print(f"{len(skipped)} of {skipped.total} records were skipped: {out / 'skipped.jsonl'} names them")
 
 
-def plan(options: Options) -> int:
+def plan(options: Options, argv: Sequence[str]) -> int:
     """Print whether a step fits on --num-gpus GPUs of the kind --gpu; the exit code: 0 if it fits, else 1."""
     config = checkpoints.open(options.init).config if options.init else preset(options.preset)
+    options, recipe = with_recipe(options, argv, config, lambda: options.planning.num_gpus or 1)
+    if recipe:
+        print_settings(options, argv, Console(stderr=True))
     name, task, auxiliary_loss = str(options.init or options.preset), None, None
     if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
         task = make_task(options, config, None, SkippedRecords(options.max_skipped))

@@ -17,7 +17,11 @@ from sphinx_jax.training.trainer import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train a model and write a run directory that `infer.py --checkpoint` takes."""
+    """Train a model and write a run directory that `infer.py --checkpoint` takes.
+
+    The defaults here are for small models. Models of the published sizes are trained as the original does where no
+    option says otherwise: the run prints its settings (docs/fine-tuning.md).
+    """
 
     preset: str = "nano"
     """Model preset: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
@@ -37,6 +41,8 @@ class Options:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
     epochs: float | None = None
     """Epochs over the training data, instead of --steps."""
+    warmup_epochs: float | None = None
+    """Epochs of warm-up, instead of --warmup-steps."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """Devices along each mesh axis; one device by default."""
@@ -51,9 +57,13 @@ class Options:
 
     def train_config(self, num_examples: int) -> TrainConfig:
         """The train config for data of `num_examples` sequences per epoch."""
-        if self.epochs is None:
-            return self.train
-        return dataclasses.replace(self.train, steps=max(round(self.epochs * num_examples / self.train.batch_size), 1))
+        steps_per_epoch = num_examples / self.train.batch_size
+        steps, warmup_steps = self.train.steps, self.train.warmup_steps
+        if self.epochs is not None:
+            steps = max(round(self.epochs * steps_per_epoch), 1)
+        if self.warmup_epochs is not None:
+            warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        return dataclasses.replace(self.train, steps=steps, warmup_steps=warmup_steps)
 
     def check(self) -> None:
         """Raises UserError on options that are out of range or exclude each other."""
@@ -65,8 +75,9 @@ class Options:
         for name in ("epochs", "lr", "clip_norm", "save_minutes", "lora_alpha"):
             if values[name] is not None and not values[name] > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, got {values[name]}")
-        for name in ("seed", "keep_best", "min_lr", "warmup_steps", "weight_decay", "aux_loss_weight"):
-            if not values[name] >= 0:
+        names = ("seed", "keep_best", "min_lr", "warmup_steps", "warmup_epochs", "weight_decay", "aux_loss_weight")
+        for name in names:
+            if values[name] is not None and not values[name] >= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {values[name]}")
         if not 0 <= self.max_skipped <= 1:
             raise UserError(f"--max-skipped must be a fraction from 0 to 1, got {self.max_skipped:g}")
@@ -77,6 +88,8 @@ class Options:
             raise UserError("--stage lora adapts a checkpoint: give it with --init")
         if self.epochs is not None and self.train.steps != TrainConfig.steps:
             raise UserError("--steps and --epochs exclude each other; give one of them")
+        if self.warmup_epochs is not None and self.train.warmup_steps != TrainConfig.warmup_steps:
+            raise UserError("--warmup-steps and --warmup-epochs exclude each other; give one of them")
         parse_steps(self.run.profile)
         self.planning.check()
         self.processes.check()

@@ -34,7 +34,7 @@ WRONG = {
     "train --plan": "--plan needs a GPU",
     "train --plan --gpu l4 --preset sphinx-moe --num-gpus 7": "over 7 devices; use 4 or 8 devices",
     "train --plan --gpu l4 --preset sphinx-moe --batch-size 3 --num-gpus 16 --max-length 512": "does not divide",
-    "train --plan --gpu l4 --preset sphinx-moe": "--max-length 256 is too short",
+    "train --plan --gpu l4 --preset sphinx-moe --max-length 256": "--max-length 256 is too short",
 }
 
 
