@@ -30,6 +30,7 @@ from sphinx_jax.inference.offload_programs import Carry, OffloadPrograms, Select
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs
 from sphinx_jax.inference.requests import PreparedImage
+from sphinx_jax.quantization import has_quantized
 
 Attend = Callable[[int, dict, Carry], tuple[Carry, Selection]]
 """(number of the layer, its parameters, hidden states) -> hidden states, and what its experts compute on."""
@@ -64,7 +65,7 @@ class OffloadEngine(Engine):
         device_bytes: int | None = None,
     ):
         outside, self._layers, experts = split_experts(params)
-        self._by_layer = OffloadPrograms(config, tokenizer.vocab_size, mesh)
+        self._by_layer = OffloadPrograms(config, tokenizer.vocab_size, mesh, has_quantized(params))
         super().__init__(config, self._by_layer.graph, outside, tokenizer, mesh, max_model_len)
         self.prefill_tokens = offload_prefill_tokens(mesh, max_model_len)
         self.cache = ExpertCache(experts)

@@ -59,9 +59,12 @@ class Selection(NamedTuple):
 
 
 class OffloadPrograms:
-    """The programs of one model on one mesh. `graph` is that of the model without its layers."""
+    """The programs of one model on one mesh. `graph` is that of the model without its layers; `quantized` is whether
+    decode steps read quantized weights.
+    """
 
-    def __init__(self, config: SphinxConfig, vocab_size: int, mesh: Mesh):
+    def __init__(self, config: SphinxConfig, vocab_size: int, mesh: Mesh, quantized: bool):
+        self._quantized = quantized
         self._dim, self._vocab_size, self._mesh = config.language.dim, vocab_size, mesh
         self._num_experts, self._k = config.language.num_experts, config.language.experts_per_token
         no_layers = dataclasses.replace(config, language=dataclasses.replace(config.language, num_layers=0))
@@ -132,7 +135,9 @@ class OffloadPrograms:
             out = expert_output(selection.normed, jnp.any(selected, axis=-1), expert["w_in"], expert["w_out"])
             return jnp.where(selected[..., None], out[..., None, :], outputs)
 
-        return Program(function, (1,), self._carry_shardings(batch, length).outputs, slices_in_place=is_prefill)
+        fused = self._quantized and not is_prefill
+        out = self._carry_shardings(batch, length).outputs
+        return Program(function, (1,), out, slices_in_place=is_prefill, fused_operands=fused)
 
     def prefill_embed(self, batch: int, length: int) -> Program:
         """params, chunk, image_embeds -> carry, positions."""
@@ -213,7 +218,7 @@ class OffloadPrograms:
 
         sizes = len(cache.k), 1
         out = self._carry_shardings(*sizes), self._selection_shardings(*sizes), sharding.shardings_of(cache)
-        return Program(function, (1, 3), out)
+        return Program(function, (1, 3), out, fused_operands=self._quantized)
 
     def decode_finish(self, rest: steps.State) -> Program:
         """params, state without caches, carry, stops, wants_top -> state, sampled."""

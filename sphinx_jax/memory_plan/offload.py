@@ -18,6 +18,7 @@ from sphinx_jax.inference.offload_programs import OffloadPrograms
 from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
 from sphinx_jax.memory_plan.jobs import Job
 from sphinx_jax.memory_plan.report import Plan
+from sphinx_jax.quantization import has_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def offload_jobs(
     that is selected) and "finish".
     """
     outside, layers, experts = split_experts(params)
-    programs = OffloadPrograms(config, config.language.vocab_size, mesh)
+    programs = OffloadPrograms(config, config.language.vocab_size, mesh, has_quantized(params))
     chunk_len = offload_prefill_tokens(mesh, max_model_len)
     inputs = AbstractInputs(config, programs.graph, params, mesh, max_num_seqs, max_model_len, chunk_len)
     state, layer, rest, stops = inputs.state, layers[0], inputs.state.without_cache, inputs.stops

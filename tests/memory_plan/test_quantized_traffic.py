@@ -10,9 +10,11 @@ import sharding
 from sharding import MeshShape
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
+from sphinx_jax.inference.offload_params import abstract_offloaded
 from sphinx_jax.kernels.quantized import Quantized
 from sphinx_jax.memory_plan.abstract_inputs import AbstractInputs
 from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
+from sphinx_jax.memory_plan.offload import offload_jobs
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 from tests.instruments import largest_values, traffic
@@ -79,3 +81,22 @@ def test_decode_reads_integers(decode, gpu, kind, num_seqs):
     else:
         # int4 of several sequences: one expert's matrices at a time, and attention's.
         assert max(size for size, _ in written) <= DIM * 2 * CONFIG.language.hidden_dim * 2
+
+
+@pytest.mark.parametrize("program", ["expert", "attend"])
+def test_offloaded_decode_reads_integers(needs_gpu_compiler, program):
+    """A layer up to its router and one expert, of several sequences: programs of their own."""
+    mesh, _ = planning_mesh(find_gpu("a100-80gb"), MeshShape())
+    _, params = sharding.abstract_params(
+        lambda rngs: SphinxMoE(CONFIG, unstacked=True, rngs=rngs), mesh, dtype=jnp.bfloat16
+    )
+    jobs, *_ = offload_jobs(CONFIG, abstract_offloaded(params, "int8"), mesh, 4, 64)
+    (job,) = (job for job in jobs if job.name == f"decode step, {program}")
+    text = hlo_text(compile_aot(job.program, job.args, mesh))
+    needed = sum(
+        stored_bytes(leaf) for leaf in jax.tree.leaves(job.args[0], is_leaf=is_quantized) if is_quantized(leaf)
+    )
+    arguments = traffic(text).arguments
+    assert sum(arguments[i] for i in range(len(jax.tree.leaves(job.args[0])))) <= 1.1 * needed
+    # As above, attention's output projection.
+    assert [size for size, _ in largest_values(text, SMALLEST_MATRIX)] == [SMALLEST_MATRIX] * (program == "attend")
