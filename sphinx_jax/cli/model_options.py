@@ -13,6 +13,7 @@ import sharding
 import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
+from sphinx_jax.checkpoints.formats import native
 from sphinx_jax.checkpoints.adapters import read_adapters
 from sphinx_jax.cli import common
 from sphinx_jax.cli.common import NO_PLAN, PlanOptions
@@ -138,7 +139,8 @@ def start_process(options: ModelOptions, catch_sigterm: bool = False) -> int:
         sharding.simulate_devices(options.simulate_devices)
     if options.offload:
         checkpoint = options.checkpoint or default_checkpoint()
-        pinned_memory.set_host_limit(checkpoint, options.dtype, options.quantize, options.mesh.data)
+        quantize = None if native.holds_quantized(checkpoint) else options.quantize
+        pinned_memory.set_host_limit(checkpoint, options.dtype, quantize, options.mesh.data)
     return processes
 
 

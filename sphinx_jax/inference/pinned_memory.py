@@ -16,8 +16,8 @@ from sphinx_jax.language.moe import SINGLE_EXPERT
 from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 
-QUANTIZED_FRACTION: dict[QuantizedDtype, float] = {"int8": 0.55, "int4": 0.35}
-"""Of SPHINX-MoE in bfloat16, with encoders and all else that is not quantized."""
+QUANTIZED_FRACTION: dict[QuantizedDtype, float] = {"int8": 0.6, "int4": 0.4}
+"""At most, of SPHINX-MoE in bfloat16, with encoders and all else that is not quantized, in bfloat16 or float32."""
 
 
 def pinned_bytes(
@@ -34,7 +34,8 @@ def pinned_bytes(
 
 
 def set_host_limit(checkpoint: Path, dtype: str | None, quantize: QuantizedDtype | None, copies: int) -> None:
-    """Let XLA pin what `offload` of a checkpoint needs at most, for `copies` of the model on this host.
+    """Let XLA pin what `offload` of a checkpoint needs at most, for `copies` of the model on this host. `quantize`:
+    what stored weights become that are not quantized.
 
     XLA reads the limit when jax makes its first backend, as opening a checkpoint may do: so it follows from the size of
     the files.

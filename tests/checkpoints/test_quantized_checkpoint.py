@@ -10,7 +10,7 @@ import pytest
 
 import sharding
 import sphinx_jax
-from sphinx_jax import checkpoints
+from sphinx_jax import allocator, checkpoints
 from sphinx_jax.checkpoints.formats import native
 from sphinx_jax.cli import common, model_options
 from sphinx_jax.cli import convert as program
@@ -73,6 +73,18 @@ def test_offload(stored):
     ):
         assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_limit_of_pinned_memory(stored, monkeypatch, quantize):
+    """All that is stored can be pinned: --quantize does not make it smaller again."""
+    kind, path = stored
+    limits = []
+    monkeypatch.setattr(allocator, "set_host_limit", limits.append)
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
+    options = model_options.AnsweringOptions(checkpoint=path, offload=True, quantize=kind if quantize else None)
+    model_options.start_process(options)
+    assert limits == [sum(file.stat().st_size for file in path.rglob("*") if file.is_file())]
 
 
 def test_stored_bytes(stored):

@@ -192,6 +192,15 @@ def is_native(path: Path) -> bool:
         return False
 
 
+def holds_quantized(path: Path) -> bool:
+    """Whether a directory is a native checkpoint whose weights are quantized already, as far as config.json says."""
+    try:
+        described = read_json(path / "config.json")
+    except UserError:
+        return False
+    return described.get("format") == _FORMAT and described.get("quantized") is not None
+
+
 def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None, unstacked: bool = True) -> Loaded:
     """A native checkpoint on `mesh` (None: all devices), independent of the mesh that wrote it.
 
