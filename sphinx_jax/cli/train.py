@@ -15,6 +15,7 @@ from sphinx_jax.checkpoints import CheckpointSource, Loaded
 from sphinx_jax.checkpoints.quantized_base import load_quantized
 from sphinx_jax.cli import common
 from sphinx_jax.cli.plan import plan_training
+from sphinx_jax.cli.starting_adapters import with_adapters
 from sphinx_jax.cli.startup import keep_freed_memory
 from sphinx_jax.cli.train_options import Options
 from sphinx_jax.cli.train_recipe import print_settings, with_recipe
@@ -70,6 +71,7 @@ def run(options: Options, argv: Sequence[str] = ()) -> None:
     source = checkpoints.open(options.init) if options.init else None
     config = source.config if source else preset(options.preset)
     options, recipe = with_recipe(options, argv, config, jax.device_count)
+    options, source, adapters = with_adapters(options, source)
     out = run_directory.choose(options.out, options.preset)
     run_directory.check(out, options.resume, options.overwrite)
     if options.resume:
@@ -99,7 +101,15 @@ def run(options: Options, argv: Sequence[str] = ()) -> None:
             checkpoints.lora.write_adapter_info(out, source, train_config.lora, train_config.quantize)
     initial_model = checkpoint.params if checkpoint else None
     keep_freed_memory()
-    summary = train(program, task, out, run_config=options.run, resume=options.resume, initial_model=initial_model)
+    summary = train(
+        program,
+        task,
+        out,
+        run_config=options.run,
+        resume=options.resume,
+        initial_model=initial_model,
+        initial_adapters=adapters,
+    )
     if not is_primary_process():
         return
     if summary is None:
@@ -116,6 +126,8 @@ def plan(options: Options, argv: Sequence[str]) -> int:
     options, recipe = with_recipe(options, argv, config, lambda: options.planning.num_gpus or 1)
     if recipe:
         print_settings(options, argv, Console(stderr=True))
+    if options.init and options.adapters:
+        options = with_adapters(options, checkpoints.open(options.init))[0]
     name, task, auxiliary_loss = str(options.init or options.preset), None, None
     if options.data == "easy-vqa" and config.image_size == IMAGE_SIZE:
         task = make_task(options, config, None, SkippedRecords(options.max_skipped))

@@ -27,6 +27,9 @@ class Options:
     """Model preset: nano, mixtral-140m, sphinx-tiny, sphinx-mini, mixtral-8x7b, sphinx-moe or sphinx-moe-1k."""
     init: Path | None = None
     """Checkpoint to start from, in any format; random initialisation by default."""
+    adapters: Path | None = None
+    """Adapters of --init to start from: a LoRA run, or a directory of PEFT. With --stage lora they are trained on, in
+    their own rank; with another stage they are merged into --init."""
     data: str = "easy-vqa"
     """Training data: easy-vqa, or a data.yaml that lists files of conversations (docs/data.md)."""
     yaml: Annotated[YamlOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=YamlOptions)
@@ -84,6 +87,10 @@ class Options:
         for name in ("lora_rank", "lora_alpha", "lora_target_modules", "quantize"):
             if values[name] is not None and self.train.stage != "lora":
                 raise UserError(f"--{name.replace('_', '-')} belongs to --stage lora; add it")
+            if values[name] is not None and name.startswith("lora") and self.adapters:
+                raise UserError(f"--{name.replace('_', '-')} is that of --adapters; leave it out")
+        if self.adapters and self.init is None:
+            raise UserError("--adapters adapt a checkpoint: give it with --init")
         if self.train.stage == "lora" and self.init is None and not self.planning.plan:
             raise UserError("--stage lora adapts a checkpoint: give it with --init")
         if self.epochs is not None and self.train.steps != TrainConfig.steps:
