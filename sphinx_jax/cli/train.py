@@ -25,7 +25,7 @@ from sphinx_jax.data.skipped_records import SkippedRecords
 from sphinx_jax.data.tasks import EasyVqa, Task, YamlData
 from sphinx_jax.data.tokenizer_files import without_chat_template
 from sphinx_jax.errors import UserError
-from sphinx_jax.memory_plan.fit import check_fits
+from sphinx_jax.memory_plan.fit import check_fits, device_capacity
 from sphinx_jax.memory_plan.training import BatchShapes, shapes_of, training_batch
 from sphinx_jax.sphinx import check_tokenizer
 from sphinx_jax.training import run_directory
@@ -83,7 +83,8 @@ def run(options: Options, argv: Sequence[str] = ()) -> None:
     if recipe and is_primary_process():
         print_settings(options, argv, Console())
     if recipe and mesh.devices.flat[0].platform == "gpu":
-        check_fits(config, options.train, mesh, training_batch(config, options.train, options.yaml.max_length))
+        batch_shapes = training_batch(config, options.train, options.yaml.max_length)
+        check_fits(config, options.train, mesh, batch_shapes, device_capacity(mesh))
     tokenizer_files = starting_tokenizer(source) if source else run_directory.tokenizer_files(out, options.resume)
     checkpoint = load_initial(source, mesh, options.train) if source else None
     skipped = SkippedRecords(options.max_skipped)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -17,20 +18,20 @@ from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 
 
-def check_fits(
-    config: SphinxConfig,
-    train_config: TrainConfig,
-    mesh: Mesh,
-    batch_shapes: BatchShapes,
-    capacity: int | None = None,
-) -> None:
-    """Raises UserError if a step on such a batch does not fit, which names the nearest settings that do.
+def device_capacity(mesh: Mesh) -> int:
+    """Bytes that the allocator of a GPU of `mesh` may give out."""
+    stats: Any = mesh.local_devices[0].memory_stats()
+    return stats["bytes_limit"]
 
-    `capacity`: bytes of each device, by default what its allocator may give out. The step is compiled, and read from
-    the compilation cache when the run compiles it again.
+
+def check_fits(
+    config: SphinxConfig, train_config: TrainConfig, mesh: Mesh, batch_shapes: BatchShapes, capacity: int
+) -> None:
+    """Raises UserError if a step on such a batch needs more than `capacity` bytes of a device; it names the nearest
+    settings that do not.
+
+    The step is compiled, and read from the compilation cache when the run compiles it again.
     """
-    if capacity is None:
-        capacity = mesh.local_devices[0].memory_stats()["bytes_limit"]
     needed = functools.partial(bytes_needed, config, mesh=mesh, batch_shapes=batch_shapes, capacity=capacity)
     least = needed(train_config)
     if least <= capacity:

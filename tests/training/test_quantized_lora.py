@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from sphinx_jax.training.step import make_loss
 from tests.training.test_killed import Program, losses, write_data
 
 CONFIG = SphinxConfig(DecoderConfig(128, 128, 2, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512), None)
-MESH = {"tensor": 2, "expert": 2, "fsdp": 2}
+MESH: dict[str, Any] = {"tensor": 2, "expert": 2, "fsdp": 2}
 PACKED = ("--pack", "--grad-accum-steps", 2, "--remat", "block")
 TOKENS = np.random.default_rng(0).integers(1, 512, (4, 20), np.int32)
 
@@ -65,6 +66,7 @@ def place(tree, make, shape):
     return lora_params.split(jax.device_put(tree, shardings))
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize(
     ("kind", "targets", "shapes"),
     [("int8", "all", [{}, MESH]), ("int4", "all", [{}, MESH]), ("int8", "attention", [{}])],
