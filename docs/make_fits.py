@@ -68,6 +68,7 @@ class Step(NamedTuple):
 
 TRAINING = (
     Step("sphinx-moe", MeshShape(tensor=8), 4, "bfloat16"),
+    Step("sphinx-moe", MeshShape(tensor=8), 4, "float32"),
     Step("sphinx-moe", MeshShape(tensor=8, fsdp=2), 8, "float32"),
     Step("sphinx-moe", MeshShape(tensor=8, fsdp=4), 16, "float32"),
     Step("sphinx-tiny", MeshShape(), 2, "bfloat16"),
