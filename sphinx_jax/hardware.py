@@ -26,6 +26,9 @@ class Gpu:
     multiprocessors: int
     clock_ghz: float
     l2_mib: int
+    nvlink_gb_s: float = 0.0
+    """What a GPU sends to others of its host over NVLink, in 1e9 bytes per second: half of the datasheet's figure, of
+    both directions. 0: there is only PCIe."""
 
     @property
     def memory_bytes(self) -> int:
@@ -55,6 +58,11 @@ class Gpu:
         (issue 53).
         """
         return (55.0 if self.compute_capability >= (9, 0) else 24.0) * 1e9
+
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes per second that it sends to other GPUs of its host."""
+        return self.nvlink_gb_s * 1e9 or self.host_bandwidth
 
     def target_description(self) -> str:
         """The GPU as a GpuTargetConfigProto in text form, which XLA's compiler takes instead of a device."""
@@ -109,11 +117,11 @@ _CORES = {
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 40960, 1555.0, 312.0, (8, 0), 108, 1.41, 40),
-        Gpu("a100-80gb", 81920, 2039.0, 312.0, (8, 0), 108, 1.41, 40),
-        Gpu("h100-80gb", 81559, 3352.0, 989.0, (9, 0), 132, 1.98, 50),
-        Gpu("h200", 143771, 4800.0, 989.0, (9, 0), 132, 1.98, 50),
-        Gpu("b200", 183359, 8000.0, 2250.0, (10, 0), 148, 1.97, 126),
+        Gpu("a100-40gb", 40960, 1555.0, 312.0, (8, 0), 108, 1.41, 40, 300.0),
+        Gpu("a100-80gb", 81920, 2039.0, 312.0, (8, 0), 108, 1.41, 40, 300.0),
+        Gpu("h100-80gb", 81559, 3352.0, 989.0, (9, 0), 132, 1.98, 50, 450.0),
+        Gpu("h200", 143771, 4800.0, 989.0, (9, 0), 132, 1.98, 50, 450.0),
+        Gpu("b200", 183359, 8000.0, 2250.0, (10, 0), 148, 1.97, 126, 900.0),
         Gpu("l40s", 46068, 864.0, 362.0, (8, 9), 142, 2.52, 96),
         Gpu("a6000", 49140, 768.0, 155.0, (8, 6), 84, 1.80, 6),
         Gpu("a10g", 23028, 600.0, 70.0, (8, 6), 80, 1.71, 6),

@@ -35,6 +35,8 @@ class PlanOptions:
     a file mine.json that describes another GPU."""
     num_gpus: int | None = None
     """With --plan: number of GPUs; by default the size of the mesh."""
+    gpus_per_host: int | None = None
+    """With --plan: GPUs of a host, by default 8; what passes between more of them goes over the network."""
     sweep: bool = False
     """With --plan: compare all meshes of --num-gpus GPUs (for training also remat and batch sizes), best first."""
     json: bool = False
@@ -49,13 +51,14 @@ class PlanOptions:
 
     def check(self) -> None:
         """Raises UserError on options that exclude each other or are out of range."""
-        given = [name for name in ("gpu", "num_gpus", "sweep", "json") if getattr(self, name)]
+        given = [name for name in ("gpu", "num_gpus", "gpus_per_host", "sweep", "json") if getattr(self, name)]
         if not self.plan and given:
             raise UserError(f"--{given[0].replace('_', '-')} belongs to --plan; add it")
         if self.plan:
             _ = self.gpu_name
-        if self.num_gpus is not None and self.num_gpus < 1:
-            raise UserError(f"--num-gpus must be 1 or more, got {self.num_gpus}")
+        for flag, number in (("--num-gpus", self.num_gpus), ("--gpus-per-host", self.gpus_per_host)):
+            if number is not None and number < 1:
+                raise UserError(f"{flag} must be 1 or more, got {number}")
 
 
 NO_PLAN = PlanOptions()

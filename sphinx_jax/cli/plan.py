@@ -14,6 +14,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.inference.capacity import NumSeqs
 from sphinx_jax.kernels.quantized import QuantizedDtype
+from sphinx_jax.memory_plan.aot import GPUS_PER_HOST
 from sphinx_jax.memory_plan.inference import inference_plan, largest_plan
 from sphinx_jax.memory_plan.mesh_sweep import inference_meshes, training_meshes
 from sphinx_jax.memory_plan.report import Plan, mesh_text, print_json, print_plan, print_sweep
@@ -106,7 +107,7 @@ def _report(plans: Iterable[Plan], options: PlanOptions) -> int:
     compiled = []
     with Console(stderr=True).status("compiling for absent GPUs") as status:
         for plan in plans:
-            compiled.append(plan)
+            compiled.append(dataclasses.replace(plan, gpus_per_host=options.gpus_per_host or GPUS_PER_HOST))
             status.update(Text(f"{len(compiled)} compiled, the last: {mesh_text(plan.mesh)}"))
     compiled.sort(key=sort_key)
     if options.json:

@@ -12,6 +12,7 @@ from rich.table import Table
 from sphinx_jax.hardware import GIB, Gpu
 from sphinx_jax.memory_plan.aot import GPUS_PER_HOST, Compiler, Memory
 from sphinx_jax.memory_plan.hlo import Collective
+from sphinx_jax.memory_plan.network import NETWORK_GBIT_S, Communication, communication
 
 RESERVE_BYTES = GIB // 2
 """Reserved in XLA's pool on every GPU: workspaces of the kernels that autotuning chooses, and gaps between arrays.
@@ -56,6 +57,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     pinned: int = 0
     """Bytes of pinned host memory for each device."""
+    gpus_per_host: int = GPUS_PER_HOST
+    """GPUs that NVLink or PCIe connects; between hosts is the network."""
     offload: Mapping[str, float] | None = None
     """With experts in host memory, how many the headroom keeps on the devices (`offload.with_kept_experts`)."""
 
@@ -65,8 +68,8 @@ class Plan:
 
     @property
     def host_pinned_bytes(self) -> int:
-        """Pinned memory of a host with all GPUs of the plan, or with GPUS_PER_HOST of them."""
-        return self.pinned * math.gcd(self.num_gpus, GPUS_PER_HOST)
+        """Pinned memory of a host with all GPUs of the plan, or with `gpus_per_host` of them."""
+        return self.pinned * math.gcd(self.num_gpus, self.gpus_per_host)
 
     @property
     def per_device(self) -> dict[str, int]:
@@ -96,6 +99,16 @@ class Plan:
         """The collectives of the main program."""
         return next(program.collectives for program in self.programs if program.name == self.main_program)
 
+    @property
+    def communication(self) -> list[Communication]:
+        """Of the main program, by mesh axes."""
+        return communication(self.collectives, self.mesh, self.gpus_per_host, self.gpu.link_bandwidth)
+
+    @property
+    def communication_seconds(self) -> float:
+        """The least time of the main program's communication, if none of it overlaps."""
+        return sum(row.seconds for row in self.communication)
+
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {
@@ -111,6 +124,12 @@ class Plan:
             **({"offload": dict(self.offload)} if self.offload else {}),
             "share": dict(self.share),
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
+            "network": {
+                "gpus_per_host": self.gpus_per_host,
+                "gbit_s_per_host": NETWORK_GBIT_S,
+                "seconds_at_least": self.communication_seconds,
+                "axes": [dataclasses.asdict(row) for row in self.communication],
+            },
             "roofline": dict(self.roofline),
             "programs": [
                 {
@@ -160,6 +179,10 @@ def print_plan(plan: Plan) -> None:
     console.print(f"per-device share: {', '.join(fractions)}")
     if plan.collectives:
         console.print(_collectives_table(plan))
+        console.print(_communication_table(plan))
+        rates = f"{plan.gpu.link_bandwidth / 1e9:g} GB/s a GPU over {_link(plan.gpu)}"
+        rates += f", {NETWORK_GBIT_S:g} Gb/s a host of {plan.gpus_per_host} GPUs over the network"
+        console.print(f"rates: {rates}", style="dim")
     for name, value in plan.roofline.items():
         console.print(f"roofline: {name.replace('_', ' ')} {_rounded(value)}")
     for note in plan.notes:
@@ -204,11 +227,35 @@ def _collectives_table(plan: Plan) -> Table:
     return table
 
 
+def _communication_table(plan: Plan) -> Table:
+    """By mesh axes: where the bytes go, and how long they take at least."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("communication along")
+    table.add_column("over")
+    table.add_column("MiB sent per device", justify="right")
+    table.add_column("MiB out of a host", justify="right")
+    table.add_column("ms at least", justify="right")
+    for row in plan.communication:
+        table.add_row(
+            " × ".join(row.axes),
+            "network" if row.cross_host_bytes else _link(plan.gpu),
+            f"{row.sent_bytes / 2**20:,.2f}",
+            f"{row.cross_host_bytes / 2**20:,.2f}",
+            _rounded(row.seconds * 1e3),
+        )
+    return table
+
+
+def _link(gpu: Gpu) -> str:
+    """What connects the GPUs of a host."""
+    return "NVLink" if gpu.nvlink_gb_s else "PCIe"
+
+
 def print_sweep(plans: Sequence[Plan]) -> None:
     """Print plans one per line, best first, and the command of the best one that fits."""
     console = _console()
     table = Table(box=None, pad_edge=False)
-    for name in ("mesh", "config", "GiB per device", "headroom", "tokens/s at most"):
+    for name in ("mesh", "config", "GiB per device", "headroom", "tokens/s at most", "GiB out of a host"):
         table.add_column(name, justify="left" if name in ("mesh", "config") else "right")
     for plan in plans:
         table.add_row(
@@ -217,6 +264,7 @@ def print_sweep(plans: Sequence[Plan]) -> None:
             f"{plan.per_device['total_bytes'] / GIB:.2f}",
             f"{plan.headroom / GIB:+.2f}",
             _rounded(plan.tokens_per_second),
+            _rounded(sum(row.cross_host_bytes for row in plan.communication) / GIB),
             style=None if plan.fits else "dim",
         )
     console.print(table)

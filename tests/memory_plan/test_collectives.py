@@ -18,15 +18,20 @@ CONFIG = SphinxConfig(DecoderConfig(DIM, 1024, LAYERS, num_heads=8, num_kv_heads
 
 def compiled(shape, **options):
     """{(kind, axes): collective} of a step in bfloat16, and its TrainProgram."""
-    mesh, _ = planning_mesh(find_gpu("a100-80gb"), MeshShape(**shape))
+    text, program = step_program(CONFIG, MeshShape(**shape), **options)
+    return {(c.kind, c.axes): c for c in collectives(text, program.mesh)}, program
+
+
+def step_program(config, shape, **options):
+    """The text of a step in bfloat16, compiled for absent GPUs, and its TrainProgram."""
+    mesh, _ = planning_mesh(find_gpu("a100-80gb"), shape)
     train_config = TrainConfig(steps=10, batch_size=BATCH, dtype="bfloat16", **options)
-    program = train_program(CONFIG, train_config, mesh)
+    program = train_program(config, train_config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.named_sharding(("batch", None), dims, mesh))
-        for name, (dims, dtype) in training_batch(CONFIG, train_config, LENGTH).items()
+        for name, (dims, dtype) in training_batch(config, train_config, LENGTH).items()
     }
-    found = collectives(hlo_text(compile_aot(program.step, (program.state, batch, {}), mesh)), mesh)
-    return {(c.kind, c.axes): c for c in found}, program
+    return hlo_text(compile_aot(program.step, (program.state, batch, {}), mesh)), program
 
 
 def test_gradients_are_reduce_scattered(needs_gpu_compiler):

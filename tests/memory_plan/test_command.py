@@ -27,6 +27,8 @@ WRONG = {
     "infer --plan --gpu l4 --preset unheard": "unknown preset",
     "infer --plan --gpu l4 --num-gpus 6": "over 6 devices; use 4 or 8 devices",
     "infer --plan --gpu l4 --num-gpus 0": "--num-gpus must be 1 or more",
+    "infer --plan --gpu l4 --gpus-per-host 0": "--gpus-per-host must be 1 or more",
+    "infer --gpus-per-host 4": "--gpus-per-host belongs to --plan",
     "infer --plan --gpu l4 --num-gpus 4 --mesh.tensor 2": "has 2 devices and --num-gpus is 4",
     "infer --plan --gpu l4 --sweep --mesh.tensor 2": "leave out either the --mesh options or --sweep",
     "infer --plan --gpu l4 --max-model-len 1000": "an image alone takes 1455 tokens",
