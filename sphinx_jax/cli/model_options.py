@@ -13,8 +13,8 @@ import sharding
 import sphinx_jax
 from sharding import is_primary_process
 from sphinx_jax import Sphinx, UserError, checkpoints
-from sphinx_jax.checkpoints.formats import native
 from sphinx_jax.checkpoints.adapters import read_adapters
+from sphinx_jax.checkpoints.formats import native
 from sphinx_jax.cli import common
 from sphinx_jax.cli.common import NO_PLAN, PlanOptions
 from sphinx_jax.cli.plan import plan_inference
