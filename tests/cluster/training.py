@@ -55,10 +55,10 @@ class Training:
 
 
 def losses(out: Path) -> dict[int, float]:
-    """The loss of each step that is logged."""
+    """The loss of each step that is logged. The last line may be incomplete, where there was no space left."""
     file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return {line["step"]: line["loss"] for line in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 def saved(out: Path) -> list[int]:
