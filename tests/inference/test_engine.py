@@ -15,8 +15,6 @@ from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.sampling import SamplingParams
 
-pytestmark = pytest.mark.unoptimized
-
 # All prompts are of one length bucket, and prompt and answer of one bucket of cache positions, so that the tests share
 # compiled programs: those take seconds, the answers milliseconds.
 NEW = 60
