@@ -84,7 +84,9 @@ def test_documented_commands_parse(page, name, arguments, monkeypatch):
 
     monkeypatch.setattr(common, "parse", parse_only)
     # A quote that was opened before the command encloses it; it is not the command's.
-    argv = shlex.split(arguments if arguments.count('"') % 2 == 0 else arguments.replace('"', ""))
+    for quote in ('"', "'"):
+        arguments = arguments if arguments.count(quote) % 2 == 0 else arguments.replace(quote, "")
+    argv = shlex.split(arguments)
     with pytest.raises(Parsed):
         importlib.import_module(f"sphinx_jax.cli.{name}").main(argv)
 
@@ -105,6 +107,7 @@ def test_documented_options_exist(capsys):
         helps += capsys.readouterr().out
     known = set(re.findall(r"--[a-z][\w.-]*", helps)) | {"--help"}
     foreign = {"--signal", "--gpus-per-node", "--gpus-per-task", "--ntasks-per-node", "--quiet", "--strict"}
+    foreign |= {"--precision", "--checkpointing"}  # of the original's training script
     for page in PAGES:
         for option in re.findall(r"`(--[a-z][\w.-]*)", FENCED.sub("", page.read_text())):
             # `--mesh.*` stands for all options that begin so.
