@@ -107,7 +107,7 @@ def test_documented_options_exist(capsys):
         helps += capsys.readouterr().out
     known = set(re.findall(r"--[a-z][\w.-]*", helps)) | {"--help"}
     foreign = {"--signal", "--gpus-per-node", "--gpus-per-task", "--ntasks-per-node", "--quiet", "--strict"}
-    foreign |= {"--precision", "--checkpointing"}  # of the original's training script
+    foreign |= {"--precision", "--checkpointing", "--batch_size", "--max_words"}  # of the original's training script
     for page in PAGES:
         for option in re.findall(r"`(--[a-z][\w.-]*)", FENCED.sub("", page.read_text())):
             # `--mesh.*` stands for all options that begin so.
