@@ -84,7 +84,14 @@ def quantized(path: Path, leaf: Weight, kind: QuantizedDtype | None) -> Weight:
 @functools.lru_cache(maxsize=64)
 def _program(kind: QuantizedDtype, axis: int, shardings: Quantized) -> Callable[[jax.Array], Quantized]:
     """The jitted quantization of one shape and sharding; `shardings` has shardings in place of its arrays."""
-    return jax.jit(lambda weights: quantize(weights, kind, axis), out_shardings=shardings)
+
+    def function(weights: jax.Array) -> Quantized:
+        if weights.ndim == -axis or shardings.values.shard_shape(weights.shape)[0] < len(weights):
+            return quantize(weights, kind, axis)
+        # Matrix by matrix where each device has all of a stack: int4's search takes five times the bytes it rounds.
+        return jax.lax.map(lambda matrices: quantize(matrices, kind, axis), weights)
+
+    return jax.jit(function, out_shardings=shardings)
 
 
 def abstract_quantized_params(params: Any, kind: QuantizedDtype) -> Any:
