@@ -52,7 +52,7 @@ def complete_each(
                 answering.append(item)
                 yield request
 
-    for index, completion in generate.run(engine, requests(), max_num_seqs, prefix_bytes, compile_ahead=True):
+    for index, completion in generate.run(engine, requests(), max_num_seqs, prefix_bytes):
         while failed:
             yield failed.popleft()
         yield answering[index], completion

@@ -119,14 +119,6 @@ class Engine:
 
     # Programs
 
-    @property
-    def compiles_ahead(self) -> bool:
-        """Whether another thread may compile programs while some run.
-
-        On a GPU a compilation times kernels, which others would disturb; several processes compile in one order.
-        """
-        return self.mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
-
     def _run(self, key: tuple, program: Program, *args: Any) -> Any:
         """`program` compiled for the shapes and shardings of `args`, which `key` names, and run."""
         compiled = self._compile(key, program, args)

@@ -1,6 +1,5 @@
 """Thin users of the scheduler: many requests to their ends, or one whose text is streamed."""
 
-import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +9,7 @@ from sphinx_jax.inference.capacity import MOST_ON_GPU, NumSeqs, num_seqs
 from sphinx_jax.inference.engine import Engine
 from sphinx_jax.inference.program_specs import Decode, compile_specs
 from sphinx_jax.inference.programs import StateShape
-from sphinx_jax.inference.rehearsal import compiling_ahead, rehearse
+from sphinx_jax.inference.rehearsal import rehearse
 from sphinx_jax.inference.requests import Completion, Request
 from sphinx_jax.inference.scheduler import Scheduler
 
@@ -44,49 +43,44 @@ def run(
     requests: Iterable[Request],
     max_num_seqs: NumSeqs = MAX_NUM_SEQS,
     prefix_bytes: int | None = None,
-    compile_ahead: bool = False,
 ) -> Iterator[tuple[int, Completion]]:
     """(index of the request, its completion), in the order in which they end.
 
     `max_num_seqs` sequences run at a time, or a few more, as many for each data-parallel group; "auto": as many as the
     devices have memory for. Requests are taken from the iterable as slots become free. The KV cache is as long as the
-    requests looked ahead at need; one that needs more waits until all slots are free. `compile_ahead`: see
-    `compiling_ahead`. Raises UserError on a request that does not fit.
+    requests looked ahead at need; one that needs more waits until all slots are free. Raises UserError on a request
+    that does not fit.
     """
     most = MOST_ON_GPU if max_num_seqs == "auto" else max_num_seqs
     # So many that the prompts whose images are new fill a chunk, where several ask about one.
     look_ahead = most + AHEAD * BATCHES[-1] * engine.groups
     source = enumerate(requests)
     index_of, held, scheduler = {}, [], None
-    with contextlib.ExitStack() as stack:
-        while True:
-            # Submitted are requests in their order: one that does not fit holds up those behind it.
-            submitted = scheduler.num_waiting if scheduler else 0
-            while len(held) + submitted < look_ahead and (item := next(source, None)) is not None:
-                held.append(item)
-            if scheduler is None or not scheduler.has_work:
-                if not held:
-                    return
-                cache_len = bucket(max(engine.positions_needed(request) for _, request in held))
-                if scheduler is None or engine.positions_needed(held[0][1]) > scheduler.shape.cache_len:
-                    # The old state's memory is free before the new one's is taken.
-                    scheduler = None
-                    shape_of = functools.partial(
-                        state_shape, engine, cache_len=cache_len, prefix_bytes=prefix_bytes, prefixes=len(held) > 1
-                    )
-                    number = min(num_seqs(engine, max_num_seqs, shape_of, FILE_CHUNKS), power_of_two(len(held)))
-                    shape = shape_of(number)
-                    if compile_ahead and engine.compiles_ahead:
-                        stack.enter_context(compiling_ahead(engine, shape, [request for _, request in held]))
-                    scheduler = Scheduler(engine, shape)
-            while held and engine.positions_needed(held[0][1]) <= scheduler.shape.cache_len:
-                index, request = held.pop(0)
-                index_of[scheduler.submit(request)] = index
-            for sequence in scheduler.step():
-                if sequence.finish == "error":
-                    raise UserError(f"request {index_of[sequence]}: {sequence.error}")
-                if sequence.finish is not None:
-                    yield index_of.pop(sequence), sequence.completion
+    while True:
+        # Submitted are requests in their order: one that does not fit holds up those behind it.
+        submitted = scheduler.num_waiting if scheduler else 0
+        while len(held) + submitted < look_ahead and (item := next(source, None)) is not None:
+            held.append(item)
+        if scheduler is None or not scheduler.has_work:
+            if not held:
+                return
+            cache_len = bucket(max(engine.positions_needed(request) for _, request in held))
+            if scheduler is None or engine.positions_needed(held[0][1]) > scheduler.shape.cache_len:
+                # The old state's memory is free before the new one's is taken.
+                scheduler = None
+                shape_of = functools.partial(
+                    state_shape, engine, cache_len=cache_len, prefix_bytes=prefix_bytes, prefixes=len(held) > 1
+                )
+                number = min(num_seqs(engine, max_num_seqs, shape_of, FILE_CHUNKS), power_of_two(len(held)))
+                scheduler = Scheduler(engine, shape_of(number))
+        while held and engine.positions_needed(held[0][1]) <= scheduler.shape.cache_len:
+            index, request = held.pop(0)
+            index_of[scheduler.submit(request)] = index
+        for sequence in scheduler.step():
+            if sequence.finish == "error":
+                raise UserError(f"request {index_of[sequence]}: {sequence.error}")
+            if sequence.finish is not None:
+                yield index_of.pop(sequence), sequence.completion
 
 
 def run_all(

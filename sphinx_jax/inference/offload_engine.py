@@ -85,11 +85,6 @@ class OffloadEngine(Engine):
         layers = dict(enumerate(self._layers))
         return self.params | {"language": self.params["language"] | {"layers": layers}}
 
-    @property
-    def compiles_ahead(self) -> bool:
-        """No: experts make room for a program's temporaries as it is compiled."""
-        return False
-
     # Memory
 
     @property

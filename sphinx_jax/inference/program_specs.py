@@ -54,13 +54,13 @@ def compile_specs(
     # Made once, not by each thread.
     assert engine.stops is not None
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        started = [pool.submit(compile_spec, engine, state, spec) for spec in specs]
+        started = [pool.submit(_compile_spec, engine, state, spec) for spec in specs]
         for done, future in enumerate(as_completed(started), start=2):
             future.result()
             on_progress(done, len(specs) + 1)
 
 
-def compile_spec(engine: Engine, state: steps.State, spec: ProgramSpec) -> None:
+def _compile_spec(engine: Engine, state: steps.State, spec: ProgramSpec) -> None:
     """Compile one program for an abstract state."""
     if isinstance(spec, Encode):
         engine.compile_encoders(spec.num_images)

@@ -1,11 +1,6 @@
-"""Which programs the first round for some requests runs, found by scheduling them on an engine that runs nothing.
+"""Which programs the first round for some requests runs, found by scheduling them on an engine that runs nothing."""
 
-A second thread compiles them from the last to the first, while the scheduler compiles and runs them from the first on.
-"""
-
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +8,7 @@ import numpy as np
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import BATCHES
 from sphinx_jax.inference.engine import Engine
-from sphinx_jax.inference.program_specs import Decode, Encode, Prefill, ProgramSpec, compile_spec
+from sphinx_jax.inference.program_specs import Decode, Encode, Prefill, ProgramSpec
 from sphinx_jax.inference.programs import StateShape
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.sampling import MAX_TOP_LOGPROBS
@@ -74,20 +69,3 @@ def rehearse(engine: Engine, shape: StateShape, requests: Iterable[Request]) -> 
         scheduler.submit(request)
     scheduler.step()
     return list(dict.fromkeys(rehearsal.specs))
-
-
-@contextlib.contextmanager
-def compiling_ahead(engine: Engine, shape: StateShape, requests: Iterable[Request]) -> Iterator[None]:
-    """While the block runs, a second thread compiles what the first round runs, beginning with its last program.
-
-    That thread does not see settings of jax that hold in the caller's thread alone. A program that fails to compile
-    fails again where it is needed.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        state = engine.abstract_state(shape)
-        for spec in reversed(rehearse(engine, shape, requests)):
-            pool.submit(compile_spec, engine, state, spec)
-        try:
-            yield
-        finally:
-            pool.shutdown(cancel_futures=True)

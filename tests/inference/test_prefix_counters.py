@@ -44,8 +44,7 @@ def counted(model, monkeypatch, tmp_path):
         prefix_bytes = prefixes * engine.cache_bytes(engine.prefix_len(96))
         out = tmp_path / f"{prefixes}.jsonl"
         list(model.answer_file(tmp_path / "in.jsonl", out, max_new_tokens=2, prefix_bytes=prefix_bytes))
-        # Before it, one rehearses the first round.
-        *_, scheduler = made
+        (scheduler,) = made
         made.clear()
         prompts = [model.request(row["prompt"]).tokens for _, row in rows]
         template = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)

@@ -1,4 +1,4 @@
-"""What the first round runs is known before it runs, and a second thread compiles it meanwhile."""
+"""What the first round runs is known before it runs; threads that want the same program share its compilation."""
 
 import threading
 import time
@@ -26,19 +26,6 @@ def requests_about_images(model, num_images: int) -> list[Request]:
     ]
 
 
-@pytest.fixture
-def compiled_by(monkeypatch):
-    """The thread of each compilation."""
-    threads, original = [], Program.compile
-
-    def compile(self, args, mesh):
-        threads.append(threading.get_ident())
-        return original(self, args, mesh)
-
-    monkeypatch.setattr(Program, "compile", compile)
-    return threads
-
-
 @pytest.mark.parametrize("mesh_shape", [{}, {"data": 2, "tensor": 2}], ids=str)
 def test_a_rehearsal_names_what_the_first_round_runs(make_model, mesh_shape, monkeypatch):
     model = make_model(256, **mesh_shape)
@@ -59,17 +46,6 @@ def test_a_rehearsal_names_what_the_first_round_runs(make_model, mesh_shape, mon
         scheduler.submit(request)
     scheduler.step()
     assert engine.compilations == compiled == len(used) == len(specs) + 1
-
-
-def test_a_second_thread_compiles_the_last_programs(make_model, compiled_by):
-    model = make_model(250)
-    requests = requests_about_images(model, 2)
-    ahead = dict(generate.run(model.engine, requests, compile_ahead=True))
-    assert len(set(compiled_by)) == 2 and len(compiled_by) == model.engine.compilations
-    assert {i: c.text for i, c in ahead.items()} == {
-        i: c.text for i, c in generate.run(make_model(251).engine, requests)
-    }
-    assert len(set(compiled_by)) == 2
 
 
 def test_threads_wait_for_one_compilation(make_model, monkeypatch):
