@@ -25,7 +25,7 @@ from sharding.context import (
 from sharding.errors import LayoutError
 from sharding.init import abstract_params, bytes_per_device, init_params, shardings_of
 from sharding.mesh import AXES, MeshShape, default_mesh_shape, make_mesh, simulate_devices
-from sharding.process_end import exit_now, fail
+from sharding.process_end import exit_now, fail, fail_with
 from sharding.processes import (
     NO_PROCESSES,
     Processes,
@@ -65,6 +65,7 @@ __all__ = [
     "device_count",
     "exit_now",
     "fail",
+    "fail_with",
     "fuses_operands",
     "init_params",
     "is_primary_process",

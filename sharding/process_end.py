@@ -26,6 +26,7 @@ test -z "$word" || printf "%s\\n" "$word" >&2
 """The loop ends at the end of file: when the process that holds the other end of the pipe is gone."""
 
 _pipe: IO[bytes] | None = None
+_ending = threading.Lock()
 
 
 def report_sudden_end(process_id: int, num_processes: int) -> None:
@@ -67,6 +68,8 @@ def fail(code: int, word: str = "") -> int:
     It gives the others SHUTDOWN_SECONDS to come to the same end, and does not run what libraries do at the exit.
     """
     if _pipe is not None:
+        # Of two threads that fail the first has the last word.
+        _ending.acquire()
         _set_last_word(word)
         ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         ending.start()
@@ -78,3 +81,9 @@ def fail(code: int, word: str = "") -> int:
             sys.stdout.flush()
         exit_now(code)
     return code
+
+
+def fail_with(error: Exception) -> int:
+    """`fail` by an error that no user caused, most often of a collective whose other end is gone."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return fail(1, f"error: on {socket.gethostname()}: {reason}; start all processes again, train.py with --resume")

@@ -94,7 +94,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             for parent in created:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
-        if (reason := _cannot_write(error)) is not None:
+        if (reason := why_not_written(error)) is not None:
             raise UserError(f"cannot write {path}: {reason}; free some space, or choose another directory") from error
         raise
     barrier("directory written")
@@ -118,8 +118,8 @@ def _missing_parents(path: Path) -> list[Path]:
         return []
 
 
-def _cannot_write(error: BaseException) -> str | None:
-    """Why the file system refused to write, None if that is not what went wrong."""
+def why_not_written(error: BaseException) -> str | None:
+    """Why the file system refused to write; None if `error` is about something else."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # Orbax and TensorStore pass on the system's error as text.

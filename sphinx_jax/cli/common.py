@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, overload
 import jax
 import tyro
 
-from sharding import LayoutError, fail
+from sharding import LayoutError, fail, fail_with
 from sphinx_jax.errors import UserError
 
 Options = TypeVar("Options")
@@ -148,7 +147,5 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        # Most often of a collective, whose other end is gone.
         traceback.print_exc()
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return fail(1, f"error: on {socket.gethostname()}: {reason}; start all processes again, train.py with --resume")
+        return fail_with(error)

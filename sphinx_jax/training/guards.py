@@ -8,8 +8,8 @@ import numpy as np
 
 from sharding import is_primary_process
 from sphinx_jax.errors import UserError
+from sphinx_jax.training.checkpoint_store import CheckpointStore
 from sphinx_jax.training.step import Metrics
-from sphinx_jax.training.train_state import CheckpointStore
 
 
 class DivergenceGuard:

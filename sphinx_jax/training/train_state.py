@@ -1,18 +1,13 @@
-"""The train state: its shardings, initialisation, checkpoints and restoring."""
+"""The train state: its shardings and initialisation."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import checkpoint_managers
 
 from sharding import shardings_of
-from sphinx_jax.errors import UserError
 from sphinx_jax.training.step import Params, TrainState
 
 
@@ -67,63 +62,3 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     shardings = shardings_of(abstract_state(params, optimizer, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     return TrainState(step, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
-
-
-class CheckpointStore:
-    """Checkpoints of a run in `directory`/STEP, written asynchronously and renamed into place once complete.
-
-    Preserves the newest `keep_last`, and the `keep_best` with the highest scores.
-    """
-
-    def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 1):
-        newest = checkpoint_managers.LatestN(n=keep_last)
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["score"], n=keep_best, keep_checkpoints_without_metrics=False
-        )
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
-                # Incomplete checkpoints of a killed process.
-                cleanup_tmp_directories=True,
-            ),
-        )
-
-    def save(self, state: TrainState, data_position: dict[str, Any], score: float | None = None) -> None:
-        """Save the state and the position of the data iterator; `score`: held-out accuracy, higher is better.
-
-        Raises UserError if the directory cannot be written, or could not for the save before.
-        """
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))
-        try:
-            self._manager.save(step, args=args, metrics=None if score is None else {"score": score})
-        except OSError as error:
-            raise UserError(
-                f"{self._manager.directory}: cannot write a checkpoint ({error.strerror or error}); make room, and "
-                "continue with --resume"
-            ) from error
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, after waiting for a save in progress."""
-        self._manager.wait_until_finished()
-        step = self._manager.latest_step()
-        return None if step is None else Path(self._manager.directory) / str(step)
-
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint with the shardings of `abstract`, whatever mesh wrote it; None if there is none yet."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()),
-        )
-        return restored["state"], restored["data"]
-
-    def close(self) -> None:
-        """Wait for the last save to complete."""
-        self._manager.wait_until_finished()
-        self._manager.close()

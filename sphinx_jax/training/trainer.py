@@ -26,6 +26,7 @@ from sphinx_jax.config import SphinxConfig
 from sphinx_jax.data.tasks import Task, primary_accuracy
 from sphinx_jax.errors import UserError
 from sphinx_jax.lora_params import split, with_factors
+from sphinx_jax.training.checkpoint_store import CheckpointStore
 from sphinx_jax.training.export import write_description
 from sphinx_jax.training.guards import DivergenceGuard
 from sphinx_jax.training.metrics import RunLog
@@ -35,7 +36,7 @@ from sphinx_jax.training.profile import StepProfile, parse_steps
 from sphinx_jax.training.program import TrainProgram, make_model
 from sphinx_jax.training.step import Batch, Params, TrainState
 from sphinx_jax.training.train_config import schedule
-from sphinx_jax.training.train_state import CheckpointStore, init_state
+from sphinx_jax.training.train_state import init_state
 from sphinx_jax.training.utilisation import peak_flops, step_flops
 
 

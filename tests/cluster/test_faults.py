@@ -1,7 +1,6 @@
 """What happens to a run of two processes when something breaks, and that it continues afterwards."""
 
 import json
-import re
 import shlex
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from tests.cluster.training import losses, saved, wait_until
 
 pytestmark = pytest.mark.cluster
 
-SECONDS = 120
-"""Within which every process ends, as docs/multi-host.md says."""
+SECONDS = 150
+"""Within which every process ends: two minutes, as docs/multi-host.md says, and a margin for a machine with load."""
 
 LONG = ("--steps", 100_000, "--save-every", 5)
 
@@ -83,20 +82,29 @@ def test_directory_that_cannot_be_written(training, tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", shared], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"needs a file system of its own, which is not permitted: {mounted.stderr.strip()}")
+    processes = []
     try:
         out = shared / "run"
-        processes = training.start(2, *LONG, "--out", out, folder=tmp_path)
+        processes += training.start(2, *LONG, "--out", out, folder=tmp_path)
         wait_until(lambda: len(saved(out)) > 1)
-        with pytest.raises(OSError, match="No space left"), (shared / "filler").open("wb", buffering=0) as filler:
-            while filler.write(bytes(4096)):
-                pass
+        deadline = time.monotonic() + SECONDS
+        with (shared / "filler").open("wb", buffering=0) as filler:
+            while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                # Again and again: an old checkpoint that is deleted makes room for the next.
+                with pytest.raises(OSError, match="No space left"):
+                    while filler.write(bytes(4096)):
+                        pass
+                time.sleep(0.05)
         check_end(processes, tmp_path)
         # The first process that notices says so; the other may hear of its end first.
         said = [words[0] for words in last_words(tmp_path)]
-        assert any(re.search("No space left|RESOURCE_EXHAUSTED", word) and str(out) in word for word in said), said
+        assert any("No space left" in word and str(out) in word for word in said), said
         (shared / "filler").unlink()
         check_resumed(training, out, tmp_path, 1)
     finally:
+        for process in processes:
+            process.kill()
+            process.wait()
         subprocess.run(["umount", "--lazy", shared], check=True)
 
 

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import sharding
+from sphinx_jax.training.checkpoint_store import CheckpointStore
 from sphinx_jax.training.moments import MOMENTS, scale_by_moments
 from sphinx_jax.training.optimizer import adamw
-from sphinx_jax.training.train_state import CheckpointStore, abstract_state, init_state
+from sphinx_jax.training.train_state import abstract_state, init_state
 
 B1, B2 = 0.9, 0.95
 SHAPES = {"matrix": (2, 128, 130), "odd": (3, 96, 131), "bias": (50,)}
