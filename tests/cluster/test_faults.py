@@ -1,14 +1,14 @@
 """What happens to a run of two processes when something breaks, and that it continues afterwards."""
 
+import contextlib
 import json
 import shlex
 import signal
-import subprocess
 import time
 
 import pytest
 
-from tests.cluster.conftest import require
+from tests.cluster.conftest import file_system
 from tests.cluster.training import losses, saved, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -77,15 +77,13 @@ def test_coordinator_killed(started, tmp_path):
 
 
 def test_directory_that_cannot_be_written(training, tmp_path):
-    require("mount", "mount")
-    (shared := tmp_path / "shared").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", shared], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs a file system of its own, which is not permitted: {mounted.stderr.strip()}")
-    processes = []
-    try:
+    with contextlib.ExitStack() as stack:
+        shared = stack.enter_context(file_system(tmp_path / "shared", "64m"))
         out = shared / "run"
-        processes += training.start(2, *LONG, "--out", out, folder=tmp_path)
+        processes = training.start(2, *LONG, "--out", out, folder=tmp_path)
+        for process in processes:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         wait_until(lambda: len(saved(out)) > 1)
         deadline = time.monotonic() + SECONDS
         with (shared / "filler").open("wb", buffering=0) as filler:
@@ -101,11 +99,6 @@ def test_directory_that_cannot_be_written(training, tmp_path):
         assert any("No space left" in word and str(out) in word for word in said), said
         (shared / "filler").unlink()
         check_resumed(training, out, tmp_path, 1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        subprocess.run(["umount", "--lazy", shared], check=True)
 
 
 SCRIPT = """#!/bin/bash
