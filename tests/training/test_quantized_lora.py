@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import sharding
+import sphinx_jax
 from sphinx_jax import checkpoints, lora_params, quantization
 from sphinx_jax.checkpoints.quantized_base import load_quantized
 from sphinx_jax.cli import common, train
@@ -17,7 +19,7 @@ from sphinx_jax.config import DecoderConfig, LoraConfig, SphinxConfig
 from sphinx_jax.data.conversation import Conversation
 from sphinx_jax.data.tokenizer import train_tokenizer
 from sphinx_jax.kernels.quantized import Quantized
-from sphinx_jax.model import SphinxMoE
+from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.training.step import make_loss
 from tests.training.test_killed import Program, losses, write_data
 
@@ -141,6 +143,22 @@ def test_adapters_are_a_checkpoint_of_the_unquantized_base(run, base):
     changed = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
     names = {path[-1].key for path, flag in jax.tree_util.tree_leaves_with_path(changed) if flag}
     assert names == {"wqkv", "wo", "w_in", "w_out"}
+
+
+def test_served_beside_the_quantized_base_it_is_the_model_that_was_trained(run, base):
+    """Logits of `--quantize int8 --adapters`, against the training program's forward pass."""
+    mesh = sharding.make_mesh()
+    lora = LoraConfig(rank=3, alpha=6)
+    graph, _ = sharding.abstract_params(lambda rngs: SphinxMoE(CONFIG, lora=lora, rngs=rngs), mesh)
+    trained = load_quantized(checkpoints.open(base), mesh, "float32", "int8").params
+    with ocp.StandardCheckpointer() as reader:
+        weights = lora_params.join(trained, reader.restore(run / "adapters"))
+    with sharding.mesh_context(mesh):
+        expected = np.asarray(bind(graph, weights)(jnp.asarray(TOKENS))[0])
+    model = sphinx_jax.load(base, mesh, "float32", quantize="int8", adapters={"mine": run})
+    found, without = model.logits(TOKENS, adapter="mine"), model.logits(TOKENS)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(without - expected).max() > 1e-3 * np.abs(expected).max()
 
 
 @pytest.mark.slow
