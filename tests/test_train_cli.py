@@ -184,17 +184,17 @@ def test_own_labels(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("own_labels", file)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    example.draw(tmp_path / "patterns")
-    (tmp_path / "patterns" / "rows" / "17.png").write_bytes(b"no image")
-    assert example.main(str(tmp_path / "patterns")) == 0
-    out = tmp_path / "patterns" / "run"
+    example.draw(tmp_path / "signs")
+    (tmp_path / "signs" / "stop" / "17.png").write_bytes(b"no image")
+    assert example.main(str(tmp_path / "signs")) == 0
+    out = tmp_path / "signs" / "run"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["held_out"]["accuracy"] > 0.9
     assert "blind" not in summary
-    assert "1 of 1600 records were skipped" in capsys.readouterr().out
+    assert "1 of 1200 records were skipped" in capsys.readouterr().out
     (line,) = (out / "skipped.jsonl").read_text().splitlines()
-    assert "rows/17.png: not an image" in json.loads(line)["reason"]
+    assert "stop/17.png: not an image" in json.loads(line)["reason"]
     # On training images, through the public interface.
     model = sphinx_jax.load(out)
-    images = [tmp_path / "patterns" / label / "0.png" for label in ("rows", "columns")]
-    assert model.generate([example.QUESTION] * 2, images, max_new_tokens=8) == ["rows", "columns"]
+    images = [tmp_path / "signs" / label / "0.png" for label in ("stop", "turn")]
+    assert model.generate([example.QUESTION] * 2, images, max_new_tokens=8) == ["stop", "turn"]
