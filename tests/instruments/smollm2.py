@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 import sharding
+import sphinx_jax
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.loaded_model import Loaded, abstract_model
 from sphinx_jax.data.tokenizer import Tokenizer
@@ -42,20 +43,24 @@ def gguf_file() -> Path | None:
     return next(Path(folders[0]).glob("*.gguf"), None) if folders else None
 
 
-def dense_model(source: Path) -> Any:
-    """transformers' dense model in float32, which reads the GGUF itself."""
+def decoded(checkpoint: Path, prompts: list[str]) -> list[list[int]]:
+    """Of each prompt its tokens and the NUM_TOKENS that the upcycled model decodes after it, greedily."""
+    model = sphinx_jax.load(checkpoint, sharding.make_mesh(), "float32", max_model_len=128)
+    completions = model.complete(prompts, raw=True, max_new_tokens=NUM_TOKENS, ignore_eos=True)
+    return [
+        model.tokenizer.encode(prompt, bos=True, eos=False) + completion.tokens
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def dense_logits(source: Path, sequences: list[list[int]]) -> np.ndarray:
+    """[sequences, tokens, vocabulary] of transformers' dense model in float32, which reads the GGUF itself."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32).eval()
-
-
-def continuations(dense: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Of each prompt its tokens and the NUM_TOKENS that the dense model continues it with, greedily."""
-    import torch
-
-    options = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "pad_token_id": 0}
-    return [dense.generate(torch.tensor([tokens]), do_sample=False, **options)[0].tolist() for tokens in prompts]
+    dense: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    with torch.no_grad():
+        return dense(torch.from_numpy(padded(sequences))).logits.numpy()
 
 
 def tokenizer(checkpoint: Path) -> Tokenizer:

