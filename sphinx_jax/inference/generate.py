@@ -22,6 +22,9 @@ AHEAD = 8
 MAX_PREFIXES = 64
 """Prefixes kept in the pool, unless the user sets the pool's bytes."""
 
+AGAIN = "start the program again, with all its processes"
+"""What helps after an error of the device, most often that another process is gone."""
+
 
 def state_shape(
     engine: Engine, num_seqs: int, cache_len: int, prefix_bytes: int | None = None, prefixes: bool = True
@@ -78,7 +81,7 @@ def run(
             index_of[scheduler.submit(request)] = index
         for sequence in scheduler.step():
             if sequence.finish == "error":
-                raise UserError(f"request {index_of[sequence]}: {sequence.error}")
+                raise UserError(f"request {index_of[sequence]}: {sequence.error}; {AGAIN}")
             if sequence.finish is not None:
                 yield index_of.pop(sequence), sequence.completion
 
@@ -108,7 +111,7 @@ def stream(scheduler: Scheduler, request: Request) -> Iterator[str]:
     finally:
         scheduler.cancel(sequence)
     if sequence.finish == "error":
-        raise UserError(sequence.error)
+        raise UserError(f"{sequence.error}; {AGAIN}")
 
 
 def stream_alone(engine: Engine, request: Request) -> Iterator[str]:
