@@ -113,3 +113,18 @@ def test_documented_options_exist(capsys):
             # `--mesh.*` stands for all options that begin so.
             exists = any(name.startswith(option) for name in known) if option.endswith(".") else option in known
             assert exists or option in foreign, f"{page_name(page)}: no option {option}"
+
+
+def test_each_fault_of_several_hosts_names_its_tests():
+    text = (ROOT / "docs" / "multi-host.md").read_text()
+    rows = text[text.index("| event |") :].partition("\n\n")[0].splitlines()[2:]
+    defined = {
+        name
+        for folder in ("sharding", "training", "server", "cluster")
+        for file in (ROOT / "tests" / folder).glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named and set(named) <= defined, row
