@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Aggregate(NamedTuple):
     parts: dict[str, float]
 
 
+@runtime_checkable
 class Metric(Protocol):
     """How a benchmark scores answers. Implementations are immutable, and raise for no answer whatever it is."""
 

@@ -69,7 +69,7 @@ def _boxes(line: Mapping[str, Any], width: int, height: int) -> list[tuple[str, 
         return []
     scale = width / extra["width"], height / extra["height"]
     x1, y1, x2, y2 = extra["box"]
-    found = [("truth", (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))]
+    found: list[tuple[str, Box]] = [("truth", (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))]
     answer = read_box(line.get("answer", ""))
     if answer is not None:
         side, left, above = max(width, height), max(0, height - width) // 2, max(0, width - height) // 2

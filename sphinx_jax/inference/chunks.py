@@ -4,11 +4,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from sphinx_jax.inference.bucketing import FILE_CHUNKS, ChunkSizes, batch_sizes, bucket
 from sphinx_jax.inference.data_parallel import assign
-from sphinx_jax.inference.engine import Engine
+from sphinx_jax.inference.engine import Engine, ImageEmbeds
 from sphinx_jax.inference.requests import Request
 from sphinx_jax.inference.sampling import GREEDY, SamplingArrays
 from sphinx_jax.inference.sequence import Sequence
@@ -29,7 +28,7 @@ class Pick(NamedTuple):
 
 def build_chunk(
     engine: Engine, state: State, picks: SequenceOf[Pick], sizes: ChunkSizes = FILE_CHUNKS
-) -> tuple[Chunk, tuple[Float[Array, "crops tokens dim"], ...] | None, list[int | None]]:
+) -> tuple[Chunk, tuple[ImageEmbeds, ...] | None, list[int | None]]:
     """The chunk, the image embeddings that go with it, and which pick each of its places is (None: padding).
 
     All picks begin their prompt with an image in this chunk, or none does.

@@ -51,6 +51,9 @@ ENCODE_PIXELS = 1 << 21
 IMAGE_CACHE_BYTES = 1 << 28
 """Image embeddings kept on the device."""
 
+ImageEmbeds = Float[Array | jax.ShapeDtypeStruct, "crops tokens dim"]
+"""Of one image; their shape alone while programs are compiled ahead."""
+
 
 def _abstract_results(compiled: jax.stages.Compiled) -> Any:
     """Shapes and shardings of what a program returns."""
@@ -216,7 +219,7 @@ class Engine:
         return f"about {max(positions, 0)} positions over all sequences would fit"
 
     def prefill(
-        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, wants_top: bool
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[ImageEmbeds, ...] | None, wants_top: bool
     ) -> tuple[steps.State, steps.Sampled]:
         """One chunk of some prompts into their slots. Donates the state. The parts of the KV cache before the chunk
         are read unless every prompt begins in it.
@@ -278,7 +281,7 @@ class Engine:
         for size in self.encoder_batches(len(new), sizes):
             group = [wanted[digest] for digest in new[first : first + size]]
             padded_group = group + group[:1] * (size - len(group))
-            embeds = self._run_encoders(np.stack([image.normalised() for image in padded_group]))
+            embeds: Any = self._run_encoders(np.stack([image.normalised() for image in padded_group]))
             found |= {image.digest: own for image, own in zip(group, embeds, strict=False)}
             first += size
         self.images_encoded += len(new)
@@ -305,7 +308,7 @@ class Engine:
         size = self.config.vision.image_size
         self._run_encoders(jax.ShapeDtypeStruct((num_images, size, size, 3), np.float32))
 
-    def abstract_embeds(self, num_images: int) -> tuple[Float[Array, "crops tokens dim"], ...]:
+    def abstract_embeds(self, num_images: int) -> tuple[ImageEmbeds, ...]:
         """The shapes of the embeddings of so many images. They do not depend on how many are encoded together."""
         vision = self.config.vision
         assert vision is not None
@@ -314,7 +317,7 @@ class Engine:
         embeds: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=self._programs.replicated)
         return (embeds,) * num_images
 
-    def _run_encoders(self, images: Any) -> tuple[Float[Array, "crops tokens dim"], ...]:
+    def _run_encoders(self, images: Any) -> tuple[ImageEmbeds, ...]:
         return self._run(("encode", images.shape[0]), self._programs.encode(), self.params, images)
 
     @property

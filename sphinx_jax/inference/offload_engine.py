@@ -23,7 +23,7 @@ from sphinx_jax.errors import UserError
 from sphinx_jax.inference import steps
 from sphinx_jax.inference.bucketing import BATCHES, LENGTHS, bucket, prefill_tokens
 from sphinx_jax.inference.capacity import usable_bytes
-from sphinx_jax.inference.engine import IMAGE_CACHE_BYTES, MAX_MODEL_LEN, Engine
+from sphinx_jax.inference.engine import IMAGE_CACHE_BYTES, MAX_MODEL_LEN, Engine, ImageEmbeds
 from sphinx_jax.inference.expert_cache import SPARE, ExpertCache, best_fit
 from sphinx_jax.inference.offload_params import abstract_on_device, encoders_of, on_device, split_experts, to_host
 from sphinx_jax.inference.offload_programs import Carry, OffloadPrograms, Selection
@@ -153,7 +153,7 @@ class OffloadEngine(Engine):
                 self._encoders = None
                 self._fit()
 
-    def _run_encoders(self, images: Any) -> tuple[Float[Array, "crops tokens dim"], ...]:
+    def _run_encoders(self, images: Any) -> tuple[ImageEmbeds, ...]:
         program, vision = self._programs.encode(), self.params["vision"]
         if _is_abstract(images):
             encoders = abstract_on_device(self._encoder_params)
@@ -192,7 +192,7 @@ class OffloadEngine(Engine):
         return carry
 
     def prefill(
-        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[Array, ...] | None, wants_top: bool
+        self, state: steps.State, chunk: steps.Chunk, image_embeds: tuple[ImageEmbeds, ...] | None, wants_top: bool
     ) -> tuple[steps.State, steps.Sampled]:
         """As `Engine.prefill`, layer by layer: a chunk copies each expert once at most."""
         programs, first_chunk, rest = self._by_layer, not chunk.start.any(), state.without_cache

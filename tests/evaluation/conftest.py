@@ -36,7 +36,7 @@ class FakeEngine(Engine):
 
 
 @dataclasses.dataclass
-class FakeModel:
+class FakeModel(sphinx_jax.Sphinx):
     """Answers what `answer` says of a prompt (without template, with the answer's prefix); a token is a character."""
 
     answer: Callable[[str], str]

@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import Future
+from unittest import mock
 
 import jax
 import numpy as np
@@ -254,11 +255,9 @@ def test_impossible_options_are_refused(model, options, message):
 
 
 def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
-    def exhausted():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
     program = Future()
-    program.set_result(exhausted)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    program.set_result(mock.Mock(spec=jax.stages.Compiled, side_effect=error))
     monkeypatch.setitem(model.engine._compiled, ("state", StateShape(1, 64)), program)
     with pytest.raises(UserError, match=r"no memory for a KV cache of 1 x 64 positions .* shorter --max-model-len"):
         model.engine.new_state(StateShape(1, 64))

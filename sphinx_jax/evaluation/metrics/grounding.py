@@ -10,7 +10,7 @@ from sphinx_jax.evaluation.records import Aggregate, Record, Score
 
 THRESHOLD = 0.5
 
-Box = tuple[float, float, float, float]
+Box = Sequence[float | np.float32]
 """x1, y1, x2, y2."""
 
 _BRACKETS = re.compile(r"\[(.*?)\]")
