@@ -133,8 +133,10 @@ def test_plan(stored, monkeypatch):
     """--plan of a quantized checkpoint is that of --quantize."""
     kind, path = stored
     given = []
-    monkeypatch.setattr(model_options, "plan_inference", lambda *args, **options: given.append(options["quantize"]))
-    model_options.plan(model_options.AnsweringOptions(checkpoint=path), 1)
+    monkeypatch.setattr(
+        model_options, "plan_inference", lambda *args, **options: given.append(options["quantize"]) or len(given)
+    )
+    assert model_options.plan(model_options.AnsweringOptions(checkpoint=path), 1) == 1
     assert given == [kind]
 
 
