@@ -19,6 +19,7 @@ from sphinx_jax import UserError, checkpoints
 from sphinx_jax.checkpoints.formats import mixtral
 from sphinx_jax.checkpoints.io import safetensors_files, torch_files
 from tests.checkpoints.test_torch_files import DATA, tensor_pickle, write_zip
+from tests.instruments.small_disk import small_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,32 +271,26 @@ def test_destination_that_is_no_name(accessory_directory, tmp_path, name):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 KiB. Needs root."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", "512k") as path:
+        yield path
 
 
 @pytest.mark.parametrize("format", checkpoints.FORMATS)
-def test_full_disk(accessory_directory, small_disk, format):
+def test_full_disk(accessory_directory, disk, format):
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; free some space") as caught:
-        checkpoints.convert(accessory_directory(), small_disk / "deep" / "out", format, dtype="float32")
+        checkpoints.convert(accessory_directory(), disk / "deep" / "out", format, dtype="float32")
     assert "\n" not in str(caught.value)
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", checkpoints.FORMATS)
-def test_read_only_disk(accessory_directory, small_disk, format):
-    remount = subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], capture_output=True)
+def test_read_only_disk(accessory_directory, disk, format):
+    remount = subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True)
     if remount.returncode:
         pytest.skip("remounting read-only is not allowed here")
     with pytest.raises(UserError, match=r"cannot write .*(not writable|Read-only file system)"):
-        checkpoints.convert(accessory_directory(), small_disk / "out", format)
+        checkpoints.convert(accessory_directory(), disk / "out", format)
 
 
 PROGRAM = """

@@ -1,11 +1,7 @@
 """Launchers and hosts on this machine. What they need is installed by CI; elsewhere these tests skip."""
 
-import contextlib
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -21,20 +17,6 @@ def require(packages: str, *programs: str) -> None:
         pytest.skip("needs root, to run the daemons of a cluster")
     if missing := [program for program in programs if shutil.which(program) is None]:
         pytest.skip(f"needs {', '.join(missing)}: apt-get install {packages}")
-
-
-@contextlib.contextmanager
-def file_system(folder: Path, size: str) -> Iterator[Path]:
-    """An empty file system of `size` at `folder`, which is made."""
-    require("mount", "mount")
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs a file system of its own, which is not permitted: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")

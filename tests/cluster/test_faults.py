@@ -1,6 +1,5 @@
 """What happens to a run of two processes when something breaks, and that it continues afterwards."""
 
-import contextlib
 import json
 import shlex
 import signal
@@ -8,8 +7,8 @@ import time
 
 import pytest
 
-from tests.cluster.conftest import file_system
 from tests.cluster.training import losses, saved, wait_until
+from tests.instruments.small_disk import small_disk
 
 pytestmark = pytest.mark.cluster
 
@@ -22,15 +21,10 @@ LONG = ("--steps", 100_000, "--save-every", 5)
 @pytest.fixture
 def started(training, tmp_path):
     """Two processes that train into `tmp_path`/run and have saved twice."""
-    processes = training.start(2, *LONG, "--out", tmp_path / "run", folder=tmp_path)
-    try:
+    with training.running(2, *LONG, "--out", tmp_path / "run", folder=tmp_path) as processes:
         wait_until(lambda: any(process.poll() is not None for process in processes) or len(saved(tmp_path / "run")) > 1)
         assert [process.poll() for process in processes] == [None, None], last_words(tmp_path)
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def last_words(folder):
@@ -77,28 +71,24 @@ def test_coordinator_killed(started, tmp_path):
 
 
 def test_directory_that_cannot_be_written(training, tmp_path):
-    with contextlib.ExitStack() as stack:
-        shared = stack.enter_context(file_system(tmp_path / "shared", "64m"))
+    with small_disk(tmp_path / "shared", "64m") as shared:
         out = shared / "run"
-        processes = training.start(2, *LONG, "--out", out, folder=tmp_path)
-        for process in processes:
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        wait_until(lambda: len(saved(out)) > 1)
-        deadline = time.monotonic() + SECONDS
-        with (shared / "filler").open("wb", buffering=0) as filler:
-            while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                # Again and again: an old checkpoint that is deleted makes room for the next.
-                with pytest.raises(OSError, match="No space left"):
-                    while filler.write(bytes(4096)):
-                        pass
-                time.sleep(0.05)
-        check_end(processes, tmp_path)
-        # The first process that notices says so; the other may hear of its end first.
-        said = [words[0] for words in last_words(tmp_path)]
-        assert any("No space left" in word and str(out) in word for word in said), said
-        (shared / "filler").unlink()
-        check_resumed(training, out, tmp_path, 1)
+        with training.running(2, *LONG, "--out", out, folder=tmp_path) as processes:
+            wait_until(lambda: len(saved(out)) > 1)
+            deadline = time.monotonic() + SECONDS
+            with (shared / "filler").open("wb", buffering=0) as filler:
+                while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                    # Again and again: an old checkpoint that is deleted makes room for the next.
+                    with pytest.raises(OSError, match="No space left"):
+                        while filler.write(bytes(4096)):
+                            pass
+                    time.sleep(0.05)
+            check_end(processes, tmp_path)
+            # The first process that notices says so; the other may hear of its end first.
+            said = [words[0] for words in last_words(tmp_path)]
+            assert any("No space left" in word and str(out) in word for word in said), said
+            (shared / "filler").unlink()
+            check_resumed(training, out, tmp_path, 1)
 
 
 SCRIPT = """#!/bin/bash

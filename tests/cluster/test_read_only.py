@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from tests.cluster.conftest import file_system
 from tests.cluster.test_faults import LONG, check_end, check_resumed, last_words
 from tests.cluster.training import saved, wait_until
+from tests.instruments.small_disk import small_disk
 
 pytestmark = pytest.mark.cluster
 
@@ -32,19 +32,15 @@ def read_only(folder, twin):
 
 @pytest.mark.slow
 def test_directory_that_becomes_read_only(training, tmp_path):
-    with contextlib.ExitStack() as stack:
-        shared = stack.enter_context(file_system(tmp_path / "shared", "64m"))
-        (twin := tmp_path / "twin").mkdir()
+    (twin := tmp_path / "twin").mkdir()
+    with small_disk(tmp_path / "shared", "64m") as shared:
         out = shared / "run"
-        processes = training.start(2, *LONG, "--out", out, folder=tmp_path)
-        for process in processes:
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        wait_until(lambda: len(saved(out)) > 1)
-        with read_only(shared, twin):
-            with pytest.raises(OSError, match="Read-only file system"):
-                (shared / "file").touch()
-            check_end(processes, tmp_path)
+        with training.running(2, *LONG, "--out", out, folder=tmp_path) as processes:
+            wait_until(lambda: len(saved(out)) > 1)
+            with read_only(shared, twin):
+                with pytest.raises(OSError, match="Read-only file system"):
+                    (shared / "file").touch()
+                check_end(processes, tmp_path)
         said = [words[0] for words in last_words(tmp_path)]
         assert any("Read-only file system" in word and str(out) in word for word in said), said
         check_resumed(training, out, tmp_path, 2)

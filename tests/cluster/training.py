@@ -1,5 +1,6 @@
 """A short training run of a tiny decoder, for processes that a launcher starts."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.py"
@@ -52,6 +53,17 @@ class Training:
             )
             for i in range(num_processes)
         ]
+
+    @contextlib.contextmanager
+    def running(self, num_processes: int, *options: object, folder: Path) -> Iterator[list[subprocess.Popen]]:
+        """Processes as `start` has them, which are killed at the end."""
+        processes = self.start(num_processes, *options, folder=folder)
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -6,13 +6,13 @@ import pytest
 from sphinx_jax.errors import UserError
 from sphinx_jax.training.checkpoint_store import CheckpointStore
 from sphinx_jax.training.step import TrainState
-from tests.cluster.conftest import file_system
+from tests.instruments.small_disk import small_disk
 
 
 @pytest.mark.cluster
 def test_full_disk(tmp_path):
     """TensorStore reports it as a ValueError, after `save` has returned."""
-    with file_system(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         store = CheckpointStore(disk / "checkpoints")
         # 4 MiB that do not compress.
         weights = jnp.sin(jnp.arange(2.0**20) ** 2)
