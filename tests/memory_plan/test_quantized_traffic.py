@@ -19,6 +19,8 @@ from sphinx_jax.model import SphinxMoE
 from sphinx_jax.quantization import abstract_quantized_params
 from tests.instruments import largest_values, traffic
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = SphinxConfig(DecoderConfig(num_layers=1, vocab_size=512), None)
 """One layer of Mixtral-8x7B, with little around it."""
 
@@ -26,7 +28,10 @@ DIM, E, K = CONFIG.language.dim, CONFIG.language.num_experts, CONFIG.language.ex
 SMALLEST_MATRIX = DIM * DIM * 2
 """Bytes of attention's output projection in bfloat16."""
 
-GPUS = ["a100-80gb", *(pytest.param(gpu, marks=pytest.mark.slow) for gpu in ("rtx3090", "rtx4090", "l40s", "h200"))]
+CASES = [("int8", 1), ("int8", 4), ("int8", 16), ("int8", 64), ("int4", 1), ("int4", 4)]
+"""Quantization and sequences, on an A100 and a Hopper GPU; SOME of them on others."""
+
+SOME = [("int8", 64), ("int4", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +66,13 @@ def stored_bytes(leaf):
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_seqs"), [("int8", 1), ("int8", 4), ("int8", 16), ("int8", 64), ("int4", 1), ("int4", 4)]
+    ("gpu", "kind", "num_seqs"),
+    [
+        *(("a100-80gb", *case) for case in CASES),
+        *(pytest.param("h200", *case, marks=pytest.mark.slow) for case in CASES),
+        *(pytest.param(gpu, *case, marks=pytest.mark.slow) for gpu in ("rtx3090", "rtx4090", "l40s") for case in SOME),
+    ],
 )
-@pytest.mark.parametrize("gpu", GPUS)
 def test_decode_reads_integers(decode, gpu, kind, num_seqs):
     text, quantized = decode(gpu, kind, num_seqs)
     assert len(quantized) == 4
