@@ -1,6 +1,8 @@
 """Eight simulated CPU devices and exact float32 products for every test but those that need a GPU."""
 
+import gc
 import json
+import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -11,6 +13,16 @@ from sphinx_jax.cli.startup import prepare_process
 
 # Before jax: its CUDA plugin logs to every worker's standard error that there is no driver.
 prepare_process()
+
+# A setting of the user, the default: else commands called in this process would have its malloc keep what is freed.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 1024))
+
+# Compilation dominates the time of these tests, and several compile the same program: pytest's workers, which inherit
+# these variables, and the programs that tests start, as well.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compilation_cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -26,16 +38,24 @@ def pytest_configure(config):
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Compilation dominates the time of these tests, and several compile the same program.
-_compilation_cache = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compilation_cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Programs are compiled as users do, or for tests marked `unoptimized` in half the time."""
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("unoptimized") is not None)
+    """Programs are compiled in half the time, or for tests marked `optimized` as users do; also those in processes."""
+    optimized = any(item.get_closest_marker(name) for name in ("optimized", "gpu"))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """What a file's tests made goes before the next file's begin.
+
+    Programs that jax keeps hold memory mappings; of all tests, more than the 65,530 that Linux gives a process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,6 +19,8 @@ from sphinx_jax.costs import Cost, Workload, decode_bytes, forward_flops, fracti
 from sphinx_jax.kernels import attention, moe
 from sphinx_jax.model import SphinxMoE, bind
 
+pytestmark = pytest.mark.optimized
+
 # XLA counts the body of a loop once: the decoder's layers are unstacked, and each encoder has one block per stack.
 # Every token selects every expert, so that no count depends on the routing; and attention is dense.
 CONFIG = SphinxConfig(

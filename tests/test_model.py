@@ -16,8 +16,6 @@ from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.training.step import make_loss
 from tests.conftest import MESHES, mesh_name
 
-pytestmark = pytest.mark.unoptimized
-
 CONFIG = dataclasses.replace(nano(), language=dataclasses.replace(nano().language, vocab_size=64))
 BATCH, TEXT = 4, 14
 QUICK = {"tensor": 2, "expert": 2, "fsdp": 2}

@@ -20,6 +20,8 @@ from sphinx_jax.kernels.attention_mask import Causal
 from sphinx_jax.language.kv_cache import make_cache
 from sphinx_jax.model import SphinxMoE, bind
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = SphinxConfig(
     DecoderConfig(dim=16, hidden_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, vocab_size=32),
     VisionConfig(

@@ -12,6 +12,8 @@ import pytest
 
 from sphinx_jax.checkpoints.io import safetensors_files
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[2]
 
 DIM, HIDDEN, LAYERS, EXPERTS = 512, 8192, 2, 8

@@ -38,7 +38,7 @@ class Step:
         caches = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cluster.folder / "cache")}
         self.process = subprocess.Popen(
             list(map(str, argv)),
-            env=cluster.environment | caches | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env=cluster.environment | caches,
             stdout=self._output.open("w"),
             stderr=self._error.open("w"),
         )
@@ -103,7 +103,6 @@ def pid_of(task, text):
     raise AssertionError(f"no process of task {task}")
 
 
-@pytest.mark.unoptimized
 def test_a_file_is_answered_although_one_task_gets_sigterm(start, base, alone, tmp_path):
     prompts = [f"{i} plus {i % 7}?" for i in range(5000)]
     lines = [json.dumps({"id": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts)]
@@ -139,7 +138,6 @@ def test_a_file_is_answered_although_one_task_gets_sigterm(start, base, alone, t
     assert answers() == dict(enumerate(alone.generate(prompts[:count], max_new_tokens=8)))
 
 
-@pytest.mark.unoptimized
 def test_evaluation(start, tmp_path):
     options = ("--checkpoint", sphinx_jax.SHIPPED, "--tasks", "easy_vqa", "--limit", 6, "--max-model-len", 256)
     options += ("--max-num-seqs", 2, "--out")
@@ -160,7 +158,6 @@ def test_evaluation(start, tmp_path):
         assert line == expected | {"logprob": pytest.approx(expected["logprob"], abs=1e-4)}
 
 
-@pytest.mark.unoptimized
 def test_server_at_the_first_node(slurm_cluster, start, base, alone):
     """It ends with success after SIGTERM to both tasks."""
     step = start("serve.py", "--checkpoint", base, *SIZES, "--host", NODES[0], "--port", 0)

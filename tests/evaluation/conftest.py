@@ -20,7 +20,7 @@ from sphinx_jax.inference.sampling import SamplingParams
 from sphinx_jax.sphinx import Sphinx
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nano() -> Sphinx:
     return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=256)
 

@@ -37,7 +37,6 @@ def tokenizer_bytes() -> bytes:
     return train_tokenizer(lines, 500)
 
 
-@functools.cache
 def tiny_model(max_model_len: int = 512, **mesh_shape: int) -> Sphinx:
     return random_model(CONFIG, max_model_len, **mesh_shape)
 
@@ -57,15 +56,15 @@ def random_model(config: SphinxConfig, max_model_len: int, **mesh_shape: int) ->
     return Sphinx(Loaded(config, graph, params, tokenizer_bytes(), mesh), max_model_len)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_model():
-    """make_model(max_model_len=512, **mesh_shape): the same weights on any mesh, made once for all tests."""
-    return tiny_model
+    """make_model(max_model_len=512, **mesh_shape): the same weights on any mesh, made once for all tests of a file."""
+    return functools.cache(tiny_model)
 
 
-@pytest.fixture(scope="session")
-def model() -> Sphinx:
-    return tiny_model()
+@pytest.fixture(scope="module")
+def model(make_model) -> Sphinx:
+    return make_model()
 
 
 @pytest.fixture(scope="session")

@@ -174,6 +174,7 @@ def test_chunks_on_several_devices(chunk_attention, monkeypatch):
 LENGTH, HEADS = 4096, 32
 
 
+@pytest.mark.optimized
 def test_gpu_program_has_no_scores_and_skips_masked_blocks(gpu_mesh, monkeypatch):
     """Mixtral-8x7B's attention to 4,096 positions, forward and backward, on a non-Hopper GPU without cuDNN.
 

@@ -116,6 +116,7 @@ def calls_and_scores(compiled):
     return forward, len(calls) - forward, re.search(rf"{LENGTH},[2-9]\d\d\d\]", text) is not None
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("gpu", ["a100-80gb", "rtx4090"])
 def test_training_compiled(gpu_mesh, gpu):
     """In the loops over layers: one call forward, one rematerialised, one backward; no scores in memory."""
@@ -134,6 +135,7 @@ def test_training_compiled(gpu_mesh, gpu):
     assert cudnn_workspace_bytes(hlo_text(compiled)) == LENGTH * (4 * 64 + 4)
 
 
+@pytest.mark.optimized
 def test_prefill_compiled(gpu_mesh):
     """The first chunk by cuDNN, in each layer; later chunks and decode steps are not."""
     mesh = gpu_mesh("a100-80gb", tensor=2)

@@ -73,6 +73,7 @@ def test_gathered_matvec_gradients_on_cpu():
     assert jax.jit(gradients).lower(*args).compile().memory_analysis().temp_size_in_bytes < 8 * 512 * 2 * 1024 * 4 / 4
 
 
+@pytest.mark.optimized
 def test_one_row_on_gpu_copies_no_weights(gpu_mesh, compile_for_gpu):
     mesh = gpu_mesh(tensor=8)
 

@@ -197,6 +197,7 @@ def weights_read(text: str) -> list[tuple[int, ...]]:
     return sorted(read)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_one_token_on_gpu_reads_its_experts_in_place(gpu_mesh, compile_for_gpu, shape):
     program = layer(gpu_mesh(**shape), compile_for_gpu, 1)
@@ -208,6 +209,7 @@ def test_one_token_on_gpu_reads_its_experts_in_place(gpu_mesh, compile_for_gpu, 
     assert program.memory_analysis().temp_size_in_bytes < one_expert / 50
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("batch", [8, 64])
 def test_a_batch_on_gpu_reads_each_weight_once(gpu_mesh, compile_for_gpu, batch):
     program = layer(gpu_mesh(tensor=8), compile_for_gpu, batch)
@@ -218,6 +220,7 @@ def test_a_batch_on_gpu_reads_each_weight_once(gpu_mesh, compile_for_gpu, batch)
     assert program.memory_analysis().temp_size_in_bytes < 4 * batch * 8 * FULL.dim * 4
 
 
+@pytest.mark.optimized
 def test_prefill_on_gpu_has_no_array_of_tokens_by_experts_by_hidden(gpu_mesh, compile_for_gpu):
     tokens = 16384
     text = layer(gpu_mesh(tensor=8), compile_for_gpu, 1, tokens).as_text()

@@ -22,6 +22,8 @@ from sphinx_jax.memory_plan.hlo import Instruction, called_computations, execute
 from sphinx_jax.model import bind
 from tests.instruments import largest_values, traffic
 
+pytestmark = pytest.mark.optimized
+
 FULL, MAX_NUM_SEQS, LENGTH = DecoderConfig(), 4, 512
 TOKENS, K, E = MAX_NUM_SEQS * LENGTH, FULL.experts_per_token, FULL.num_experts
 

@@ -8,6 +8,8 @@ from sphinx_jax.memory_plan.hlo import parse
 from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.model import SphinxMoE
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = SphinxConfig(
     DecoderConfig(dim=64, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=2, vocab_size=64), None
 )

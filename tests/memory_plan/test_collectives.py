@@ -1,6 +1,7 @@
 """Collectives of a training step, parsed from the program compiled for absent GPUs."""
 
 import jax
+import pytest
 
 import sharding
 from sharding import MeshShape
@@ -11,6 +12,8 @@ from sphinx_jax.memory_plan.hlo import collectives
 from sphinx_jax.memory_plan.training import training_batch
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
+
+pytestmark = pytest.mark.optimized
 
 LAYERS, BATCH, LENGTH, DIM = 2, 8, 256, 512
 CONFIG = SphinxConfig(DecoderConfig(DIM, 1024, LAYERS, num_heads=8, num_kv_heads=8, vocab_size=1024), None)

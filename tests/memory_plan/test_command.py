@@ -16,6 +16,8 @@ from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.training import training_batch, training_plan
 from sphinx_jax.training.train_config import TrainConfig
 
+pytestmark = pytest.mark.optimized
+
 SMALL = SphinxConfig(DecoderConfig(64, 128, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
 
 WRONG = {

@@ -10,7 +10,7 @@ from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.jobs import compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import inference_meshes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 GIB = 2**30
 

@@ -10,6 +10,8 @@ from sphinx_jax.memory_plan.aot import hlo_text
 from sphinx_jax.memory_plan.hlo import Collective, collectives, executed_instructions, parse, type_bytes
 from tests.instruments import largest_values
 
+pytestmark = pytest.mark.optimized
+
 TEXT = """HloModule example, is_scheduled=true
 
 %fused (p.0: bf16[8,4]) -> bf16[8,4] {

@@ -15,6 +15,8 @@ from sphinx_jax.memory_plan.aot import compile_aot, hlo_text, planning_mesh
 from sphinx_jax.model import SphinxMoE
 from tests.instruments import largest_values, traffic
 
+pytestmark = pytest.mark.optimized
+
 HEADS, HEAD_DIM, NUM_SEQS, CACHE_LEN = 8, 128, 16, 4096
 CONFIG = SphinxConfig(
     DecoderConfig(

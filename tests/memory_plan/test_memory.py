@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[2]
 
 STEPS = [{}, {"remat": "block"}, {"grad_accum_steps": 4}]

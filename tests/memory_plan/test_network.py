@@ -15,6 +15,8 @@ from sphinx_jax.memory_plan.network import Communication, communication
 from tests.instruments.cross_host import bytes_out_of_a_host
 from tests.memory_plan.test_collectives import step_program
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = SphinxConfig(DecoderConfig(256, 512, 2, num_heads=8, num_kv_heads=8, vocab_size=512), None)
 MESH = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 4}
 FACTORS = {"all-gather": 3 / 4, "reduce-scatter": 3 / 4, "all-reduce": 6 / 4}

@@ -18,6 +18,8 @@ from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.model import SphinxMoE
 from tests.instruments import largest_values, traffic
 
+pytestmark = pytest.mark.optimized
+
 MESHES = [{"tensor": 8}, {"tensor": 8, "expert": 2}, {"tensor": 8, "expert": 4}]
 
 

@@ -12,6 +12,8 @@ from sphinx_jax.memory_plan.training import abstract_batch, training_batch
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = SphinxConfig(DecoderConfig(num_layers=2, vocab_size=512), None)
 """Two layers of Mixtral-8x7B, with little around them."""
 

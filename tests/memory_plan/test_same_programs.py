@@ -18,6 +18,8 @@ from sphinx_jax.memory_plan.inference import inference_jobs
 from sphinx_jax.memory_plan.offload import offload_jobs
 from sphinx_jax.model import SphinxMoE
 
+pytestmark = pytest.mark.optimized
+
 MAX_MODEL_LEN = 1044
 """19 image tokens, two chunks of text, and two sampled tokens: one by prefill, one by a decode step."""
 

@@ -10,6 +10,8 @@ import pytest
 from sphinx_jax.cli import startup
 from sphinx_jax.memory_plan.native_stderr import drop_no_driver_messages
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[2]
 
 LOADED = """

@@ -16,6 +16,8 @@ from sphinx_jax.memory_plan.training import training_batch
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 
+pytestmark = pytest.mark.optimized
+
 LAYERS = 2
 FULL_WIDTH = SphinxConfig(DecoderConfig(num_layers=LAYERS), None)
 SMALL = SphinxConfig(DecoderConfig(512, 1024, LAYERS, num_heads=8, num_kv_heads=8, vocab_size=1024), None)

@@ -24,7 +24,7 @@ def held_out():
     return [(url, question.text, question.answer) for url, question in zip(urls, asked, strict=True)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model():
     """The same model behind the Python interface, with the server's context."""
     return sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), max_model_len=CONTEXT)

@@ -33,7 +33,7 @@ def two(tmp_path):
     for i in range(2):
         (folder := tmp_path / str(i)).mkdir()
         own = "--coordinator", address, "--num-processes", 2, "--process-id", i
-        started.append(start(folder, *SMALL, *MESH, *own, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}))
+        started.append(start(folder, *SMALL, *MESH, *own))
     (first, log), (second, _) = started
     try:
         yield Server(first, wait_ready(first, log), log), second, started[1][1]

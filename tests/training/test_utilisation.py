@@ -17,6 +17,8 @@ from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.utilisation import peak_flops, step_flops
 
+pytestmark = pytest.mark.optimized
+
 METRICS = {"loss": 1.0, "accuracy": 0.5, "balance_loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
 
 

@@ -13,6 +13,8 @@ from sphinx_jax.model import SphinxMoE, bind
 from sphinx_jax.vision.crops import CLIP_MEAN, CLIP_STD, encoder_inputs
 from tests.conftest import GOLDEN, mesh_name
 
+pytestmark = pytest.mark.optimized
+
 QUICK = [{}, {"tensor": 2, "expert": 2, "fsdp": 2}]
 SLOW = [{"tensor": 2}, {"expert": 4}]
 
