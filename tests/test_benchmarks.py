@@ -78,6 +78,7 @@ def test_report_joins_both_sides_and_leaves_missing_cells_empty(gpu):
     assert "22 layers for inference, no for training" in text
 
 
+@pytest.mark.slow
 def test_parts_of_the_first_card(gpu, monkeypatch):
     """Each part at tiny size on the CPU, without timing: what it measures, and what it needs no GPU for."""
     monkeypatch.setattr(gpu, "pipelined_seconds", lambda run, count: run() is not None and 0.5)
@@ -156,6 +157,7 @@ def test_attention_of_jax_and_torch(benchmark, monkeypatch, capsys):
     assert all(float(cell.strip(" |")) > 0 for row in (forward, backward) for cell in row[3:])
 
 
+@pytest.mark.slow
 def test_overhead_of_a_mesh(benchmark, monkeypatch):
     """Each of two replicas computes half of the FLOPs, updates all parameters, and all-reduces its gradients."""
     mesh_scaling = benchmark("mesh_scaling")

@@ -21,10 +21,10 @@ from tests.vision.test_golden import golden_images
 pytestmark = pytest.mark.optimized
 
 ALL_AXES = {"tensor": 2, "expert": 2, "fsdp": 2}
-QUICK = [("ens", {}), ("ens", ALL_AXES)]
+QUICK = ("ens", {})
 # The variants differ in their images alone, after which the meshes do the same.
-SLOW = [("ens", {"tensor": 2}), ("ens", {"expert": 4}), ("ens5", {}), ("ens5", ALL_AXES)]
-CASES = QUICK + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW]
+SLOW = [*(("ens", mesh) for mesh in ({"tensor": 2}, {"expert": 4}, ALL_AXES)), ("ens5", {}), ("ens5", ALL_AXES)]
+CASES = [QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 class Run:
@@ -197,6 +197,7 @@ def test_trainable_parameters(run, golden):
         assert not any(is_trainable(("vision", encoder, "kernel"), stage) for encoder in ENCODERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ens", "ens5"])
 def test_two_shards_load_as_one(variant, mesh, golden_checkpoint):
     one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, unstacked=True) for shards in (1, 2))

@@ -69,6 +69,7 @@ def close(ours, theirs, rtol=1e-5):
     assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs) + 1e-8
 
 
+@pytest.mark.slow
 def test_initial_parameters_do_not_depend_on_the_mesh():
     """Of the whole model; of the decoder on every mesh in tests/sharding/test_init.py."""
     params = sharding.init_params(make, 0, sharding.make_mesh(**QUICK))[1]

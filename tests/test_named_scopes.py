@@ -57,6 +57,7 @@ def training():
     return scopes(jax.jit(jax.grad(loss)).lower(params, tokens, images).compile())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", sorted(DECODER | VISION))
 def test_training(training, scope):
     """Every part has operations of the forward and of the backward pass."""

@@ -57,6 +57,7 @@ def test_writes_what_the_original_writes(accessory_directory, weights, config, o
     assert accessory.open_directory(out).config == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ens", "ens5"])
 def test_golden_checkpoint_round_trip(golden_checkpoint, variant, tmp_path, same):
     one = checkpoints.load(golden_checkpoint(variant, 1), sharding.make_mesh())

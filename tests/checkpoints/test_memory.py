@@ -90,6 +90,7 @@ def sources(tmp_path_factory):
     return write_mixtral(path / "small", 64, 64), write_mixtral(path / "large", DIM, HIDDEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "accessory", "mixtral"])
 def test_convert(sources, tmp_path, format):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -100,6 +100,7 @@ def test_loss_is_that_of_the_vocabulary_alone(params):
     assert not np.asarray(gradient["embedding"]["table"])[VOCAB:].any()
 
 
+@pytest.mark.slow
 def test_generation_on_all_devices_equals_one(params, tokenizer_bytes, tmp_path):
     checkpoints.save(tmp_path / "model", CONFIG, params, tokenizer_bytes)
     tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 9))

@@ -35,6 +35,7 @@ def params_of(model):
     return jax.tree.leaves(model.engine.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, {"expert": 2}, {"data": 2, "expert": 4}])
 def test_same_as_quantized_on_loading(stored, shape):
     kind, path = stored
@@ -48,6 +49,7 @@ def test_same_as_quantized_on_loading(stored, shape):
     assert actual.settings()["quantize"] == kind
 
 
+@pytest.mark.slow
 def test_programs_compile_while_weights_are_read(stored):
     """As for `infer.py --prompt`: those of the abstract quantized model are the ones that run."""
     kind, path = stored
@@ -107,6 +109,7 @@ def test_dtype_of_the_rest(stored):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_save_and_convert_again(stored, tmp_path):
     """A quantized model in memory, sharded, and a quantized checkpoint are written as they are."""
     _, path = stored

@@ -56,6 +56,7 @@ def texts(tmp_path, small):
     return annotations, ItemReader(small, LENGTH, image_size=0, num_image_tokens=0, skipped=skipped)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_conversations_alone(texts):
     annotations, reader = texts
     sequences = packed_sequences(annotations, reader)

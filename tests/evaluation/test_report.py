@@ -92,6 +92,7 @@ def test_every_format_has_its_images_again(name, run, fake, tmp_path):
     assert page.count("svg") == 0 and "not there any more" in page.text
 
 
+@pytest.mark.slow
 def test_experts_that_see_images(run, nano, monkeypatch, tmp_path):
     """On the shipped model: fractions by layer, which sum to 1, of image and of text tokens."""
     monkeypatch.setattr("sphinx_jax.cli.model_options.sphinx_jax.load", lambda *_, **__: nano)

@@ -79,6 +79,7 @@ def test_streams_and_chats_use_the_adapter(served, alone):
         assert served.chat(adapter=name, max_new_tokens=12).ask(PROMPTS[0]) == answers[0].text
 
 
+@pytest.mark.slow
 def test_prefixes_are_reused_with_the_same_adapter_only(served, alone):
     """One long prompt, four times over two slots and a pool: the third and fourth find their own adapter's."""
     prompt, engine = "1 plus 2 plus 3 plus " * 12, served.engine
@@ -105,6 +106,7 @@ def test_mesh_of_eight_devices(base, directories, alone):
         assert completion.tokens == alone[1][name][i].tokens, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_base(base, directories, tmp_path, kind):
     """The reference has the dequantized matrices as its base."""

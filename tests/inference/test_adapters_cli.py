@@ -38,6 +38,7 @@ def run(main, base, directories, *argv):
     return common.run(main, ["--checkpoint", str(base), "--adapters", *named, *map(str, argv)])
 
 
+@pytest.mark.slow
 def test_questions_name_their_adapter(base, directories, answers, tmp_path):
     lines = [
         {"id": i, "prompt": "3 plus 4?"} | fields
@@ -87,6 +88,7 @@ def test_refusals(base, directories, main, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plan_counts_the_factors(base, directories, capsys):
     """Of 3 ranks on attention and experts and 2 more, which attention alone uses, in float32."""
     argv = ["--plan", "--json", "--gpu", "rtx4090", "--max-model-len", "64", "--max-num-seqs", "2"]

@@ -94,6 +94,7 @@ def test_a_quarter_of_the_hosts_memory(model, monkeypatch):
         assert capacity.num_seqs(engine, "auto", lambda n: StateShape(n, 128), FILE_CHUNKS) == expected
 
 
+@pytest.mark.slow
 def test_working_bytes_are_the_largest_programs(model):
     """Compiled and not run: at least the logits of a chunk and what a chunk of the most tokens computes between."""
     shape = StateShape(4, 512, 4, 64)
@@ -106,6 +107,7 @@ def test_working_bytes_are_the_largest_programs(model):
     assert tokens * dim * 4 < found < 2**30
 
 
+@pytest.mark.slow
 def test_auto_answers_as_a_number_does(model, images):
     requests = [model.request("is there a circle?", image, SamplingParams(max_new_tokens=3)) for image in images] * 3
     auto, four = (generate.run_all(model.engine, requests, number) for number in ("auto", 4))

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 import sharding
 import sphinx_jax
@@ -16,6 +17,7 @@ NUM_SEQS, LONGEST, ANSWER, CACHE_LEN = 4, 30, 12, 64
 """So short that few shapes are possible: each takes a second to compile."""
 
 
+@pytest.mark.slow
 def test_a_thousand_mixed_requests():
     model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=CACHE_LEN)
     engine, random = model.engine, np.random.default_rng(0)

@@ -68,6 +68,7 @@ def test_greedy_decoding_through_the_cache_is_the_teacher_forced_argmax(model, i
         assert len(answer.tokens) == NEW or answer.finish == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()))
 def test_every_mesh_gives_the_same_answers(mesh, make_model, images, answers):
     other = make_model(**mesh).complete(PROMPTS, with_images(images), max_new_tokens=NEW)
@@ -156,6 +157,7 @@ def test_a_prompt_prefilled_in_chunks_is_the_same_prompt(model, images, answers,
     assert [a.tokens for a in together] == [a.tokens for a in answers]
 
 
+@pytest.mark.slow
 def test_data_parallel_groups_continue_their_own_prompts(make_model, images, answers, monkeypatch):
     """In chunks, of which the longer prompts have more: each group finds the slots that it prefilled before."""
     replicas = make_model(data=2, tensor=2)

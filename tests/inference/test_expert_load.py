@@ -28,6 +28,7 @@ def counted(model, text, image):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, {"data": 2, "tensor": 4}])
 def test_every_assignment_is_counted_once(make_model, images, shape):
     model, whole = make_model(**shape), make_model()

@@ -71,6 +71,7 @@ def nano():
     return sphinx_jax.load(sphinx_jax.SHIPPED, **load), sphinx_jax.load(sphinx_jax.SHIPPED, offload=True, **load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"tensor": 2, "expert": 2, "fsdp": 2}, {"data": 2, "expert": 4}], ids=str)
 def test_meshes(shape, images, make_model, monkeypatch):
     whole = make_model(**shape)
@@ -86,6 +87,7 @@ def test_meshes(shape, images, make_model, monkeypatch):
     assert cache.misses
 
 
+@pytest.mark.slow
 def test_copies_are_those_of_the_routing(nano, monkeypatch):
     """The whole model's routing of prompt and answer says which experts are copied when two of four are kept."""
     whole, model = nano
@@ -125,6 +127,7 @@ def test_nano(nano, monkeypatch, kept):
         assert [top.tokens for top in own.top_logprobs] == [top.tokens for top in other.top_logprobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
 def test_number_formats(dtype, monkeypatch):
     options = {"dtype": dtype} if dtype == "bfloat16" else {"quantize": dtype}
@@ -186,6 +189,7 @@ def test_chat(model, small):
     assert {key[0] for key in set(small.engine._compiled) - compiled} <= {"decode attend"}
 
 
+@pytest.mark.slow
 def test_all_programs_are_compiled_ahead(model, images, monkeypatch):
     """With prefix reuse, top log-probabilities and a cancelled sequence: nothing is compiled for a request."""
     whole, model = model, offload(model)
@@ -223,6 +227,7 @@ def device_bytes() -> int:
     return sharding.bytes_per_device([a for a in arrays if jax.devices()[0] in a.sharding.device_set])
 
 
+@pytest.mark.slow
 def test_device_memory_is_limited(images, monkeypatch):
     """A limit below the model's size: the encoders go to host memory, and experts stay under it at every moment."""
     assert CONFIG.vision is not None and CONFIG.vision.clip is not None

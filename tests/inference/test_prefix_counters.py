@@ -65,6 +65,7 @@ def test_an_image_is_computed_once(counted, lines):
     assert computed <= NUM_IMAGES * prefix + rest
 
 
+@pytest.mark.slow
 def test_shuffled_with_a_pool_of_a_tenth_of_the_images(counted, lines):
     """No fewer are found than a pool that forgets the least recently used of so many images finds."""
     shuffled = random.Random(0).sample(lines, len(lines))

@@ -19,6 +19,7 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, {"tensor": 2, "expert": 2, "fsdp": 2}], ids=str)
 @pytest.mark.parametrize("has_image", [True, False])
 def test_a_question_compiles_nothing_more_once_the_weights_are_there(image, shape, has_image):

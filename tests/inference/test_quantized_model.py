@@ -49,6 +49,7 @@ def test_accuracy_of_nano():
     assert accuracy(quantize="int4") >= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [("int8", {"tensor": 2, "expert": 2, "fsdp": 2}), ("int4", {"tensor": 2, "expert": 2, "data": 2})],

@@ -26,6 +26,7 @@ def requests_about_images(model, num_images: int) -> list[Request]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [{}, {"data": 2, "tensor": 2}], ids=str)
 def test_a_rehearsal_names_what_the_first_round_runs(make_model, mesh_shape, monkeypatch):
     model = make_model(256, **mesh_shape)

@@ -61,6 +61,7 @@ def assert_same(completion, expected):
     assert [top.tokens[:1] for top in completion.top_logprobs] == [top.tokens[:1] for top in expected.top_logprobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["one", "data2-tensor2"])
 def test_mixed_requests_give_what_each_gives_alone(mesh, model, make_model, images, alone):
     """200 of them, arriving at random times, some streaming, some cancelled at random moments."""

@@ -194,6 +194,7 @@ def kernels_and_scores(compiled):
     return sum("/_flash_" in line for line in calls), re.search(rf"{LENGTH},[2-9]\d\d\d\]", text) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_prefill_on_hopper(gpu_mesh):
     """No scores in memory, from the first chunk on."""
@@ -208,6 +209,7 @@ def test_prefill_on_hopper(gpu_mesh):
     assert actual == expected
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("segment_ids", [False, True])
 def test_training_on_hopper(gpu_mesh, segment_ids):

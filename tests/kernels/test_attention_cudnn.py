@@ -135,6 +135,7 @@ def test_training_compiled(gpu_mesh, gpu):
     assert cudnn_workspace_bytes(hlo_text(compiled)) == LENGTH * (4 * 64 + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_prefill_compiled(gpu_mesh):
     """The first chunk by cuDNN, in each layer; later chunks and decode steps are not."""

@@ -209,6 +209,7 @@ def test_one_token_on_gpu_reads_its_experts_in_place(gpu_mesh, compile_for_gpu, 
     assert program.memory_analysis().temp_size_in_bytes < one_expert / 50
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("batch", [8, 64])
 def test_a_batch_on_gpu_reads_each_weight_once(gpu_mesh, compile_for_gpu, batch):

@@ -120,6 +120,7 @@ def test_one_token_reads_two_experts_and_copies_nothing(compiled, shape):
     assert largest_values(text, 5 * 2**20) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_prefill_has_no_array_of_tokens_by_experts_by_hidden(compiled, shape):
     """The largest array is [assignments, hidden], and weights are not copied."""

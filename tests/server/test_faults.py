@@ -106,6 +106,7 @@ def test_nothing_that_was_said_is_logged(server):
 # Keys
 
 
+@pytest.mark.slow
 def test_a_key_guards_all_but_the_page_and_health(tmp_path):
     (tmp_path / "key").write_text("s3cret\n")
     with serving(tmp_path, *NANO, "--api-key-file", tmp_path / "key") as server:
@@ -126,6 +127,7 @@ def test_a_key_guards_all_but_the_page_and_health(tmp_path):
 # Starting and stopping
 
 
+@pytest.mark.slow
 def test_while_it_loads_it_says_so_and_it_drains(tmp_path):
     process, log = start(tmp_path, *NANO, "--drain-seconds", 1.5)
     with contextlib.ExitStack() as stack:
@@ -155,6 +157,7 @@ def test_while_it_loads_it_says_so_and_it_drains(tmp_path):
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_sigint_ends_an_idle_server_at_once(tmp_path):
     process, log = start(tmp_path, *NANO)
     wait_ready(process, log)
@@ -184,6 +187,7 @@ def test_what_stops_a_server_from_starting(tmp_path, capsys):
             assert said.startswith("error: ") and reason in said, (argv, said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [(("--checkpoint", "none"), "none"), (("--max-model-len", 10**8), "use a shorter --max-model-len")],

@@ -152,6 +152,7 @@ def call(tmp_path, *argv):
     return common.run(train.main, [*map(str, argv), "--out", str(tmp_path / "run")])
 
 
+@pytest.mark.slow
 def test_other_data_is_no_resume(tiny, tmp_path, capsys):
     """One answer has changed: the run says so, and stays as it is."""
     assert call(tmp_path, "--steps", 2, "--save-every", 1) == 0
@@ -237,6 +238,7 @@ def test_data_error_loses_no_steps(tiny, tmp_path, monkeypatch, capsys):
     assert resumed == losses(tmp_path / "run") and len(resumed) == 6
 
 
+@pytest.mark.slow
 def test_factored_moments_resume(tmp_path, monkeypatch):
     """Sharded over a mesh, a run that lost its second half repeats it bit for bit."""
     wide = config.dataclasses.replace(config.nano().language, dim=128, hidden_dim=16, num_layers=1, num_experts=2)

@@ -137,6 +137,7 @@ def size(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_only_adapters_are_saved(run):
     adapters_size = 4 * sum(x.size for pair in checkpoints.open(run).adapters[0].factors.values() for x in pair)
     assert adapters_size < size(run / "adapters") < adapters_size + 50_000
@@ -144,6 +145,7 @@ def test_only_adapters_are_saved(run):
     assert 3 * adapters_size < state < 3 * adapters_size + 100_000
 
 
+@pytest.mark.slow
 def test_resume_is_exact_and_a_mesh_gives_the_same(call, run, base, tmp_path):
     shutil.copytree(run, tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")

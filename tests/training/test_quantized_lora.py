@@ -68,6 +68,7 @@ def place(tree, make, shape):
     return lora_params.split(jax.device_put(tree, shardings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets", "shapes"),
     [("int8", "all", [{}, MESH]), ("int4", "all", [{}, MESH]), ("int8", "attention", [{}])],

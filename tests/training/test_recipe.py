@@ -79,6 +79,7 @@ def test_one_table_says_where_settings_come_from():
     assert not any(row[:1] == ["--steps"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_recipe(monkeypatch, tmp_path, capsys):
     """Its settings are printed, recorded, and those that it is trained with."""
     monkeypatch.setattr(recipe, "MIN_EXPERT_PARAMETERS", 0)
@@ -93,6 +94,7 @@ def test_a_run_has_the_recipe(monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "options.json").read_text())["mesh"]["tensor"] == 2
 
 
+@pytest.mark.slow
 def test_what_fits_is_named_before_weights_are_read():
     """The nearest settings that need no more than there is: smaller microbatches, or adapters too; or none."""
     mesh = sharding.make_mesh(tensor=2)

@@ -58,6 +58,7 @@ def check_tokenizer(path: Path) -> None:
     assert list(model.request("1 plus 1?").tokens) == model.tokenizer.encode(asked, bos=True, eos=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["all", "lora"])
 def test_added_tokens_and_ends_of_sequence(base, tmp_path, stage):
     out = tmp_path / "run"

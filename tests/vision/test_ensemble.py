@@ -87,6 +87,7 @@ def test_wrong_image_size_raises(tiny, images):
         nnx.merge(graph, nnx.State(params))(images[:, ::2, ::2])
 
 
+@pytest.mark.slow
 def test_gradients_agree_on_a_mesh(images):
     """The gradient of every parameter, with head counts that the mesh divides and that it does not."""
     # CLIP's blocks are DINOv2's without layer scale; one layer of the Q-Former has all of its modules.
@@ -123,6 +124,7 @@ DEEP = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEEP)
 def test_remat_saves_memory_for_the_same_gradient(name):
     """With eight layers, remat stores each layer's input, and the activations of one layer at a time."""
