@@ -11,9 +11,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -23,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jobs import OurModel, time_after_idle, training
+from jobs import OurModel, machine, time_after_idle, training
 
 from sphinx_jax import checkpoints
 from sphinx_jax.cli.startup import keep_freed_memory, prepare_process
@@ -82,18 +79,6 @@ def compare(name: str, quick: bool) -> Iterator[dict]:
             "their_seconds": their_seconds,
             "their_experts": best,
         }
-
-
-def machine() -> str:
-    """CPU, kernel and huge pages, with which the ratios move."""
-
-    def field(file: str, pattern: str) -> str:
-        found = re.search(pattern, Path(file).read_text()) if Path(file).exists() else None
-        return found[1] if found else "unknown"
-
-    cpu = field("/proc/cpuinfo", r"model name\s*: (.*)")
-    huge_pages = field("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]")
-    return f"{cpu}, {os.cpu_count()} logical cores, {platform.system()} {platform.release()}, huge pages: {huge_pages}"
 
 
 def main() -> None:

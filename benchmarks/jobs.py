@@ -6,6 +6,9 @@ these load about evenly.
 
 import dataclasses
 import math
+import os
+import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +28,10 @@ from sphinx_jax.inference.bucketing import bucket, prefill_tokens
 from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.sampling import GREEDY, SamplingArrays
 from sphinx_jax.inference.stop_strings import FIRST, NUM_STATES
+from sphinx_jax.kernels.quantized import QuantizedDtype
 from sphinx_jax.memory_plan.aot import memory_analysis
 from sphinx_jax.model import SphinxMoE
+from sphinx_jax.quantization import abstract_quantized_params, quantized
 from sphinx_jax.training.program import TrainProgram, train_program
 from sphinx_jax.training.train_config import ComputeDtype, TrainConfig
 from sphinx_jax.training.train_state import init_state
@@ -64,6 +69,15 @@ class OurModel:
         self._programs = Programs(config, self.graph, self.vocab_size, self.mesh, jnp.dtype(dtype))
         # No token leads to the state STOPPED.
         self._stops = jnp.full((NUM_STATES, self.vocab_size), FIRST, jnp.int16)
+
+    def quantize(self, kind: QuantizedDtype) -> None:
+        """Quantize the decoder's matrices."""
+
+        def leaf(keys: tuple, leaf: jax.Array) -> Any:
+            return quantized(tuple(key.key for key in keys), leaf, kind)
+
+        self.params = jax.tree_util.tree_map_with_path(leaf, self.params)
+        self.abstract_params = abstract_quantized_params(self.abstract_params, kind)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         args = (self.params, tokens, None)
@@ -225,6 +239,18 @@ def save_synthetic(name: str, directory: Path, formats: Sequence[str]) -> list[P
     for path, format in zip(paths, formats, strict=True):
         checkpoints.save(path, config, params, assets, format=format)
     return paths
+
+
+def machine() -> str:
+    """CPU, kernel and huge pages, with which the ratios move."""
+
+    def field(file: str, pattern: str) -> str:
+        found = re.search(pattern, Path(file).read_text()) if Path(file).exists() else None
+        return found[1] if found else "unknown"
+
+    cpu = field("/proc/cpuinfo", r"model name\s*: (.*)")
+    huge_pages = field("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]")
+    return f"{cpu}, {os.cpu_count()} logical cores, {platform.system()} {platform.release()}, huge pages: {huge_pages}"
 
 
 def time_once(run: Callable[[], object]) -> float:

@@ -14,7 +14,6 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from sphinx_jax.data import easy_vqa
 from sphinx_jax.kernels.moe import moe_ffn
 from sphinx_jax.kernels.quantized import QuantizedDtype, quantize
 from sphinx_jax.model import SphinxMoE
-from sphinx_jax.quantization import abstract_quantized_params, quantized
+from sphinx_jax.quantization import abstract_quantized_params
 
 KINDS: tuple[QuantizedDtype | None, ...] = (None, "int8", "int4")
 ROUNDS = 5
@@ -99,12 +98,7 @@ def decode_job(kind: QuantizedDtype | None) -> Job:
     """Decode steps of mixtral-140m with synthetic parameters."""
     model = OurModel(dataclasses.replace(preset("mixtral-140m"), vision=None), "float32")
     if kind:
-
-        def quantize_leaf(keys: tuple, leaf: jax.Array) -> Any:
-            return quantized(tuple(key.key for key in keys), leaf, kind)
-
-        model.params = jax.tree_util.tree_map_with_path(quantize_leaf, model.params)
-        model.abstract_params = abstract_quantized_params(model.abstract_params, kind)
+        model.quantize(kind)
     return model.decode(1)
 
 
