@@ -1,14 +1,12 @@
 """transformers' Mixtral with random weights against ours, loading its files and writing ours."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sharding
 from sphinx_jax import checkpoints
 from sphinx_jax.checkpoints.formats import mixtral
-from sphinx_jax.model import bind
+from tests.parity.logits import our_logits, reference_logits
 
 torch = pytest.importorskip("torch", reason="the reference is transformers on torch: install the parity extra")
 transformers = pytest.importorskip("transformers", reason="the reference: install the parity extra")
@@ -36,17 +34,6 @@ def reference():
 @pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, 96, (2, 33))
-
-
-def reference_logits(model, tokens) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens)).logits.numpy()
-
-
-def our_logits(loaded, tokens) -> np.ndarray:
-    with sharding.mesh_context(loaded.mesh):
-        run = jax.jit(lambda params, tokens: bind(loaded.graph, params)(tokens)[0])
-        return np.asarray(run(loaded.params, jnp.asarray(tokens)))
 
 
 @pytest.mark.parametrize("limit", ["1GB", "60KB"], ids=["one file", "several files"])

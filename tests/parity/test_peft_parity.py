@@ -14,7 +14,7 @@ from sphinx_jax.checkpoints.formats import peft as peft_format
 from sphinx_jax.checkpoints.loaded_model import abstract_adapters
 from sphinx_jax.cli import common, convert
 from sphinx_jax.config import LoraConfig
-from tests.parity.test_mixtral_parity import our_logits, reference_logits
+from tests.parity.logits import our_logits, reference_logits
 
 torch = pytest.importorskip("torch", reason="the reference is peft on torch: install the parity extra")
 transformers = pytest.importorskip("transformers", reason="the reference: install the parity extra")
