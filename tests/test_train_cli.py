@@ -112,6 +112,7 @@ def test_directory_that_is_no_run_is_not_touched(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_convert_writes_any_checkpoint_of_a_run(run, tmp_path, capsys):
     """The newest equals the final weights, an older one differs, and a missing step is an error."""
 

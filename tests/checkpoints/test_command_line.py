@@ -16,6 +16,7 @@ def run(*arguments) -> int:
     return common.run(program.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_convert_through_every_format(golden_checkpoint, same, tmp_path):
     source = golden_checkpoint("ens5", 2)
     assert run("convert", source, tmp_path / "native", "--format", "native") == 0

@@ -64,12 +64,14 @@ def test_killed_and_resumed_on_one_host(training, started, tmp_path):
     check_resumed(training, tmp_path / "run", tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_coordinator_killed(started, tmp_path):
     started[0].kill()
     check_end(started, tmp_path)
     assert all(said[0].endswith("start all processes again, train.py with --resume") for said in last_words(tmp_path))
 
 
+@pytest.mark.slow
 def test_directory_that_cannot_be_written(training, tmp_path):
     with small_disk(tmp_path / "shared", "64m") as shared:
         out = shared / "run"

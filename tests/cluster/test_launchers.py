@@ -38,6 +38,7 @@ def run(argv, training, out, **environment):
     return subprocess.run(list(map(str, argv)), env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_srun(slurm_cluster, training, alone):
     out = training.folder / "srun"
     config = slurm_cluster.environment["SLURM_CONF"]
@@ -45,11 +46,13 @@ def test_srun(slurm_cluster, training, alone):
     check(done, out, alone)
 
 
+@pytest.mark.slow
 def test_mpirun(mpirun, training, alone):
     out = training.folder / "mpirun"
     check(run([*mpirun, "-n", 2], training, out), out, alone)
 
 
+@pytest.mark.slow
 def test_ssh(ssh_hosts, training, alone, tmp_path):
     """Between two hosts with names and addresses of their own, where network namespaces are permitted."""
     out = training.folder / "ssh"

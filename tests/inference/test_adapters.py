@@ -73,6 +73,7 @@ def test_mixed_batch_equals_each_alone(served, alone, max_num_seqs):
     assert len({tuple(answers[0].tokens) for answers in alone[1].values()}) == 3
 
 
+@pytest.mark.slow
 def test_streams_and_chats_use_the_adapter(served, alone):
     for name, answers in alone[1].items():
         assert "".join(served.stream(PROMPTS[0], adapter=name, max_new_tokens=12)) == answers[0].text

@@ -147,6 +147,7 @@ def test_image_embeddings_are_kept_within_a_bound(model, images, monkeypatch):
     assert model.engine.images_encoded == before + 1
 
 
+@pytest.mark.slow
 def test_a_prompt_prefilled_in_chunks_is_the_same_prompt(model, images, answers, monkeypatch):
     chunks = recorded_chunks(monkeypatch)
     monkeypatch.setattr(model.engine, "prefill_tokens", 20)

@@ -188,6 +188,7 @@ def test_help_has_examples_and_every_flag(capsys):
         assert flag in shown
 
 
+@pytest.mark.slow
 def test_as_a_command_from_a_checkpoint_on_a_mesh(model, image, tmp_path):
     """The one test that starts the real program: everything from the files on, on eight simulated devices."""
     model.save(tmp_path / "checkpoint")

@@ -114,6 +114,7 @@ def test_copies_are_those_of_the_routing(nano, monkeypatch):
     assert cache.bytes_copied == misses * sum(leaf.nbytes for leaf in jax.tree.leaves(cache._experts[0][0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", KEPT)
 def test_nano(nano, monkeypatch, kept):
     whole, model = nano
@@ -145,6 +146,7 @@ def test_number_formats(dtype, monkeypatch):
     assert model.settings() == whole.settings()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", KEPT)
 def test_golden_model(golden_checkpoint, golden, monkeypatch, kept):
     """As `test_golden`: what the original program answered."""
@@ -177,6 +179,7 @@ def test_mixtral_140m(monkeypatch):
         assert cache.hits + cache.misses > 16 * 8
 
 
+@pytest.mark.slow
 def test_chat(model, small):
     """A chat continues where it was; layers and experts share their programs, which are compiled once."""
     tokens = np.random.default_rng(0).integers(0, 500, (2, 9))

@@ -79,6 +79,7 @@ def test_json_of_inference(small, capsys, needs_gpu_compiler):
     assert 0.5 <= plan["share"]["parameters"] < 0.6
 
 
+@pytest.mark.slow
 def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
     args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64"]
     assert infer.main(args) == 0
@@ -99,6 +100,7 @@ def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
     assert "run: python infer.py" in out
 
 
+@pytest.mark.slow
 def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
     gpu = tmp_path / "small.json"
     gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small GPU", "memory_mib": 512}))
@@ -106,6 +108,7 @@ def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
     assert "does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
     """The CPU compiler gives the same argument bytes; parameters, moments and gradients follow by arithmetic."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
@@ -121,6 +124,7 @@ def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
     assert step.temporaries > 0
 
 
+@pytest.mark.slow
 def test_auto_is_a_number_that_fits(monkeypatch, small, capsys, tmp_path):
     """The plan that is printed fits, and the state of the next number does not beside its temporaries."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
@@ -140,6 +144,7 @@ def test_auto_is_a_number_that_fits(monkeypatch, small, capsys, tmp_path):
     assert not more.fits
 
 
+@pytest.mark.slow
 def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_path):
     """Reports contain no markup: names, paths and commands of the user, and the hint to install an extra."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)

@@ -64,6 +64,7 @@ def test_bytes_out_of_a_host_are_those_of_the_compiled_program(program_text, gpu
     assert (tensor.cross_host_bytes > 0) == (gpus_per_host < 4)
 
 
+@pytest.mark.slow
 def test_report(monkeypatch, capsys, needs_gpu_compiler):
     monkeypatch.setitem(PRESETS, "small", lambda: CONFIG)
     argv = ["--plan", "--preset", "small", "--data", "x.yaml", "--mesh.fsdp", "2", "--mesh.tensor", "2"]

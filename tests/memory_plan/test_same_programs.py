@@ -36,6 +36,7 @@ def shapes(tree):
     return [(np.shape(leaf), np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_programs_of_the_engine(model, monkeypatch, replicas):
     """With the longest prompts, one per replica, all compiled programs are in the plan, argument by argument."""
@@ -61,6 +62,7 @@ def test_programs_of_the_engine(model, monkeypatch, replicas):
     assert len([args for args in compiled if args]) == len(planned)
 
 
+@pytest.mark.slow
 def test_programs_of_the_offload_engine(monkeypatch):
     """The same with experts in host memory: a chunk and a decode step are four programs each."""
     mesh = sharding.make_mesh()
