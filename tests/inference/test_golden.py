@@ -15,10 +15,11 @@ from sphinx_jax.model import bind
 from tests.conftest import GOLDEN, mesh_name
 from tests.vision.test_golden import golden_images
 
-QUICK = ("ens", {})
 ALL_AXES = {"tensor": 2, "expert": 2, "fsdp": 2}
 # The variants differ in their images alone, after which the meshes do the same.
 SLOW = [*(("ens", mesh) for mesh in ({"tensor": 2}, {"expert": 4}, ALL_AXES)), ("ens5", {}), ("ens5", ALL_AXES)]
+# As users compile it; on meshes the numbers alone.
+QUICK = pytest.param(("ens", {}), marks=pytest.mark.optimized)
 CASES = [QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 ONE_DEVICE = [QUICK, pytest.param(("ens5", {}), marks=pytest.mark.slow)]
 LONGEST = 31
