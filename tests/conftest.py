@@ -14,7 +14,7 @@ from sphinx_jax.cli.startup import prepare_process
 # Before jax: its CUDA plugin logs to every worker's standard error that there is no driver.
 prepare_process()
 
-# A setting of the user, the default: else commands called in this process would have its malloc keep what is freed.
+# With a setting, here glibc's default, commands called in this process do not have its malloc keep what is freed.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 1024))
 
 # Compilation dominates the time of these tests, and several compile the same program: pytest's workers, which inherit

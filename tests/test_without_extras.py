@@ -18,7 +18,7 @@ def test_every_file_is_collected(tmp_path):
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in OTHERS)
     (tmp_path / "without_extras.py").write_text(f"import sys\n\n{blocked}")
     argv = [sys.executable, "-m", "pytest", "-p", "without_extras", "-n", "0", "--collect-only", "-q", "tests"]
-    # Of this run's pytest, the options that were given.
+    # Without the options of this run's pytest.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = own | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,10 +1,6 @@
 """Memory traffic of a handwritten program, whose bytes are known."""
 
-import pytest
-
 from tests.instruments import traffic
-
-pytestmark = pytest.mark.optimized
 
 TEXT = """HloModule example, is_scheduled=true
 
