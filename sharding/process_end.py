@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import IO, NoReturn
 
 import jax
@@ -26,7 +27,8 @@ test -z "$word" || printf "%s\\n" "$word" >&2
 """The loop ends at the end of file: when the process that holds the other end of the pipe is gone."""
 
 _pipe: IO[bytes] | None = None
-_ending = threading.Lock()
+_ending = threading.RLock()
+"""Of two threads that end the process the first has the last word."""
 
 
 def report_sudden_end(process_id: int, num_processes: int) -> None:
@@ -56,8 +58,17 @@ def _set_last_word(word: str) -> None:
             _pipe.flush()
 
 
-def exit_now(code: int) -> NoReturn:
-    """End this process at once, whatever its threads wait for. Its last word has been said."""
+def exit_now(code: int, word: str = "") -> NoReturn:
+    """End this process at once, whatever its threads wait for, with `word` as the last line of standard error."""
+    _ending.acquire()
+    # Nobody may be left to read it.
+    with contextlib.suppress(OSError):
+        stderr = os.dup(2)
+        # Other threads, those of native code too, print no more. What they are in the middle of comes before the word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if word:
+            time.sleep(0.05)
+            os.write(stderr, f"{word}\n".encode())
     _set_last_word("")
     os._exit(code)
 
@@ -67,20 +78,18 @@ def fail(code: int, word: str = "") -> int:
 
     It gives the others SHUTDOWN_SECONDS to come to the same end, and does not run what libraries do at the exit.
     """
-    if _pipe is not None:
-        # Of two threads that fail the first has the last word.
-        _ending.acquire()
-        _set_last_word(word)
-        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        ending.start()
-        ending.join(SHUTDOWN_SECONDS)
-    if word:
-        print(word, file=sys.stderr, flush=True)
-    if _pipe is not None:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        exit_now(code)
-    return code
+    if _pipe is None:
+        if word:
+            print(word, file=sys.stderr, flush=True)
+        return code
+    _ending.acquire()
+    _set_last_word(word)
+    ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    ending.start()
+    ending.join(SHUTDOWN_SECONDS)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    exit_now(code, word)
 
 
 def fail_with(error: Exception) -> int:

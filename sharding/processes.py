@@ -76,8 +76,9 @@ def start_processes(processes: Processes = NO_PROCESSES, seconds: float = 300.0,
     launch = _by_options(processes, seconds) or _by_open_mpi(os.environ) or _by_slurm(os.environ)
     if launch is None:
         return 1
-    message = f"{launch.where}: not all processes connected within {seconds:g} s; start them all"
-    timeout = threading.Timer(seconds, _exit_with_error, [message])
+    message = f"error: {launch.where}: not all processes connected within {seconds:g} s; start them all"
+    # A thread ends the process: the main thread waits inside jax.
+    timeout = threading.Timer(seconds, exit_now, [2, message])
     timeout.daemon = True
     timeout.start()
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
@@ -158,12 +159,6 @@ def _wait_for_coordinator(where: str, host: str, port: int, seconds: float) -> N
                     "let the others through to its port"
                 ) from error
         time.sleep(min(0.5, seconds))
-
-
-def _exit_with_error(message: str) -> None:
-    """Exit from a timer thread while the main thread blocks inside jax."""
-    os.write(2, f"error: {message}\n".encode())
-    exit_now(2)
 
 
 def check_processes(mesh: Mesh) -> None:

@@ -5,7 +5,6 @@ in `recv`, and no device spins. Every process makes the same rounds on the same 
 """
 
 import contextlib
-import os
 import secrets
 import socket
 import threading
@@ -102,8 +101,7 @@ def follow(engine: Engine, scheduler: Scheduler, leader: Connection) -> None:
             try:
                 plan = leader.recv()
             except (EOFError, OSError):
-                os.write(2, b"error: process 0 is gone; start all processes again\n")
-                exit_now(1)
+                exit_now(1, "error: process 0 is gone; start all processes again")
             with changed:
                 plans.append(plan)
                 changed.notify()

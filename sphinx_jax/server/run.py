@@ -97,9 +97,7 @@ async def _run(listener: socket.socket, settings: Settings, load: Callable[[Call
         # The thread is in a call of the device, or loads: nothing ends that but the end of the process. And after a
         # failure jax would wait at its exit for processes that are gone.
         logging.shutdown()
-        if code:
-            print(f"error: {bridge.failure}; start the server again, with all its processes", file=sys.stderr)
-        exit_now(code)
+        exit_now(code, f"error: {bridge.failure}; start the server again, with all its processes" if code else "")
     return code
 
 
