@@ -1,6 +1,7 @@
 """`--plan` on the command line: user errors, reports, and plans without the CUDA compiler."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -8,15 +9,13 @@ import pytest
 
 from sharding import MeshShape
 from sphinx_jax import config
-from sphinx_jax.cli import common, infer, train
+from sphinx_jax.cli import common, infer, plan, train
 from sphinx_jax.config import DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.memory_plan import aot
 from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.training import training_batch, training_plan
 from sphinx_jax.training.train_config import TrainConfig
-
-pytestmark = pytest.mark.optimized
 
 SMALL = SphinxConfig(DecoderConfig(64, 128, 2, num_heads=4, num_kv_heads=2, num_experts=4, vocab_size=256), None)
 
@@ -53,33 +52,47 @@ def test_user_errors(line, message, capsys, needs_gpu_compiler):
     assert captured.out == ""
 
 
+@pytest.fixture(scope="module")
+def compile_once():
+    """`inference_plan`, which compiles for a mesh once: all GPUs here are an RTX 3090, of some memory or name."""
+    compiled = functools.cache(inference_plan)
+
+    def planned(name, config, gpu, shape, **options):
+        return dataclasses.replace(compiled(name, config, find_gpu("rtx3090"), shape, **options), gpu=gpu)
+
+    return planned
+
+
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, compile_once):
     monkeypatch.setitem(config.PRESETS, "small", lambda: SMALL)
+    monkeypatch.setattr(plan, "inference_plan", compile_once)
 
 
+@pytest.mark.optimized
 def test_json_of_inference(small, capsys, needs_gpu_compiler):
     args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64", "--json"]
     assert infer.main(args) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["fits"] is True
-    assert (plan["compiler"], plan["gpu"], plan["num_gpus"]) == ("gpu", "rtx3090", 2)
-    assert plan["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
-    parts = dict(plan["per_device"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is True
+    assert (report["compiler"], report["gpu"], report["num_gpus"]) == ("gpu", "rtx3090", 2)
+    assert report["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+    parts = dict(report["per_device"])
     total, capacity = parts.pop("total_bytes"), parts.pop("capacity_bytes")
     assert set(parts) == {
         f"{part}_bytes"
         for part in ("parameters", "optimizer", "gradients", "kv_cache", "inputs", "temporaries", "reserve")
     }
     assert total == sum(parts.values()) < capacity == find_gpu("rtx3090").pool_bytes < 24 * 2**30
-    assert plan["host"] == {"pinned_bytes": 0}
+    assert report["host"] == {"pinned_bytes": 0}
     assert parts["kv_cache_bytes"] == 2 * 2 * 64 * 2 * 16 * 2 / 2
-    assert {c["kind"] for c in plan["collectives"]} >= {"all-reduce"}
-    assert all(set(c) == {"kind", "axes", "count", "bytes"} for c in plan["collectives"])
-    assert 0.5 <= plan["share"]["parameters"] < 0.6
+    assert {c["kind"] for c in report["collectives"]} >= {"all-reduce"}
+    assert all(set(c) == {"kind", "axes", "count", "bytes"} for c in report["collectives"])
+    assert 0.5 <= report["share"]["parameters"] < 0.6
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
     args = ["--plan", "--gpu", "rtx3090", "--num-gpus", "2", "--preset", "small", "--max-model-len", "64"]
     assert infer.main(args) == 0
@@ -101,10 +114,12 @@ def test_text_report_and_sweep(small, capsys, needs_gpu_compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_too_large_is_exit_code_1(small, capsys, tmp_path, needs_gpu_compiler):
     gpu = tmp_path / "small.json"
     gpu.write_text(json.dumps(dataclasses.asdict(find_gpu("rtx3090")) | {"name": "small GPU", "memory_mib": 512}))
-    assert infer.main(["--plan", "--gpu", str(gpu), "--preset", "small", "--max-model-len", "64"]) == 1
+    args = ["--plan", "--gpu", str(gpu), "--num-gpus", "2", "--preset", "small", "--max-model-len", "64"]
+    assert infer.main(args) == 1
     assert "does not fit" in capsys.readouterr().out
 
 
@@ -113,9 +128,11 @@ def test_arguments_are_exact_without_the_gpu_compiler(monkeypatch):
     """The CPU compiler gives the same argument bytes; parameters, moments and gradients follow by arithmetic."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
     shape, gpu = MeshShape(fsdp=2, tensor=2), find_gpu("rtx3090")
-    plan = inference_plan("small", SMALL, gpu, MeshShape(tensor=2), dtype="bfloat16", max_num_seqs=1, max_model_len=64)
-    assert plan.compiler == "cpu-estimate"
-    assert plan.kv_cache == 2 * 2 * 64 * 2 * 16 * 2 // 2
+    tensor = inference_plan(
+        "small", SMALL, gpu, MeshShape(tensor=2), dtype="bfloat16", max_num_seqs=1, max_model_len=64
+    )
+    assert tensor.compiler == "cpu-estimate"
+    assert tensor.kv_cache == 2 * 2 * 64 * 2 * 16 * 2 // 2
     train_config = TrainConfig(steps=10, batch_size=4, moments="bfloat16")
     step = training_plan("small", SMALL, gpu, shape, train_config, training_batch(SMALL, train_config, 32))
     assert step.compiler == "cpu-estimate"
@@ -145,9 +162,10 @@ def test_auto_is_a_number_that_fits(monkeypatch, small, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_path):
+def test_reports_print_brackets_and_colons_as_they_are(monkeypatch, capsys, tmp_path, compile_once):
     """Reports contain no markup: names, paths and commands of the user, and the hint to install an extra."""
     monkeypatch.setattr(aot, "has_gpu_compiler", lambda: False)
+    monkeypatch.setattr(plan, "inference_plan", compile_once)
     monkeypatch.setitem(config.PRESETS, "[b]small[/b]:cat:", lambda: SMALL)
     monkeypatch.setenv("COLUMNS", "400")
     gpu = tmp_path / "bracket.json"

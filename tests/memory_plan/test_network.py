@@ -7,11 +7,12 @@ import re
 import pytest
 
 from sharding import MeshShape
-from sphinx_jax.cli import train
+from sphinx_jax.cli import plan, train
 from sphinx_jax.config import PRESETS, DecoderConfig, SphinxConfig
 from sphinx_jax.hardware import find_gpu
 from sphinx_jax.memory_plan.hlo import Collective, collectives
 from sphinx_jax.memory_plan.network import Communication, communication
+from sphinx_jax.memory_plan.training import training_plan
 from tests.instruments.cross_host import bytes_out_of_a_host
 from tests.memory_plan.test_collectives import step_program
 
@@ -67,6 +68,14 @@ def test_bytes_out_of_a_host_are_those_of_the_compiled_program(program_text, gpu
 @pytest.mark.slow
 def test_report(monkeypatch, capsys, needs_gpu_compiler):
     monkeypatch.setitem(PRESETS, "small", lambda: CONFIG)
+    planned = []
+
+    def plan_once(*args):
+        planned[:] = planned or [training_plan(*args)]
+        return planned[0]
+
+    # Both reports are of the same plan.
+    monkeypatch.setattr(plan, "training_plan", plan_once)
     argv = ["--plan", "--preset", "small", "--data", "x.yaml", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     argv += ["--max-length", "64", "--batch-size", "4", "--gpu", "a100-80gb", "--dtype", "bfloat16"]
     assert train.main([*argv, "--gpus-per-host", "2"]) == 0
