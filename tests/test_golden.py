@@ -15,7 +15,7 @@ from sphinx_jax.checkpoints.mapping.vision import vision_mappings
 from sphinx_jax.model import bind
 from sphinx_jax.training.optimizer import ENCODERS, adamw, decays, is_trainable, map_with_path
 from sphinx_jax.training.step import next_token_losses
-from tests.conftest import mesh_name
+from tests.conftest import MESHES, mesh_name
 from tests.vision.test_golden import golden_images
 
 pytestmark = pytest.mark.optimized
@@ -198,8 +198,14 @@ def test_trainable_parameters(run, golden):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ens", "ens5"])
-def test_two_shards_load_as_one(variant, mesh, golden_checkpoint):
+@pytest.mark.parametrize(
+    ("variant", "shape"),
+    # Both variants have the same weights.
+    [*(("ens", shape) for shape in MESHES), ("ens5", {})],
+    ids=lambda value: value if isinstance(value, str) else mesh_name(value),
+)
+def test_two_shards_load_as_one(variant, shape, golden_checkpoint):
+    mesh = sharding.make_mesh(**shape)
     one, two = (accessory.load(golden_checkpoint(variant, shards), mesh, unstacked=True) for shards in (1, 2))
     assert one.config == two.config
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one.params, two.params)
