@@ -44,11 +44,6 @@ def initial_params():
     return jax.tree.map(np.asarray, sharding.init_params(make, 0, sharding.make_mesh())[1])
 
 
-def graph_and_params(mesh):
-    graph, abstract = sharding.abstract_params(make, mesh)
-    return graph, jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), initial_params(), abstract)
-
-
 @pytest.fixture(scope="module")
 def one_device():
     """Loss, gradients and logits on one device."""
@@ -56,7 +51,8 @@ def one_device():
 
 
 def run(mesh):
-    graph, params = graph_and_params(mesh)
+    graph, abstract = sharding.abstract_params(make, mesh)
+    params = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), initial_params(), abstract)
     batch = make_batch()
     loss = make_loss(graph, CONFIG)
 
@@ -94,7 +90,7 @@ def test_every_mesh_gives_the_same_numbers(shape, one_device):
 
 def test_causality():
     """The gradient of the output at a position is exactly zero for later positions, and nonzero for the others."""
-    graph, params = graph_and_params(sharding.make_mesh())
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     model = bind(graph, params)
     x = jax.random.normal(jax.random.key(0), (1, 8, CONFIG.language.dim))
     positions = jnp.arange(8)[None]
@@ -107,7 +103,7 @@ def test_causality():
 
 def test_segments_equal_separate_sequences():
     """Two questions in one sequence after a shared prefix have the logits of separate sequences."""
-    graph, params = graph_and_params(sharding.make_mesh())
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     batch = make_batch()
     forward = jax.jit(lambda tokens, segment_ids: bind(graph, params)(tokens, batch["images"], segment_ids)[0])
     packed = forward(batch["tokens"], batch["segment_ids"])
@@ -122,7 +118,7 @@ def test_segment_positions():
 
 
 def test_image_embeddings_follow_bos():
-    graph, params = graph_and_params(sharding.make_mesh())
+    graph, params = sharding.init_params(make, 0, sharding.make_mesh())
     model, batch = bind(graph, params), make_batch()
     image_embeds = model.encode_images(batch["images"])
     x = model.embed(batch["tokens"], image_embeds)
