@@ -11,6 +11,7 @@ import pytest
 import sphinx_jax
 from sphinx_jax import checkpoints
 from sphinx_jax.cli import common, convert, train
+from sphinx_jax.data import easy_vqa
 
 QUICK = ["--validation-split", "--batch-size", "8", "--log-every", "1", "--save-every", "2", "--steps", "4"]
 EIGHT_DEVICES = ["--simulate-devices", "8", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.fsdp", "2"]
@@ -22,6 +23,15 @@ def call(*argv):
 
 def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out():
+    """Three batches instead of fifty: every run here evaluates at its end, and no accuracy is looked at."""
+    load = easy_vqa.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(easy_vqa, "load", lambda s: load(s).select(range(20)) if s == "validation" else load(s))
+        yield
 
 
 @pytest.fixture(scope="module")
