@@ -30,8 +30,9 @@ def measure(tmp_path_factory):
 @pytest.mark.slow
 def test_training_steps_reuse_their_memory(measure):
     """At least ten times fewer faults than as malloc is by default; the user's own settings win."""
+    default = measure()
+    assert default > 50_000
     # A heap may grow in a measured step by chance: 0, 21,206 or 42,508 faults were seen. The best of four counts.
-    default, ours = measure(), min(measure("keep") for _ in range(4))
-    assert default > 50_000 and ours < default / 10
+    assert any(measure("keep") < default / 10 for _ in range(4))
     for name, value in (("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")):
         assert measure("keep", **{name: value}) > default / 2
