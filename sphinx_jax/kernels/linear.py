@@ -1,4 +1,4 @@
-"""Linear projections: `matmul` for any shapes, with a custom gradient on CPU and a matrix-vector kernel on GPU."""
+"""Linear projections: `matmul` for any shapes, with a custom gradient on CPU, and matrix-vector products."""
 
 import math
 
@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import sharding
+from sphinx_jax.kernels.native_matvec import native_matvecs, runs_natively
 from sphinx_jax.kernels.quantized import Quantized, Weight
 from sphinx_jax.kernels.quantized_matmul import quantized_matvec, quantized_product
 from sphinx_jax.kernels.single_cpu_kernel import single_cpu_kernel
@@ -30,7 +31,10 @@ def dot(x: _Inputs, w: Weight) -> Float[Array, "..."]:
 
     A quantized `w` is frozen: it has no gradient.
     """
-    return _quantized_dot(x, w) if isinstance(w, Quantized) else jnp.tensordot(x, w.astype(x.dtype), axes=1)
+    if isinstance(w, Quantized):
+        return _quantized_dot(x, w)
+    w = w.astype(x.dtype)
+    return _matmul_cpu(x, w) if _runs_natively(x, w) else jnp.tensordot(x, w, axes=1)
 
 
 @jax.custom_vjp
@@ -59,8 +63,21 @@ _quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
 def _quantized_row(x: Float[Array, "in"], w: Quantized) -> Float[Array, "*out"]:
     """x @ w; the integers are read in place."""
     if sharding.platform() == "cpu":
-        return quantized_matvec(x, jax.tree.map(lambda array: array[None], w), jnp.int32(0))
+        return _only_matrix(x, w)
     return matvec(x, w.astype(x.dtype))
+
+
+def _only_matrix(x: Float[Array, "in"], w: Weight) -> Float[Array, "*out"]:
+    """x @ w as a product with the only matrix of a stack."""
+    return gathered_matvecs(x[None], _stack_of_one(w), jnp.zeros(1, jnp.int32))[0]
+
+
+def _runs_natively(x: _Inputs, w: Weight) -> bool:
+    return x.size == x.shape[-1] and runs_natively(x, _stack_of_one(w))
+
+
+def _stack_of_one(w: Weight) -> Weight:
+    return jax.tree.map(lambda array: array[None], w)
 
 
 def matvec(x: Float[Array, "in"], w: _Matrix) -> Float[Array, "*out"]:
@@ -82,15 +99,37 @@ def gathered_matrix(w: Weight, index: int | Int[Array, ""]) -> Weight:
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), w)
 
 
-def gathered_matvec(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]) -> Float[Array, "*out"]:
-    """x @ w[index] with w[n, in, *out], accumulated in float32; the matrix is read in place."""
+def gathered_matvecs(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> Float[Array, "rows *out"]:
+    """x[r] @ w[index[r]] for each row, with w[n, in, *out], accumulated in float32; the matrices are read in place."""
+    if runs_natively(x, w):
+        return _native_matvecs(x, w, index)
+    return jnp.stack([_gathered_matvec(row, w, i) for row, i in zip(x, index, strict=True)])
+
+
+def _gathered_matvec(x: Float[Array, "in"], w: Weight, index: Int[Array, ""]) -> Float[Array, "*out"]:
+    """x @ w[index] in an XLA program."""
     if sharding.platform() != "cpu":
         return matvec(x, gathered_matrix(w, index).astype(x.dtype))
     if isinstance(w, Quantized):
         return quantized_matvec(x, w, index)
     # XLA:CPU copies a dynamic slice before a dot, but not before an elementwise sum of its rows.
     matrix_rows = w.reshape(w.shape[0] * x.shape[0], -1)
-    return _weighted_row_sum(x.astype(jnp.float32), matrix_rows, index).reshape(w.shape[2:]).astype(w.dtype)
+    return _weighted_row_sum(x.astype(jnp.float32), matrix_rows, index).reshape(w.shape[2:]).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _native_matvecs(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> Float[Array, "rows *out"]:
+    return native_matvecs(x, w, index)
+
+
+def _native_matvecs_forward(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> tuple:
+    def row_by_row(x, w, index):
+        return jnp.stack([_gathered_matvec(row, w, i) for row, i in zip(x, index, strict=True)])
+
+    return jax.vjp(row_by_row, x, w, index)
+
+
+_native_matvecs.defvjp(_native_matvecs_forward, lambda vjp, dy: vjp(dy))
 
 
 @single_cpu_kernel
@@ -112,6 +151,8 @@ def outer(x: Float[Array, "rows in"], y: Float[Array, "rows out"], dtype: DTypeL
 
 @jax.custom_vjp
 def _matmul_cpu(x: _Inputs, w: _Matrix) -> Float[Array, "..."]:
+    if _runs_natively(x, w):
+        return _only_matrix(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
     return jnp.tensordot(x, w, axes=1)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 import sharding
 from sharding.log_once import log_once
-from sphinx_jax.kernels.linear import gathered_matrix, gathered_matvec, matvec
+from sphinx_jax.kernels.linear import gathered_matrix, gathered_matvecs, matvec
 from sphinx_jax.kernels.moe_grouped_matmul import moe_grouped_matmul, supports_grouped_matmul
 from sphinx_jax.kernels.moe_sorted_blocks import (
     ExpertIds,
@@ -169,18 +169,18 @@ def _moe_gather(
     lora_in: _LoraTerm | None,
     lora_out: _LoraTerm | None,
 ) -> Tokens:
-    """Matrix-vector products, one assignment after the other, with the matrices of its expert."""
+    """Matrix-vector products: each assignment with the matrices of its expert."""
     tokens, k = experts.shape
     elsewhere = experts == w_in.shape[0]
     # An assignment to an expert elsewhere reads some matrix too: that of a local expert which is read anyway.
     local = jnp.where(elsewhere, jnp.max(jnp.where(elsewhere, 0, experts)), experts).reshape(-1)
-    assignments = range(tokens * k)
+    inputs = jnp.repeat(x, k, axis=0)
+    gate_up = gathered_matvecs(inputs, w_in, local)
     token = jnp.arange(tokens * k) // k
-    gate_up = jnp.stack([gathered_matvec(x[i // k], w_in, local[i]) for i in assignments])
     if lora_in is not None:
-        gate_up = lora_in.gather(local, token).add(gate_up[:, None], x[token][:, None])[:, 0]
+        gate_up = lora_in.gather(local, token).add(gate_up[:, None], inputs[:, None])[:, 0]
     hidden = _swiglu(gate_up)
-    outputs = jnp.stack([gathered_matvec(hidden[i], w_out, local[i]) for i in assignments])
+    outputs = gathered_matvecs(hidden, w_out, local)
     if lora_out is not None:
         outputs = lora_out.gather(local, token).add(outputs[:, None], hidden[:, None])[:, 0]
     return _weighted_sum(outputs.reshape(tokens, k, -1), jnp.where(elsewhere, 0, weights))

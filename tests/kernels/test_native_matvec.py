@@ -1,0 +1,115 @@
+"""Products of the compiled library against float64, and what happens where it cannot be compiled."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from sphinx_jax.kernels import native_matvec
+from sphinx_jax.kernels.linear import dot, gathered_matvecs, matmul
+from sphinx_jax.kernels.quantized import quantize
+
+NUM_MATRICES = 5
+
+
+@pytest.fixture(params=["native", "loops"])
+def runs(request, monkeypatch):
+    """The products in C++, and XLA's loops for a machine without a compiler."""
+    monkeypatch.setattr(native_matvec, "MIN_BYTES", 0)
+    if request.param == "loops":
+        monkeypatch.setattr(native_matvec, "has_library", lambda: False)
+    elif not native_matvec.has_library():
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    return request.param
+
+
+def stack_of(kind, length, outputs):
+    """(weights as they are stored, the same in float64)."""
+    weights = jax.random.normal(jax.random.key(length), (NUM_MATRICES, length, *outputs))
+    if kind == "int8 by heads":
+        # Scales of the output projection of attention: one for each head and output.
+        heads = quantize(weights.reshape(NUM_MATRICES, 4, length // 4, *outputs), "int8", -1 - len(outputs))
+        merged = jax.tree.map(lambda array: array.reshape(NUM_MATRICES, -1, *outputs), heads)
+        return merged, np.float64(heads.astype(jnp.float32)).reshape(weights.shape)
+    stored = quantize(weights, kind, -1 - len(outputs)) if kind in ("int8", "int4") else weights.astype(kind)
+    return stored, np.float64(stored.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int8 by heads", "int4"])
+@pytest.mark.parametrize(("length", "outputs"), [(64, (2, 352)), (36, (10,)), (512, (2, 1024))])
+def test_products_with_matrices_of_a_stack(runs, kind, length, outputs):
+    stored, exact = stack_of(kind, length, outputs)
+    x = jax.random.normal(jax.random.key(1), (3, length), jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+    index = np.array([4, 0, 4])
+    y = jax.jit(gathered_matvecs)(x, stored, jnp.asarray(index))
+    assert y.dtype == x.dtype and y.shape == (3, *outputs)
+    expected = np.einsum("ri,ri...->r...", np.float64(x), exact[index])
+    tolerance = 4e-3 if kind == "bfloat16" else 1e-6
+    assert np.linalg.norm(np.float64(y) - expected) < tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("product", [matmul, dot])
+def test_projections_of_one_token(runs, kind, product):
+    stored, exact = stack_of(kind, 64, (96,))
+    x = jax.random.normal(jax.random.key(1), (1, 1, 64))
+    y = jax.jit(product)(x, jax.tree.map(lambda array: array[2], stored))
+    np.testing.assert_allclose(y, np.float64(x) @ exact[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("devices", "width", "calls"), [(1, 2048, 1), (1, 64, 0), (2, 2048, 0)])
+def test_large_matrices_of_one_device_are_read_by_the_library(devices, width, calls):
+    if not native_matvec.has_library():
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    x, w, index = jnp.ones((1, 512)), jax.ShapeDtypeStruct((8, 512, width), jnp.float32), jnp.zeros(1, jnp.int32)
+    with sharding.mesh_context(sharding.make_mesh(tensor=devices, devices=jax.devices()[:devices])):
+        # A function of its own: jax would reuse what it traced for another mesh.
+        program = jax.jit(lambda *args: gathered_matvecs(*args)).lower(x, w, index).compile()
+    assert (program.as_text() or "").count('custom_call_target="sphinx_matvec"') == calls
+    assert devices > 1 or program.memory_analysis().temp_size_in_bytes < 512 * 2048
+
+
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """Load the library as a new process would, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: None)
+    return native_matvec._load.__wrapped__
+
+
+def test_without_a_compiler(load, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with caplog.at_level(logging.INFO):
+        assert not load()
+    assert "no C++ compiler" in caplog.text and "apt-get install g++" in caplog.text
+
+
+def test_a_compiler_that_fails(load, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", "sh -c 'echo nothing works >&2; exit 1'")
+    assert not load()
+    assert "nothing works" in caplog.text and not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written(load, monkeypatch, caplog, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("CXX", "c++")
+    assert not load()
+    assert str(tmp_path / "cache") in caplog.text and "set XDG_CACHE_HOME" in caplog.text
+
+
+def test_the_library_is_compiled_once(load, monkeypatch, tmp_path):
+    compiler = next(filter(None, map(shutil.which, native_matvec.COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert load() and load()
+    assert (tmp_path / "calls").read_text() == "called\n"
+    assert [path.suffix for path in (tmp_path / "cache" / "sphinx-jax").iterdir()] == [".so"]
