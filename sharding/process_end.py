@@ -64,7 +64,7 @@ def exit_now(code: int, word: str = "") -> NoReturn:
     # Nobody may be left to read it.
     with contextlib.suppress(OSError):
         stderr = os.dup(2)
-        # Other threads, those of native code too, print no more. What they are in the middle of comes before the word.
+        # Other threads, those of native code too, print no more. What they are in the middle of comes first.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if word:
             time.sleep(0.05)
