@@ -58,11 +58,19 @@ class Hosts:
     def __init__(self, folder: Path, hosts: tuple[Host, Host], refusal: str):
         self.folder, self.refusal = folder, refusal
         self.first, self.second = hosts
+        self._clients: list[subprocess.Popen] = []
 
     def ssh(self, host: Host, command: str, output: Path) -> subprocess.Popen:
         """Start a shell command on a host; what it says goes to a file."""
         argv = ["ssh", "-n", "-F", str(self.folder / "ssh_config"), host.name, command]
-        return subprocess.Popen(argv, stdout=output.open("w"), stderr=subprocess.STDOUT)
+        self._clients.append(subprocess.Popen(argv, stdout=output.open("w"), stderr=subprocess.STDOUT))
+        return self._clients[-1]
+
+    def end_clients(self) -> None:
+        """End what `ssh` started: a client whose host is cut off waits for hours."""
+        for client in self._clients:
+            client.kill()
+            client.wait()
 
     def pids(self, host: Host, program: str) -> list[int]:
         """The processes on a host, a namespace, whose command line has `program`."""
@@ -95,6 +103,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
         try:
             yield found
         finally:
+            found.end_clients()
             if not refusal:
                 for host in hosts:
                     found.kill(host, signal.SIGKILL)
