@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import jax
@@ -16,6 +15,7 @@ import tyro
 
 from sharding import LayoutError, fail, fail_with
 from sphinx_jax.errors import UserError
+from sphinx_jax.user_cache import cache_directory
 
 Options = TypeVar("Options")
 
@@ -96,12 +96,11 @@ def _has_text(line: str) -> bool:
 def enable_compilation_cache() -> None:
     """Cache compiled programs on disk, those that took a tenth of a second or more to compile.
 
-    In JAX_COMPILATION_CACHE_DIR if that is set, else under the user's cache directory.
+    In JAX_COMPILATION_CACHE_DIR if that is set, else in the user's cache directory, if there is one.
     """
     configured: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # dynamic
-    if configured is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "sphinx-jax"))
+    if configured is None and (directory := cache_directory()):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
     # Not jax's second: a start of the server compiles dozens of programs, of a small model in half a second each.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 import sharding
 from sphinx_jax.kernels.quantized import Quantized, Weight
+from sphinx_jax.user_cache import cache_directory
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,18 @@ def _load() -> bool:
 
 
 def _compiled() -> Path | None:
-    """The library for this CPU, in the user's cache. None without a compiler; raises CalledProcessError if it fails."""
+    """The library for this CPU, in the user's cache. None without a compiler.
+
+    Raises CalledProcessError if the compiler fails, OSError if the cache cannot be written.
+    """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return None
     command = [*shlex.split(compiler), *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
     identity = "\n".join((*command, SOURCE.read_text(), importlib.metadata.version("jaxlib"), _cpu_features()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sphinx-jax"
+    folder = cache_directory()
+    if folder is None:
+        raise OSError("no home directory")
     library = folder / f"matvec-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
