@@ -13,6 +13,10 @@ from sphinx_jax.kernels.quantized import Quantized, Weight
 from sphinx_jax.kernels.quantized_matmul import quantized_matvec, quantized_product
 from sphinx_jax.kernels.single_cpu_kernel import single_cpu_kernel
 
+MAX_NATIVE_ROWS = 8
+"""Of a product with a quantized matrix on a CPU. `native_matvec` reads the integers for each row; XLA writes and reads
+the matrix in the dtype of `x` once."""
+
 _Inputs = Float[Array, "*rows in"]
 _Matrix = Float[Array, "in *out"]
 
@@ -39,7 +43,11 @@ def dot(x: _Inputs, w: Weight) -> Float[Array, "..."]:
 
 @jax.custom_vjp
 def _quantized_dot(x: _Inputs, w: Quantized) -> Float[Array, "..."]:
-    if x.size == x.shape[-1] and sharding.device_count() == 1:
+    rows, stack = x.reshape(-1, x.shape[-1]), _stack_of_one(w)
+    if len(rows) <= MAX_NATIVE_ROWS and runs_natively(x, stack):
+        y = gathered_matvecs(rows, stack, jnp.zeros(len(rows), jnp.int32))
+        return y.reshape(*x.shape[:-1], *w.shape[1:])
+    if len(rows) == 1 and sharding.device_count() == 1:
         # With several devices the sums over the matrix might contain collectives.
         return _quantized_row(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
     y = quantized_product(lambda weights: jnp.dot(x, weights), w, x.dtype)

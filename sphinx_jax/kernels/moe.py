@@ -4,7 +4,7 @@ All implementations are dropless and exact; they differ in what they read and mu
 and k experts per token:
 
 - `gather` reads one expert's weights for each of the T k assignments. For few tokens, where the time is that of reading
-  weights.
+  weights; on a CPU with products in C++ for more of them (MAX_NATIVE_TOKENS).
 - `dense` multiplies all tokens by all experts and reads each weight once, a quantized one as an integer. For enough
   tokens that most experts have some anyway, and few enough that E / k times the arithmetic still takes less time than
   reading.
@@ -35,6 +35,7 @@ from sphinx_jax.kernels.moe_sorted_blocks import (
     block_sizes,
     moe_sorted_blocks,
 )
+from sphinx_jax.kernels.native_matvec import runs_natively
 from sphinx_jax.kernels.quantized import Quantized, Weight
 from sphinx_jax.kernels.quantized_matmul import fuses_dequantization, quantized_product
 
@@ -46,6 +47,11 @@ MAX_DENSE_TOKENS = 128
 """For `dense` on a GPU. It does 2 x tokens operations per weight, which is 2 bytes in bfloat16: one operation per byte
 and token. An H100 does 295 operations in the time it reads a byte (989 Tflop/s, 3.35 TB/s), an A100 153: with 128
 tokens both are still limited by memory bandwidth."""
+
+MAX_NATIVE_TOKENS = {"float32": 8, "bfloat16": 32, "int8": 32, "int4": 32}
+"""For `gather` on a CPU with `native_matvec`, by the weights' dtype. With so many tokens its products still take less
+time than XLA's: a quarter to an eighth for 8 tokens, a third to the same for the number here. XLA has fast products
+for float32 alone, and sorted blocks write other weights as float32 first."""
 
 CPU_MAX_BLOCK_SIZE, GPU_MAX_BLOCK_SIZE = 128, 256
 """Rows of a block. On a CPU a product with 128 rows runs at 0.93 of a large product's speed, and its rows stay in
@@ -81,7 +87,9 @@ def moe_ffn(
     """
     if implementation is None:
         (tokens, k), can_group = experts.shape, not factors and can_use_grouped_matmul(x, w_in)
-        implementation = choose_implementation(sharding.platform(), tokens, k, w_in.shape[0], can_group)
+        native = runs_natively(x, w_in) and runs_natively(x, w_out)
+        max_native = MAX_NATIVE_TOKENS[str(w_in.dtype)] if native else 0
+        implementation = choose_implementation(sharding.platform(), tokens, k, w_in.shape[0], can_group, max_native)
     if (factors and rank_mask is None) or (
         implementation == "dense" and isinstance(w_in, Quantized) and not fuses_dequantization(w_in)
     ):
@@ -117,16 +125,16 @@ def reads_in_place(x: Tokens, w_in: WIn) -> bool:
 
 
 def choose_implementation(
-    platform: str, tokens: int, k: int, num_experts: int, can_group: bool = False
+    platform: str, tokens: int, k: int, num_experts: int, can_group: bool = False, max_native_tokens: int = 0
 ) -> Implementation:
     """The implementation for `tokens` tokens with `k` experts each, of which `num_experts` are local.
 
-    `can_group`: whether `grouped_matmul` is available.
+    `can_group`: whether `grouped_matmul` is available. `max_native_tokens`: see MAX_NATIVE_TOKENS; 0 without them.
     """
     if can_group:
         is_dense = num_experts <= tokens * k and 1 < tokens <= MAX_DENSE_TOKENS
         return "dense" if is_dense else "grouped_matmul"
-    if tokens * k < num_experts:
+    if tokens * k < num_experts or tokens <= max_native_tokens:
         return "gather"
     # A CPU is limited by arithmetic, of which dense does E / k times as much.
     return "dense" if tokens <= MAX_DENSE_TOKENS and platform != "cpu" else "sorted_blocks"

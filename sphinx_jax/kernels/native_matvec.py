@@ -36,8 +36,8 @@ COMPILERS = "c++", "g++", "clang++"
 
 FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"
 
-MIN_BYTES = 2**19
-"""Of a matrix. A smaller one is multiplied in less time than a call of the library and another thread take to begin."""
+MIN_BYTES = 2**18
+"""Of a matrix. Of smaller ones, as those of `nano`, XLA's loops read each in less time than a call takes."""
 
 _loading = threading.Lock()
 

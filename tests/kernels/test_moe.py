@@ -249,6 +249,8 @@ def test_implementation_depends_on_platform_and_tokens():
     assert choose_implementation("gpu", 1, 2, 2, True) == "grouped_matmul"
     on_cpu = [choose_implementation("cpu", tokens, 2, 8) for tokens in (1, 3, 4)]
     assert on_cpu == ["gather", "gather", "sorted_blocks"]
+    native = [choose_implementation("cpu", tokens, 2, 8, max_native_tokens=8) for tokens in (3, 8, 9)]
+    assert native == ["gather", "gather", "sorted_blocks"]
 
 
 @pytest.mark.parametrize("max_size", [128, 256])

@@ -11,6 +11,7 @@ import pytest
 import sharding
 from sphinx_jax.kernels import native_matvec
 from sphinx_jax.kernels.linear import dot, gathered_matvecs, matmul
+from sphinx_jax.kernels.moe import moe_ffn
 from sphinx_jax.kernels.quantized import quantize
 
 NUM_MATRICES = 5
@@ -54,11 +55,35 @@ def test_products_with_matrices_of_a_stack(runs, kind, length, outputs):
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("product", [matmul, dot])
-def test_projections_of_one_token(runs, kind, product):
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_projections_of_few_tokens(runs, kind, product, tokens):
     stored, exact = stack_of(kind, 64, (96,))
-    x = jax.random.normal(jax.random.key(1), (1, 1, 64))
+    x = jax.random.normal(jax.random.key(1), (tokens, 1, 64))
     y = jax.jit(product)(x, jax.tree.map(lambda array: array[2], stored))
     np.testing.assert_allclose(y, np.float64(x) @ exact[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "calls"),
+    [("float32", 8, 2), ("float32", 9, 0), ("bfloat16", 32, 2), ("int8", 32, 2), ("int4", 33, 0)],
+)
+def test_experts_of_few_tokens(monkeypatch, kind, tokens, calls):
+    monkeypatch.setattr(native_matvec, "MIN_BYTES", 0)
+    if not native_matvec.has_library():
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    (w_in, exact_in), (w_out, exact_out) = stack_of(kind, 64, (2, 32)), stack_of(kind, 32, (64,))
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(tokens, 64)), jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+    experts = np.stack([random.permutation(NUM_MATRICES)[:2] for _ in range(tokens)])
+    weights = random.dirichlet([1, 1], tokens)
+    args = x, jnp.asarray(experts), jnp.asarray(weights, x.dtype), w_in, w_out
+    program = jax.jit(lambda *args: moe_ffn(*args)).lower(*args).compile()
+    assert (program.as_text() or "").count('custom_call_target="sphinx_matvec"') == calls
+    gate, up = np.moveaxis(np.einsum("ti,tjigo->tjgo", np.float64(x), exact_in[experts]), 2, 0)
+    hidden = gate / (1 + np.exp(-gate)) * up
+    expected = np.einsum("tj,tjo,tjod->td", weights, hidden, exact_out[experts])
+    tolerance = 1e-2 if kind == "bfloat16" else 1e-5
+    assert np.linalg.norm(np.float64(program(*args)) - expected) < tolerance * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("devices", "width", "calls"), [(1, 2048, 1), (1, 64, 0), (2, 2048, 0)])
