@@ -85,7 +85,8 @@ def _load() -> bool:
         log.warning("products with one row run in XLA's slower loops, since the C++ compiler failed:\n%s", error.stderr)
         return False
     except OSError as error:
-        log.warning("products with one row run in XLA's slower loops (%s); set XDG_CACHE_HOME", error)
+        remedy = "set XDG_CACHE_HOME to a directory that can be written, and CXX to a compiler"
+        log.warning("products with one row run in XLA's slower loops (%s); %s", error, remedy)
         return False
     jax.ffi.register_ffi_target("sphinx_matvec", jax.ffi.pycapsule(target), platform="cpu")
     return True
