@@ -109,8 +109,10 @@ def gathered_matrix(w: Weight, index: int | Int[Array, ""]) -> Weight:
 
 def gathered_matvecs(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> Float[Array, "rows *out"]:
     """x[r] @ w[index[r]] for each row, with w[n, in, *out], accumulated in float32; the matrices are read in place."""
-    if runs_natively(x, w):
-        return _native_matvecs(x, w, index)
+    return _native_matvecs(x, w, index) if runs_natively(x, w) else _matvecs_in_xla(x, w, index)
+
+
+def _matvecs_in_xla(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> Float[Array, "rows *out"]:
     return jnp.stack([_gathered_matvec(row, w, i) for row, i in zip(x, index, strict=True)])
 
 
@@ -130,14 +132,7 @@ def _native_matvecs(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "ro
     return native_matvecs(x, w, index)
 
 
-def _native_matvecs_forward(x: Float[Array, "rows in"], w: Weight, index: Int[Array, "rows"]) -> tuple:
-    def row_by_row(x, w, index):
-        return jnp.stack([_gathered_matvec(row, w, i) for row, i in zip(x, index, strict=True)])
-
-    return jax.vjp(row_by_row, x, w, index)
-
-
-_native_matvecs.defvjp(_native_matvecs_forward, lambda vjp, dy: vjp(dy))
+_native_matvecs.defvjp(lambda *args: jax.vjp(_matvecs_in_xla, *args), lambda vjp, dy: vjp(dy))
 
 
 @single_cpu_kernel

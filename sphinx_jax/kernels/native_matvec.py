@@ -39,6 +39,9 @@ FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"
 MIN_BYTES = 2**18
 """Of a matrix. Of smaller ones, as those of `nano`, XLA's loops read each in less time than a call takes."""
 
+_STORED_DTYPES = jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8
+"""Of weights, of int8 values and of packed int4 values."""
+
 _loading = threading.Lock()
 
 
@@ -50,7 +53,7 @@ def runs_natively(x: Array, w: Weight) -> bool:
     if sharding.platform() != "cpu" or sharding.device_count() > 1 or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     values = w.values if isinstance(w, Quantized) else w
-    if values.nbytes < MIN_BYTES * len(values) or values.dtype == jnp.float16:
+    if values.nbytes < MIN_BYTES * len(values) or values.dtype not in _STORED_DTYPES:
         return False
     return has_library()
 
@@ -78,15 +81,17 @@ def _load() -> bool:
     try:
         path = _compiled()
         if path is None:
-            log.info("no C++ compiler: products with one row run in XLA's loops; apt-get install g++ speeds them up")
+            log.info("no C++ compiler: products of a few tokens run in XLA's loops; apt-get install g++ speeds them up")
             return False
         target = ctypes.CDLL(str(path)).SphinxMatvec
     except subprocess.CalledProcessError as error:
-        log.warning("products with one row run in XLA's slower loops, since the C++ compiler failed:\n%s", error.stderr)
+        log.warning(
+            "products of a few tokens run in XLA's slower loops, since the C++ compiler failed:\n%s", error.stderr
+        )
         return False
     except OSError as error:
         remedy = "set XDG_CACHE_HOME to a directory that can be written, and CXX to a compiler"
-        log.warning("products with one row run in XLA's slower loops (%s); %s", error, remedy)
+        log.warning("products of a few tokens run in XLA's slower loops (%s); %s", error, remedy)
         return False
     jax.ffi.register_ffi_target("sphinx_matvec", jax.ffi.pycapsule(target), platform="cpu")
     return True

@@ -50,8 +50,10 @@ def test_gathered_matvec_is_one_kernel_on_cpu(tmp_path, monkeypatch):
     assert program.memory_analysis().temp_size_in_bytes < 1024
 
 
-def test_gathered_matvec_gradients_on_cpu():
+@pytest.mark.parametrize("min_bytes", [native_matvec.MIN_BYTES, 0])
+def test_gathered_matvec_gradients_on_cpu(min_bytes, monkeypatch):
     """Of a batch of products, and of one: only the gradient of the stack is an array as large as the stack."""
+    monkeypatch.setattr(native_matvec, "MIN_BYTES", min_bytes)
     random = np.random.default_rng(0)
 
     def draw(*shape):
