@@ -7,7 +7,7 @@ Examples:
   python infer.py --chat                                chat without one
   python infer.py --batch questions.jsonl --out answers.jsonl
   python infer.py --checkpoint SPHINX-MoE --mesh.tensor 8 --image cat.jpg --prompt "What is this?"
-  python infer.py --checkpoint SPHINX-MoE --quantize int4 --chat        weights in a quarter of the memory
+  python infer.py --checkpoint SPHINX-MoE --quantize int4 --chat        weights in a third of the memory
   python infer.py --checkpoint SPHINX-MoE --adapters mine=runs/mine --adapter mine --chat    adapters on their base
   python infer.py --simulate-devices 8 --mesh.tensor 2 --mesh.expert 2 --mesh.fsdp 2
   python infer.py --plan --gpu rtx3090 --num-gpus 8     would SPHINX-MoE-1k fit? needs no GPU and no weights
