@@ -13,18 +13,29 @@ from sharding.axis_rules import DEFAULT_RULES, Rules, named_sharding
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh_and_rules", default=None)
 _slices_in_place: contextvars.ContextVar[bool] = contextvars.ContextVar("slices_in_place", default=False)
 _fused_operands: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_operands", default=False)
+_fused_groups: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_groups", default=False)
 
 
 @contextlib.contextmanager
 def mesh_context(
-    mesh: Mesh, rules: Rules = DEFAULT_RULES, slices_in_place: bool = False, fused_operands: bool = False
+    mesh: Mesh,
+    rules: Rules = DEFAULT_RULES,
+    slices_in_place: bool = False,
+    fused_operands: bool = False,
+    fused_groups: bool = False,
 ) -> Iterator[None]:
     """Make `constrain` and `sharded_map` shard arrays over `mesh`. Outside of this context they do nothing.
 
-    Trace a jitted function inside it: shardings are part of the compiled program. `slices_in_place` and
-    `fused_operands` say that the program will be compiled with `xla_flags.SLICES_IN_PLACE` or `FUSED_OPERANDS`.
+    Trace a jitted function inside it: shardings are part of the compiled program. `slices_in_place`,
+    `fused_operands` and `fused_groups` say that the program will be compiled with `xla_flags.SLICES_IN_PLACE`,
+    `FUSED_OPERANDS` or `FUSED_GROUPS`.
     """
-    values = {_active: (mesh, rules), _slices_in_place: slices_in_place, _fused_operands: fused_operands}
+    values = {
+        _active: (mesh, rules),
+        _slices_in_place: slices_in_place,
+        _fused_operands: fused_operands,
+        _fused_groups: fused_groups,
+    }
     tokens = {variable: variable.set(value) for variable, value in values.items()}
     try:
         yield
@@ -60,6 +71,11 @@ def reads_slices_in_place() -> bool:
 def fuses_operands() -> bool:
     """Whether matrix products compute their operands from what these are computed from (`xla_flags.FUSED_OPERANDS`)."""
     return _fused_operands.get() and xla_flags.fuses_operands(_device())
+
+
+def fuses_groups() -> bool:
+    """Whether they do so from numbers of groups along the contracted dimension too (`xla_flags.FUSED_GROUPS`)."""
+    return _fused_groups.get() and xla_flags.fuses_groups(_device())
 
 
 def _device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,6 +38,19 @@ FUSED_OPERANDS: Options = {
 }
 """For programs with `Program.fused_operands`, on GPUs."""
 
+FUSED_GROUPS: Options = {
+    # Fuses the broadcast of a number of each group of the contracted dimension, such as a step of int4.
+    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
+    # Without it int4 operands can abort the compiler (jax 0.10.2, triton_tiling_propagation.cc:524).
+    "xla_gpu_experimental_gemm_fusion_v2": True,
+    # A product that is split along the contracted dimension would write what is broadcast.
+    "xla_gpu_experimental_force_split_k": "1",
+}
+"""For the same programs with `Program.fused_groups`, if the installed compiler fuses with them.
+
+Both were compiled only, for GPUs that were absent; XLA_FLAGS with any of these options turns them off.
+"""
+
 OVERLAP_COLLECTIVES: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 """For programs with `Program.overlap_collectives`, on several GPUs.
 
@@ -46,7 +60,11 @@ program); this scheduler moves other work in between, for 3 to 5 % more temporar
 
 
 def compiler_options(
-    mesh: Mesh, slices_in_place: bool = False, overlap_collectives: bool = False, fused_operands: bool = False
+    mesh: Mesh,
+    slices_in_place: bool = False,
+    overlap_collectives: bool = False,
+    fused_operands: bool = False,
+    fused_groups: bool = False,
 ) -> Options:
     """The options for programs on `mesh`; none on a CPU."""
     device = mesh.devices.flat[0]
@@ -57,12 +75,19 @@ def compiler_options(
         options |= OVERLAP_COLLECTIVES
     if fused_operands and fuses_operands(device):
         options |= FUSED_OPERANDS
+    if fused_groups and fuses_groups(device):
+        options |= FUSED_GROUPS
     return options
 
 
 def fuses_operands(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
     """Whether programs for `device`, compiled with FUSED_OPERANDS, compute an operand in the product that reads it."""
     return device.platform != "cpu" and not _set_by_user(FUSED_OPERANDS)
+
+
+def fuses_groups(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
+    """Whether they, compiled with FUSED_GROUPS, do so from numbers of groups along the contracted dimension too."""
+    return fuses_operands(device) and not _set_by_user(FUSED_GROUPS) and _fuses_broadcasts(device)
 
 
 def reads_slices_in_place(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
@@ -83,17 +108,38 @@ def _set_by_user(options: Options) -> bool:
 @functools.cache
 def _fuses_slices(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
     """Whether the compiler for `device` fuses a slice into its product, found by compiling a small program."""
-    replicated = NamedSharding(Mesh([device], "one"), PartitionSpec())
-    args = (
-        jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=replicated),
-        jax.ShapeDtypeStruct((2, 128, 128), "bfloat16", sharding=replicated),
-    )
-    platform = "cuda" if device.platform in ("gpu", "cuda") else device.platform
-    lowered = jax.jit(lambda x, stack: x @ stack[1]).trace(*args).lower(lowering_platforms=(platform,))
-    try:
-        text = lowered.compile(compiler_options=SLICES_IN_PLACE).as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        # jax 0.10.2 knows both options and fails to compile with them.
-        log.info("the installed compiler cannot read slices in place: %s", error)
-        return False
+    args = ((128, 128), "bfloat16"), ((2, 128, 128), "bfloat16")
+    text = _compiled_text(device, lambda x, stack: x @ stack[1], args, SLICES_IN_PLACE)
     return any(" slice(" in computation and "__cublas" in computation for computation in text.split("\n\n"))
+
+
+@functools.cache
+def _fuses_broadcasts(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
+    """Whether the compiler for `device` fuses a number of each group into a product, found in the same way."""
+
+    def function(x: jax.Array, groups: jax.Array, factors: jax.Array) -> jax.Array:
+        weights = groups.astype(x.dtype) * factors[:, None].astype(x.dtype)
+        return x @ weights.reshape(-1, groups.shape[2])
+
+    args = ((16, 1024), "bfloat16"), ((32, 32, 512), "int8"), ((32, 512), "int8")
+    text = _compiled_text(device, function, args, FUSED_OPERANDS | FUSED_GROUPS)
+    return any(" broadcast(" in computation and " dot(" in computation for computation in text.split("\n\n"))
+
+
+def _compiled_text(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] (a class at run time)
+    function: Callable[..., jax.Array],
+    args: tuple[tuple[tuple[int, ...], str], ...],
+    options: Options,
+) -> str:
+    """`function` of `args`, shapes and dtypes, compiled for `device`; empty if the compiler fails with `options`."""
+    replicated = NamedSharding(Mesh([device], "one"), PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(*arg, sharding=replicated) for arg in args]
+    platform = "cuda" if device.platform in ("gpu", "cuda") else device.platform
+    lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,))
+    try:
+        return lowered.compile(compiler_options=options).as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        # jax 0.10.2 knows the options of SLICES_IN_PLACE and fails to compile with them.
+        log.info("the installed compiler fails with %s: %s", ", ".join(options), error)
+        return ""

@@ -1,15 +1,16 @@
 """Rounding to int4 by search: for each group of values the step and the zero point of the least squared error.
 
 weight = scale x step x (16 value - zero): a bfloat16 scale for each output, an 8-bit step and an 8-bit zero point, in
-sixteenths of a step, for each group, and values in [-8, 7]. Steps are 8 bits because the error hardly depends on them;
-a zero point lets sixteen values span a group from its least to its largest weight.
+sixteenths of a step, for each group, and values in [-8, 7]. The error hardly depends on the bits of steps, which are in
+[0, 127] as GPUs' products take signed integers only; a zero point lets sixteen values span a group from its least to
+its largest weight.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8
 
 ZERO_STEPS = 16
 """Zero points are multiples of a step divided by this."""
@@ -29,16 +30,16 @@ class Int4(NamedTuple):
 
     values: Int8[Array, "..."]
     scales: Float[Array, "..."]
-    steps: UInt8[Array, "..."]
+    steps: Int8[Array, "..."]
     zeros: Int8[Array, "..."]
 
 
 def round_to_int4(groups: Float[Array, "..."], axis: int) -> Int4:
     """Round float32 `groups`, with a group's values along `axis` and the groups of an output along `axis - 1`."""
     step, offset = _search(groups, axis)
-    scales = (jnp.max(step, axis - 1, keepdims=True) / 255).astype(jnp.bfloat16)
+    scales = (jnp.max(step, axis - 1, keepdims=True) / 127).astype(jnp.bfloat16)
     scale = scales.astype(jnp.float32)
-    steps = jnp.clip(jnp.round(step / _or_one(scale)), jnp.minimum(1, jnp.ceil(step)), 255)
+    steps = jnp.clip(jnp.round(step / _or_one(scale)), jnp.minimum(1, jnp.ceil(step)), 127)
     # The offset that fits best once the step is rounded.
     rounded = _or_one(steps * scale)
     values = _nearest(groups, rounded, offset)
@@ -48,7 +49,7 @@ def round_to_int4(groups: Float[Array, "..."], axis: int) -> Int4:
     return Int4(
         values.astype(jnp.int8),
         (scale / ZERO_STEPS).astype(jnp.bfloat16),
-        steps.astype(jnp.uint8),
+        steps.astype(jnp.int8),
         zeros.astype(jnp.int8),
     )
 

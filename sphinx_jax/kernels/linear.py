@@ -50,7 +50,7 @@ def _quantized_dot(x: _Inputs, w: Quantized) -> Float[Array, "..."]:
     if len(rows) == 1 and sharding.device_count() == 1:
         # With several devices the sums over the matrix might contain collectives.
         return _quantized_row(x.reshape(-1), w).reshape(*x.shape[:-1], *w.shape[1:])
-    y = quantized_product(lambda weights: jnp.dot(x, weights), w, x.dtype)
+    y = quantized_product(jnp.dot, x, w)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 

@@ -13,6 +13,7 @@ and k experts per token:
 - `grouped_matmul` does the same in Pallas kernels for Hopper GPUs, and reads the chosen experts alone.
 """
 
+import functools
 import logging
 from typing import Literal, NamedTuple
 
@@ -233,7 +234,7 @@ def _experts_dot(x: Float[Array, "experts tokens in"], w: Weight) -> Float[Array
     """x[e] @ w[e] with w[experts, in, *out]."""
     if not isinstance(w, Quantized):
         return jnp.einsum("eti,ei...->et...", x, w.astype(x.dtype))
-    y = quantized_product(lambda weights: jnp.einsum("eti,eio->eto", x, weights), w, x.dtype)
+    y = quantized_product(functools.partial(jnp.einsum, "eti,eio->eto"), x, w)
     return y.reshape(*x.shape[:2], *w.shape[2:])
 
 

@@ -104,14 +104,14 @@ struct Arguments {
   // Of quantized weights [matrix, number of groups, num_outputs]; steps and zeros of int4 alone.
   int64_t num_scales = 1, num_steps = 1;
   const BFloat16* scales = nullptr;
-  const uint8_t* steps = nullptr;
+  const int8_t* steps = nullptr;
   const int8_t* zeros = nullptr;
 };
 
 // y += the sums of a group of rows, as numbers instead of integers. `x_sum` is the sum of the group's inputs.
 template <typename Kind>
 void AddGroup(const float* __restrict sums, float x_sum, const BFloat16* __restrict scales,
-              const uint8_t* __restrict steps, const int8_t* __restrict zeros, int64_t columns, float* __restrict y) {
+              const int8_t* __restrict steps, const int8_t* __restrict zeros, int64_t columns, float* __restrict y) {
   for (int64_t column = 0; column < columns; ++column) {
     for (int i = 0; i < Kind::kOutputs; ++i) {
       int64_t output = column * Kind::kOutputs + i;
@@ -184,7 +184,7 @@ ffi::Error Matvec(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
     a.num_scales = scales->dimensions()[1];
   }
   if (quantization.size() > 1) {
-    auto steps = quantization.get<ffi::Buffer<ffi::U8>>(1);
+    auto steps = quantization.get<ffi::Buffer<ffi::S8>>(1);
     auto zeros = quantization.get<ffi::Buffer<ffi::S8>>(2);
     if (!steps) return steps.error();
     if (!zeros) return zeros.error();

@@ -37,9 +37,9 @@ class Quantized:
     byte holds two neighbours along the last dimension, the outputs of a product: the first in the low four bits.
     """
 
-    # Of arrays: int8[*shape] or packed uint8[*packed_shape], bfloat16[*scales_shape], and of int4 uint8[*group_shape]
-    # and int8[*group_shape]. Not checked at run time: trees of shapes, shardings or specs are instances of this class
-    # as well.
+    # Of arrays: int8[*shape] or packed uint8[*packed_shape], bfloat16[*scales_shape], and of int4 twice
+    # int8[*group_shape]. Not checked at run time: trees of shapes, shardings or specs are instances of this class as
+    # well.
     values: Any
     scales: Any
     axis: int = dataclasses.field(metadata={"static": True})

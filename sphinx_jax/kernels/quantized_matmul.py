@@ -4,24 +4,28 @@ A dequantized matrix takes two to eight times the bytes of the integers. Where a
 matrix, with few rows, it should not be written to memory:
 
 - On a GPU, with one row XLA fuses the conversion into its sum over the matrix. With more, its Triton products convert
-  int8 weights themselves, in programs with `sharding.Program.fused_operands`: one scale per output is applied to the
-  result. They do not fuse the steps and zero points of int4, one per group, in the loop of a decode step (jax 0.12).
+  integers themselves, in programs with `sharding.Program.fused_operands`: one scale per output is applied to the
+  result, scales and steps of groups to the integers (`_fused_product`).
 - On a CPU, `quantized_matvec` sums the matrix's rows in a loop that converts them.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int, Int8, Integer, UInt8
+from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
 import sharding
 from sphinx_jax.kernels.int4_rounding import ZERO_STEPS
 from sphinx_jax.kernels.quantized import Quantized
 from sphinx_jax.kernels.single_cpu_kernel import single_cpu_kernel
+
+Product = Callable[[Array, Array], Array]
+"""Of inputs and weights, as `jnp.dot`."""
 
 ROWS_PER_STEP = 8
 """Rows of the matrix that one step of the loop on a CPU adds: the sum is loaded and stored once for all of them."""
@@ -29,19 +33,50 @@ ROWS_PER_STEP = 8
 
 def fuses_dequantization(w: Quantized) -> bool:
     """Whether `quantized_product` in the program that is being traced reads the integers of `w`, for any rows."""
-    return sharding.fuses_operands() and _has_scale_per_output(w)
+    return sharding.fuses_operands() if _has_scale_per_output(w) else sharding.fuses_groups()
 
 
-def quantized_product(product: Callable[[Array], Array], w: Quantized, dtype: DTypeLike) -> Float[Array, "*rows out"]:
-    """product(weights) in `dtype`, with the outputs as one last dimension of weights and result."""
+def quantized_product(product: Product, x: Float[Array, "*rows in"], w: Quantized) -> Float[Array, "*rows out"]:
+    """product(x, weights) in the dtype of `x`, with the outputs as one last dimension of weights and result."""
     w = w.with_flat_outputs()
-    if not _has_scale_per_output(w):
-        return product(w.astype(dtype))
-    return (product(w.values.astype(dtype)).astype(jnp.float32) * w.scales.astype(jnp.float32)).astype(dtype)
+    if _has_scale_per_output(w):
+        return (product(x, w.values.astype(x.dtype)).astype(jnp.float32) * w.scales.astype(jnp.float32)).astype(x.dtype)
+    return _fused_product(product, x, w) if fuses_dequantization(w) else product(x, w.astype(x.dtype))
 
 
 def _has_scale_per_output(w: Quantized) -> bool:
     return w.num_groups == 1 and w.steps is None
+
+
+def _fused_product(product: Product, x: Float[Array, "*rows in"], w: Quantized) -> Float[Array, "*rows out"]:
+    """The same in operations that XLA:GPU fuses into Triton products: conversions, and factors of groups.
+
+    It does not fuse numbers that are subtracted (jax 0.12): a second product multiplies the zero points by the sum of
+    each group's inputs. Nor does it fuse more if anything is in float32 (0.10.2 and 0.12).
+    """
+    values = w.values
+    if w.dtype == "int4":
+        values = jax.lax.bitcast_convert_type(values, jnp.int4).reshape(w.shape)
+    scale_per_output = w.scales.shape[-2] == 1
+    factors = [factor for factor in (w.steps, None if scale_per_output else w.scales) if factor is not None]
+    y = product(x, _scaled(values, x.dtype, factors))
+    if w.zeros is not None:
+        sums = jnp.sum(x.reshape(*x.shape[:-1], w.num_groups, -1), axis=-1, dtype=jnp.float32)
+        # One sum of two products takes one all-reduce, where the inputs are sharded. Powers of two are exact.
+        y = ZERO_STEPS * (y + product((sums / -ZERO_STEPS).astype(x.dtype), _scaled(w.zeros, x.dtype, factors)))
+    return (y.astype(jnp.float32) * w.scales.astype(jnp.float32)).astype(x.dtype) if scale_per_output else y
+
+
+def _scaled(
+    values: Integer[Array, "*experts in out"], dtype: DTypeLike, factors: Sequence[Shaped[Array, "*experts _ out"]]
+) -> Float[Array, "*experts in out"]:
+    """values x factors; each number of a factor belongs to neighbours along the contracted dimension."""
+    product = values.astype(dtype)
+    for factor in factors:
+        # Without the constraint, a loop of decode steps is given a transposed copy of all factors.
+        factor = with_layout_constraint(factor, Layout(tuple(range(factor.ndim))))
+        product *= jnp.repeat(factor, values.shape[-2] // factor.shape[-2], axis=-2).astype(dtype)
+    return product
 
 
 def quantized_matvec(x: Float[Array, "in"], w: Quantized, index: Int[ArrayLike, ""]) -> Float[Array, "*out"]:
@@ -60,7 +95,7 @@ def _weighted_row_sum(
     x: Float[Array, "in"],
     values: Integer[Array, "n_in width"],
     scales: Float[Array, "n_scales width packed"],
-    steps: UInt8[Array, "n_groups width packed"] | None,
+    steps: Int8[Array, "n_groups width packed"] | None,
     zeros: Int8[Array, "n_groups width packed"] | None,
     index: Int[ArrayLike, ""],
 ) -> Float[Array, "width packed"]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from sharding.mesh import MeshShape, make_mesh, simulate_devices
 from sharding.program import Program
+from sharding.xla_flags import Options
 from sphinx_jax.hardware import Gpu
 from sphinx_jax.memory_plan.native_stderr import drop_no_driver_messages
 
@@ -28,7 +29,7 @@ _CUDNN_VERSION = 91000
 
 # Autotuning needs a GPU. Without it XLA takes the first tiling of its own Triton matmuls, which may not even compile.
 # With cuBLAS matmuls the program is always the same. A program's own options take precedence.
-_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
+_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False}
 
 
 def has_gpu_compiler() -> bool:
@@ -92,9 +93,7 @@ def compile_aot(program: Program, args: tuple, mesh: Mesh) -> jax.stages.Compile
     """`program` compiled for the devices of `mesh`, real or absent; `args` are arrays or ShapeDtypeStructs."""
     if mesh.devices.flat[0].platform == "cpu":
         return program.compile(args, mesh)
-    options = _OPTIONS | program.options(mesh)
-    lowered = program.trace(args, mesh).lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options=options)
+    return program.compile(args, mesh, "cuda", _OPTIONS)
 
 
 def memory_analysis(compiled: jax.stages.Compiled) -> Memory:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sphinx_jax.kernels import moe
+from sphinx_jax.kernels import moe, quantized_matmul
 from sphinx_jax.kernels.linear import dot, matmul
 from sphinx_jax.kernels.quantized import quantize
 
@@ -146,7 +146,8 @@ def test_quantized_experts(monkeypatch, dtype, tokens, implementation):
     experts = np.stack([random.permutation(4)[:2] for _ in range(tokens)]).astype(np.int32)
     quantized = (quantize(jnp.asarray(w_in), dtype, -3), quantize(jnp.asarray(w_out), dtype, -2))
     # As in a program with `fused_operands` for a GPU.
-    monkeypatch.setattr(moe, "fuses_dequantization", lambda w: implementation == "dense")
+    for module in (moe, quantized_matmul):
+        monkeypatch.setattr(module, "fuses_dequantization", lambda w: implementation == "dense")
     function = functools.partial(moe.moe_ffn, implementation=implementation)
     actual = jax.jit(function)(x, experts, weights, *quantized)
     gate_up = np.einsum("td,edgh->tegh", np.float64(x), quantize_and_dequantize(w_in, -3, dtype))
@@ -157,10 +158,15 @@ def test_quantized_experts(monkeypatch, dtype, tokens, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("product", [matmul, dot])
-def test_attention_projections(product, dtype, tokens):
-    """A matrix with several output dimensions, and one with several inputs, of which the last is in groups."""
+@pytest.mark.parametrize(
+    ("product", "tokens", "fused"), [(matmul, 1, False), (dot, 1, False), (matmul, 3, False), (matmul, 3, True)]
+)
+def test_attention_projections(monkeypatch, product, dtype, tokens, fused):
+    """A matrix with several output dimensions, and one with several inputs, of which the last is in groups.
+
+    `fused`: in the operations of a program with `fused_operands` for a GPU.
+    """
+    monkeypatch.setattr(quantized_matmul, "fuses_dequantization", lambda w: fused)
     random = np.random.default_rng(3)
     heads, wqkv, wo = normal(random, 1, tokens, 2 * 128), normal(random, 256, 2, 3, 8), normal(random, 2, 128, 10)
     for w, axis in ((wqkv, -4), (wo, -2)):

@@ -34,8 +34,8 @@ from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
 from sphinx_jax.quantization import quantized as to_quantized
 from sphinx_jax.quantization import quantized_dtype
 
-_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 3
-_OLD_QUANTIZED_VERSIONS = (2,)
+_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 4
+_OLD_QUANTIZED_VERSIONS = (2, 3)
 _LAYERS = ("language", "layers")
 
 # Of a dict in the metadata of a tree, as Orbax numbers the kinds of keys.
