@@ -167,7 +167,9 @@ def golden_model(path, made={}) -> Sphinx:  # noqa: B006
 
 @pytest.mark.slow
 def test_mixtral_140m(monkeypatch):
+    """Two of its layers: those of the whole model are compiled one by one, and all alike."""
     config, mesh = preset("mixtral-140m"), sharding.make_mesh()
+    config = dataclasses.replace(config, language=dataclasses.replace(config.language, num_layers=2))
     graph, params = sharding.init_params(lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), 0, mesh)
     whole = Sphinx(Loaded(config, graph, params, tokenizer_bytes(), mesh), 64)
     model = offload(whole)
@@ -176,7 +178,7 @@ def test_mixtral_140m(monkeypatch):
         cache = keep(monkeypatch, model, kept)
         answers = model.complete(QUESTIONS, raw=True, max_new_tokens=16, ignore_eos=True)
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-        assert cache.hits + cache.misses > 16 * 8
+        assert cache.hits + cache.misses > 16 * 2
 
 
 @pytest.mark.slow
