@@ -48,7 +48,7 @@ FUSED_GROUPS: Options = {
 }
 """For the same programs with `Program.fused_groups`, if the installed compiler fuses with them.
 
-Both were compiled only, for GPUs that were absent; XLA_FLAGS with any of these options turns them off.
+Such programs were compiled for absent GPUs and not run on one. Any of these options in XLA_FLAGS turns all of them off.
 """
 
 OVERLAP_COLLECTIVES: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
