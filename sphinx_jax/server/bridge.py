@@ -217,11 +217,12 @@ class Bridge:
     def _round(self, served: Served, submitted: list[Ticket], cancelled: list[Ticket]) -> bool:
         """One round of the scheduler, and what came of it to the readers; whether the device failed."""
         gone = [self._sequences[ticket] for ticket in cancelled if ticket in self._sequences]
-        # What was given up before it came to the scheduler never does.
-        unheard = [ticket for ticket in submitted if ticket.gave_up]
+        # What was given up before it came to the scheduler never does. Looked up once: it may be given up meanwhile.
+        heard, unheard = [], []
+        for ticket in submitted:
+            (unheard if ticket.gave_up else heard).append(ticket)
         for ticket in unheard:
             ticket.end("cancelled")
-        heard = [ticket for ticket in submitted if not ticket.gave_up]
         new, changed = served.lockstep.round([ticket.request for ticket in heard], gone)
         for ticket, sequence in zip(heard, new, strict=True):
             self._tickets[sequence], self._sequences[ticket] = ticket, sequence

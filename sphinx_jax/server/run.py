@@ -112,7 +112,8 @@ async def _drain(bridge: Bridge, seconds: float) -> None:
     if bridge.num_open:
         log.info("draining: %d requests go on for at most %g s", bridge.num_open, seconds)
     try:
-        await asyncio.wait_for(bridge.is_idle.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await bridge.is_idle.wait()
     except TimeoutError:
         bridge.cut_short("the server shuts down")
 

@@ -83,7 +83,9 @@ async def deliveries(
     open_tickets = set(range(len(tickets)))
     while open_tickets:
         try:
-            await asyncio.wait_for(wake.wait(), PING_SECONDS)
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that comes in the turn of the news.
+            async with asyncio.timeout(PING_SECONDS):
+                await wake.wait()
         except TimeoutError:
             yield None
             continue
