@@ -1,12 +1,8 @@
 """Depthwise convolution: every channel has its own k x k filter."""
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-import sharding
 
 Images = Float[Array, "batch height width channels"]
 Filters = Float[Array, "k k channels"]
@@ -16,12 +12,10 @@ Filters = Float[Array, "k k channels"]
 def depthwise_conv(x: Images, w: Filters) -> Images:
     """y[b, i, j, c] = sum over u, v of w[u, v, c] x[b, i + u - k // 2, j + v - k // 2, c], zeros outside; k is odd.
 
-    On CPU a sum of k x k shifted copies of the image, each times its weight. XLA:CPU runs that, forward and backward, 8
-    to 14 times (k = 3) or 2 to 4 times (k = 7) as fast as its own grouped convolution. On other platforms a loop over
-    the filter's rows: a sum of 49 copies followed by a norm takes XLA many minutes to compile for one GPU.
+    A loop over the filter's rows, whose body adds k shifted copies of the image, each times its weight. XLA:CPU runs it
+    several times as fast as its own grouped convolution. Unrolled for k = 3 alone: XLA computes a sum of 49 copies once
+    for each of its uses by a norm, and takes many minutes to compile it for one GPU.
     """
-    if sharding.platform() == "cpu":
-        return cast(Array, sum(view * w[u, v] for (u, v), view in _shifted_views(x, w.shape[0])))
     (k, _, _), (height, width) = w.shape, x.shape[1:3]
     padded = _pad(x, k)
 
@@ -29,7 +23,7 @@ def depthwise_conv(x: Images, w: Filters) -> Images:
         rows, weights = jax.lax.dynamic_slice_in_dim(padded, u, height, 1), w[u].astype(jnp.float32)
         return y + sum(rows[:, :, v : v + width].astype(jnp.float32) * weights[v] for v in range(k))
 
-    return jax.lax.fori_loop(0, k, add_row, jnp.zeros_like(x, jnp.float32)).astype(x.dtype)
+    return jax.lax.fori_loop(0, k, add_row, jnp.zeros_like(x, jnp.float32), unroll=k <= 3).astype(x.dtype)
 
 
 def _pad(x: Images, k: int) -> Float[Array, "batch padded_height padded_width channels"]:
