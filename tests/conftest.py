@@ -1,6 +1,7 @@
 """Eight simulated CPU devices and exact float32 products for every test but those that need a GPU."""
 
 import gc
+import importlib.metadata
 import json
 import os
 import tarfile
@@ -10,6 +11,11 @@ from pathlib import Path
 # pytest's option --jaxtyping-packages names it.
 import tests.type_checker  # noqa: F401
 from sphinx_jax.cli.startup import prepare_process
+
+# The newer of XLA's two ways to emit fusions takes twice the time. Later versions have no other, and end a process that
+# sets an option which they do not know. Programs that tests start inherit it.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # Before jax: its CUDA plugin logs to every worker's standard error that there is no driver.
 prepare_process()
@@ -37,6 +43,10 @@ def pytest_configure(config):
 
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What is imported stays, and tracing makes many objects that live on: looking for garbage among them took 4 %.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
