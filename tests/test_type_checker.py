@@ -34,8 +34,8 @@ class Batch:
 
 
 def refused(call, *args):
-    """The message of the error that a call's annotations raise, whose type depends on who checks."""
-    with pytest.raises(Exception, match=r"hint|[Tt]ype-check") as error:
+    """The message of the error that a call's annotations raise."""
+    with pytest.raises(TypeError, match=r"hint|[Tt]ype-check") as error:
         call(*args)
     return str(error.value)
 
