@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sphinx_jax.config import DecoderConfig, SphinxConfig
+from sphinx_jax.config import ConvNextConfig, DecoderConfig, SphinxConfig
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def benchmark(monkeypatch):
     # peer.py blocks torchvision for its whole process; this process may run the parity tests next.
     monkeypatch.setitem(sys.modules, "torchvision", None)
     yield importlib.import_module
-    for name in ("attention", "first_card", "gpu", "gpu_report", "jobs", "mesh_scaling", "peer"):
+    for name in ("attention", "convnext", "first_card", "gpu", "gpu_report", "jobs", "mesh_scaling", "peer"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -155,6 +155,17 @@ def test_attention_of_jax_and_torch(benchmark, monkeypatch, capsys):
     assert forward[:3] == ["| nano", "2 x 70", "forward"]
     assert backward[:3] == ["| nano", "2 x 70", "forward and backward"]
     assert all(float(cell.strip(" |")) > 0 for row in (forward, backward) for cell in row[3:])
+
+
+def test_convnext_of_jax_and_torch(benchmark, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+    convnext = benchmark("convnext")
+    monkeypatch.setattr(convnext, "CONFIG", ConvNextConfig(dims=(8, 16), image_size=64))
+    monkeypatch.setattr(sys, "argv", ["convnext.py", "--quick"])
+    convnext.main()
+    *_, first, second = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert (first[:2], second[:2]) == (["| 8", "16 x 16"], ["| 16", "8 x 8"])
+    assert all(float(cell.strip(" |")) > 0 for row in (first, second) for cell in row[2:])
 
 
 @pytest.mark.slow
