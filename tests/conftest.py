@@ -12,6 +12,10 @@ from pathlib import Path
 import tests.type_checker  # noqa: F401
 from sphinx_jax.cli.startup import prepare_process
 
+# .ci/run has the workers allocate with jemalloc. Programs that tests start allocate as their users' do.
+if "PYTEST_XDIST_WORKER" in os.environ and "jemalloc" in os.environ.get("LD_PRELOAD", ""):
+    del os.environ["LD_PRELOAD"]
+
 # The newer of XLA's two ways to emit fusions takes twice the time. Later versions have no other, and end a process that
 # sets an option which they do not know. Programs that tests start inherit it.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
