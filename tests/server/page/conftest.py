@@ -10,19 +10,28 @@ from tests.server.page import browser
 
 
 @pytest.fixture(scope="session")
-def address(chromium, tmp_path_factory):
+def playwright():
+    """Playwright's module, where there is a browser for it."""
+    reason = "needs the extra browser: pip install -e '.[browser]'"
+    module = pytest.importorskip("playwright.sync_api", reason=reason)
+    if browser.CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    return module
+
+
+@pytest.fixture(scope="session")
+def address(playwright, tmp_path_factory):
     """Of a running server; of none if there is no browser to look at it."""
     with serving(tmp_path_factory.mktemp("page"), *NANO) as server:
         yield server.url
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """Chromium without a window."""
-    reason = "needs the extra browser: pip install -e '.[browser]'"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    if browser.CHROMIUM is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+@pytest.fixture(scope="module")
+def chromium(playwright):
+    """Chromium without a window.
+
+    Ends before tests elsewhere begin: until then an event loop runs in this thread, and `asyncio.run` is refused.
+    """
     with playwright.sync_playwright() as running:
         launched = running.chromium.launch(executable_path=browser.CHROMIUM, args=browser.CHROMIUM_ARGS)
         yield launched
