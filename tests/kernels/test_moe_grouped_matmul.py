@@ -121,7 +121,7 @@ def test_one_token_reads_two_experts_and_copies_nothing(compiled, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", [{}, {"expert": 4, "tensor": 2}], ids=str)
 def test_prefill_has_no_array_of_tokens_by_experts_by_hidden(compiled, shape):
     """The largest array is [assignments, hidden], and weights are not copied."""
     _, text = compiled(shape, TOKENS)

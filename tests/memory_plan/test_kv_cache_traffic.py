@@ -29,7 +29,7 @@ CONFIG = SphinxConfig(
 POSITION = NUM_SEQS * HEADS * HEAD_DIM * 2
 """Bytes of one position of all sequences, of keys or of values."""
 
-GPUS = ["a100-80gb", pytest.param("rtx3090", marks=pytest.mark.slow), "h200"]
+GPUS = ["a100-80gb", "h200"]
 
 
 @pytest.fixture(scope="module")
