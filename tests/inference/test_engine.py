@@ -20,7 +20,7 @@ from sphinx_jax.inference.sampling import SamplingParams
 # compiled programs: those take seconds, the answers milliseconds.
 NEW = 60
 CACHE_LEN = 128
-MESHES = [{"tensor": 2}, {"expert": 4}, {"tensor": 2, "expert": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]
+MESHES = [{"tensor": 2, "expert": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]
 PROMPTS = ["what is the colour of the shape?", "is there a circle?", "is it red or is it blue?", "why?"]
 
 
@@ -202,7 +202,7 @@ def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(model, make_m
     together = model.generate(PROMPTS, prompt_images, seed=7, **options)
     alone = [model.generate([p], [i], seed=7, **options)[0] for p, i in zip(PROMPTS, prompt_images, strict=True)]
     assert together == alone
-    assert together == make_model(**MESHES[2]).generate(PROMPTS, prompt_images, seed=7, **options)
+    assert together == make_model(**MESHES[0]).generate(PROMPTS, prompt_images, seed=7, **options)
     assert "".join(model.stream(PROMPTS[0], prompt_images[0], seed=7, **options)) == together[0]
     several = model.generate(PROMPTS[:1] * 4, prompt_images[:1] * 4, seed=[7, 8, 9, 7], **options)
     assert several[0] == several[3] == together[0]

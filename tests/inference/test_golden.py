@@ -17,7 +17,7 @@ from tests.vision.test_golden import golden_images
 
 ALL_AXES = {"tensor": 2, "expert": 2, "fsdp": 2}
 # The variants differ in their images alone, after which the meshes do the same.
-SLOW = [*(("ens", mesh) for mesh in ({"tensor": 2}, {"expert": 4}, ALL_AXES)), ("ens5", {}), ("ens5", ALL_AXES)]
+SLOW = [("ens", ALL_AXES), ("ens5", {})]
 # As users compile it; on meshes the numbers alone.
 QUICK = pytest.param(("ens", {}), marks=pytest.mark.optimized)
 CASES = [QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]

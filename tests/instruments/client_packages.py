@@ -15,7 +15,16 @@ _UNREACHABLE = ("Retrying (Retry", "Temporary failure in name resolution", "Netw
 
 def install(folder: Path, *requirements: str) -> Path:
     """`folder`, with the packages in it. Skips the test if there is no pip, or PyPI cannot be reached."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-warn-conflicts"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-warn-conflicts",
+        "--no-compile",
+    ]
     done = subprocess.run(
         [*pip, "--target", str(folder), *requirements], capture_output=True, text=True, timeout=INSTALL_SECONDS
     )

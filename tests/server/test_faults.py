@@ -16,6 +16,9 @@ from tests.instruments.serving import NANO, Server, serving, start, wait_ready
 LONG = {"temperature": 2, "top_p": 1, "ignore_eos": True, "seed": 1}
 """An answer as long as the context."""
 
+FEW_PROGRAMS = (*NANO, "--max-num-seqs", 1, "--max-model-len", 256)
+"""For servers that answer nothing: they compile half of what the others do."""
+
 
 def begin(server: Server, body: dict) -> http.client.HTTPConnection:
     """A request whose answer is not read."""
@@ -109,7 +112,7 @@ def test_nothing_that_was_said_is_logged(server):
 @pytest.mark.slow
 def test_a_key_guards_all_but_the_page_and_health(tmp_path):
     (tmp_path / "key").write_text("s3cret\n")
-    with serving(tmp_path, *NANO, "--api-key-file", tmp_path / "key") as server:
+    with serving(tmp_path, *FEW_PROGRAMS, "--api-key-file", tmp_path / "key") as server:
         for path in ("/", "/health"):
             assert server.get(path).status == 200
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/tokenizer_info", "/nope"):
@@ -159,7 +162,7 @@ def test_while_it_loads_it_says_so_and_it_drains(tmp_path):
 
 @pytest.mark.slow
 def test_sigint_ends_an_idle_server_at_once(tmp_path):
-    process, log = start(tmp_path, *NANO)
+    process, log = start(tmp_path, *FEW_PROGRAMS)
     wait_ready(process, log)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0

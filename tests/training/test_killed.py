@@ -102,11 +102,11 @@ def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("program"))
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(20, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 150), pytest.param(8, 200, marks=pytest.mark.slow)])
 def test_resume_after_random_kills(program, tmp_path, kills, steps):
     """kill -9, every other time during a save; then SIGTERM, then to the end.
 
-    On two cores twenty killed runs reach about step 90: machines four times as fast still have steps left.
+    On two cores eight killed runs reach about step 40: machines four times as fast still have steps left.
     """
     rng = random.Random(kills)
     out = tmp_path / "killed"
@@ -123,7 +123,7 @@ def test_resume_after_random_kills(program, tmp_path, kills, steps):
         process.kill()
         process.communicate()
         during_save += is_saving(out)
-    assert during_save > 3 or kills < 20
+    assert during_save > 1 or kills < 8
     process = program.start(out, steps)
     before = file_size(log)
     program.wait(process, lambda: file_size(log) > before)
