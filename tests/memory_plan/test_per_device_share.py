@@ -60,10 +60,8 @@ def test_decode_step_has_two_all_reduces_per_layer_and_no_copy_of_weights(progra
     """With tensor alone test_fits.py shows it, of the whole model."""
     mesh, _, text = program(shape)
     reduced = {c.axes: c for c in collectives(text, mesh) if c.kind == "all-reduce"}
-    assert (reduced["expert", "tensor"].count, reduced["expert", "tensor"].bytes) == (
-        2 * LAYERS,
-        2 * LAYERS * CONFIG.language.dim * 2,
-    )
+    both = reduced["expert", "tensor"]
+    assert (both.count, both.bytes) == (2 * LAYERS, 2 * LAYERS * CONFIG.language.dim * 2)
     # Devices that share a KV head all-reduce its projection, which is sharded over them along the input.
     assert reduced["expert",].count == LAYERS
     others = [c for c in collectives(text, mesh) if c.kind != "all-reduce"]
