@@ -15,19 +15,12 @@ _UNREACHABLE = ("Retrying (Retry", "Temporary failure in name resolution", "Netw
 
 def install(folder: Path, *requirements: str) -> Path:
     """`folder`, with the packages in it. Skips the test if there is no pip, or PyPI cannot be reached."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-warn-conflicts",
-        "--no-compile",
-    ]
+    # Few of the modules are ever imported; those are compiled then.
+    options = ["--quiet", "--disable-pip-version-check", "--no-warn-conflicts", "--no-compile"]
     done = subprocess.run(
-        [*pip, "--target", str(folder), *requirements], capture_output=True, text=True, timeout=INSTALL_SECONDS
-    )
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), *requirements],
+        capture_output=True, text=True, timeout=INSTALL_SECONDS,
+    )  # fmt: skip
     if done.returncode and any(reason in done.stderr for reason in (*_UNREACHABLE, "No module named pip")):
         pytest.skip(f"cannot install {' '.join(requirements)}: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
