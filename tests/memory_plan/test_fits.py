@@ -1,7 +1,9 @@
 """Plans at full size: the requirements of the original system, and smaller GPUs."""
 
+import jax.numpy as jnp
 import pytest
 
+import sharding
 from sharding import MeshShape
 from sphinx_jax.config import preset
 from sphinx_jax.hardware import find_gpu
@@ -9,25 +11,11 @@ from sphinx_jax.memory_plan import inference as inference_module
 from sphinx_jax.memory_plan.inference import inference_plan
 from sphinx_jax.memory_plan.jobs import compile_jobs
 from sphinx_jax.memory_plan.mesh_sweep import inference_meshes
+from sphinx_jax.model import SphinxMoE
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 GIB = 2**30
-
-
-@pytest.fixture
-def plan_of(needs_gpu_compiler, monkeypatch):
-    """(GPU, mesh, job) -> the plan of SPHINX-MoE for which that job alone is compiled: all of them take minutes."""
-
-    def plan(gpu, shape, job):
-        def compile_one(jobs, mesh):
-            return compile_jobs([one for one in jobs if one.name == job], mesh)
-
-        monkeypatch.setattr(inference_module, "compile_jobs", compile_one)
-        options = {"dtype": "bfloat16", "max_num_seqs": 1, "max_model_len": 4096}
-        return inference_plan("sphinx-moe-1k", preset("sphinx-moe-1k"), find_gpu(gpu), shape, **options)
-
-    return plan
 
 
 def assert_fits(plan, num_gpus):
@@ -45,20 +33,32 @@ def test_eight_small_gpus(inference, gpu):
     assert_fits(plan, 8)
 
 
-def test_two_large_gpus(plan_of):
-    """The original needs as many. A later chunk of a prompt needs as much memory as any other program."""
-    plan = plan_of("a100-80gb", MeshShape(tensor=2), "chunked prefill")
+def test_two_large_gpus(needs_gpu_compiler, monkeypatch):
+    """The original needs as many. A later chunk of a prompt needs as much memory as any other program, and is compiled
+    alone: all of them take minutes.
+    """
+
+    def compile_one(jobs, mesh):
+        return compile_jobs([job for job in jobs if job.name == "chunked prefill"], mesh)
+
+    monkeypatch.setattr(inference_module, "compile_jobs", compile_one)
+    config, shape = preset("sphinx-moe-1k"), MeshShape(tensor=2)
+    plan = inference_plan(
+        "sphinx-moe-1k", config, find_gpu("a100-80gb"), shape, dtype="bfloat16", max_num_seqs=1, max_model_len=4096
+    )
     assert [program.name for program in plan.programs] == ["chunked prefill"]
     assert_fits(plan, 2)
 
 
-def test_four_small_gpus_are_too_few(plan_of):
-    """The decode step, which needs the least memory, does not fit on 4 x 24 GB."""
-    plan = plan_of("rtx3090", MeshShape(tensor=4), "decode step")
-    assert [program.name for program in plan.programs] == ["decode step"]
-    assert sum(plan.parameters.values()) == pytest.approx(2 * 50_103_211_392 / 4, rel=1e-3)
-    assert not plan.fits
-    assert plan.per_device["total_bytes"] > plan.gpu.pool_bytes
+def test_four_small_gpus_are_too_few():
+    """The weights alone do not fit on 4 x 24 GB."""
+    mesh, config = sharding.make_mesh(tensor=4), preset("sphinx-moe-1k")
+    _, params = sharding.abstract_params(
+        lambda rngs: SphinxMoE(config, unstacked=True, rngs=rngs), mesh, dtype=jnp.bfloat16
+    )
+    needed = sharding.bytes_per_device(params)
+    assert needed == pytest.approx(2 * 50_103_211_392 / 4, rel=1e-3)
+    assert needed > find_gpu("rtx3090").pool_bytes
 
 
 def test_decode_step_on_eight_gpus(inference):
