@@ -48,5 +48,5 @@ def run(packages: Path, argv: Sequence[object], given: str = "", folder: Path | 
         said, complaints = process.communicate(given, timeout=INSTALL_SECONDS)
     finally:
         process.kill()
-    assert process.returncode == 0, complaints
+    assert process.returncode == 0, said + complaints
     return said
