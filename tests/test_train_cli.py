@@ -190,7 +190,6 @@ def test_invalid_data_is_one_sentence_and_overwrites_nothing(run, tmp_path, caps
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.optimized
 def test_own_labels(tmp_path, capsys):
     """The example: a labelled image set learned to 90 %, one unreadable image skipped."""
     file = Path(__file__).parents[1] / "examples" / "own_labels.py"
