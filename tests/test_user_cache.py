@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from sphinx_jax.cli.common import enable_compilation_cache
-from sphinx_jax.kernels import native_matvec
+from sphinx_jax.kernels import native_library
 from sphinx_jax.user_cache import cache_directory
 
 
@@ -46,5 +46,5 @@ def test_commands_cache_nothing_without_a_home(no_home, not_cached):
 
 def test_products_run_in_loops_without_a_home(no_home, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "c++")
-    assert not native_matvec._load.__wrapped__()
+    assert not native_library._load.__wrapped__()
     assert "no home directory" in caplog.text and "set XDG_CACHE_HOME" in caplog.text

@@ -80,15 +80,15 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def kv_bucket(n: int, cache_len: int, copies: bool) -> int:
+def kv_bucket(n: int, cache_len: int, slice_cost: int | None) -> int:
     """Cache positions that decode steps read for sequences of up to `n`: the least of 256, 512, 1,024, ... that is `n`
     or more and less than `cache_len`, or else all of it.
 
-    `copies`: the platform copies a part of the cache before it reads it: read, write and read again. More than a third
-    of the cache is read faster where it is.
+    `slice_cost` is `kernels.attention.kv_slice_cost`: of what costs three passes, a part of more than a third is slower
+    than all.
     """
     size = max(power_of_two(n), MIN_KV_LEN)
-    return size if size * (3 if copies else 1) <= cache_len else cache_len
+    return size if slice_cost is not None and size * slice_cost <= cache_len else cache_len
 
 
 def prefill_tokens(mesh: Mesh) -> int:

@@ -38,7 +38,7 @@ from sphinx_jax.inference.programs import Programs, StateShape
 from sphinx_jax.inference.prompt_logprobs import PromptLogprobs, padded, unpadded
 from sphinx_jax.inference.requests import PreparedImage, Request
 from sphinx_jax.inference.stop_strings import stop_table
-from sphinx_jax.kernels.attention import copies_kv_slices
+from sphinx_jax.kernels.attention import kv_slice_cost
 from sphinx_jax.lora_params import num_ranks
 from sphinx_jax.quantization import has_quantized
 
@@ -96,7 +96,8 @@ class Engine:
             )
         self.config, self.tokenizer, self.mesh, self.max_model_len = config, tokenizer, mesh, max_model_len
         self.params, self.prefill_tokens = params, prefill_tokens(mesh)
-        self.copies_kv_slices = copies_kv_slices(mesh.devices.flat[0].platform)
+        with sharding.mesh_context(mesh):
+            self.kv_slice_cost = kv_slice_cost()
         self.groups = sharding.num_shards("batch", mesh)
         """Data-parallel groups of devices, each with batch slots of its own."""
         dtype = params["language"]["embedding"]["table"].dtype

@@ -124,6 +124,6 @@ def compile_alone(engine: Engine, request: Request) -> None:
     shape = StateShape(engine.round_up(1), bucket(engine.positions_needed(request)))
     prompt_len = engine.prompt_len(request)
     longest = min(prompt_len + request.params.max_new_tokens, engine.max_model_len)
-    kv_lens = {kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in range(prompt_len + 1, longest + 1)}
+    kv_lens = {kv_bucket(n, shape.cache_len, engine.kv_slice_cost) for n in range(prompt_len + 1, longest + 1)}
     specs = [*rehearse(engine, shape, [request]), *map(Decode, sorted(kv_lens))]
     compile_specs(engine, shape, list(dict.fromkeys(specs)))

@@ -376,7 +376,7 @@ class Scheduler:
         chunk = min(BATCHES[-1] * self._engine.groups, max(1, self.shape.num_seqs // 4))
         until = max(0, len(self._running) - chunk) if self._waiting else 0
         longest = max(self._cache_filled(sequence) for sequence in self._running.values())
-        kv_len = kv_bucket(longest + num_steps, self.shape.cache_len, self._engine.copies_kv_slices)
+        kv_len = kv_bucket(longest + num_steps, self.shape.cache_len, self._engine.kv_slice_cost)
         cancelled = np.zeros(self.shape.num_seqs, bool)
         cancelled[list(self._cancelled)] = True
         self._cancelled.clear()

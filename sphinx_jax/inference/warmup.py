@@ -52,7 +52,7 @@ def _prefills(engine: Engine, shape: StateShape, chunks: ChunkSizes) -> Iterator
 
 def _decodes(engine: Engine, shape: StateShape) -> Iterator[Decode]:
     filled = range(1, shape.cache_len + 1)
-    yield from map(Decode, sorted({kv_bucket(n, shape.cache_len, engine.copies_kv_slices) for n in filled}))
+    yield from map(Decode, sorted({kv_bucket(n, shape.cache_len, engine.kv_slice_cost) for n in filled}))
 
 
 def compile_all(

@@ -1,5 +1,6 @@
 """Grouped-query attention: one function, its implementation chosen by platform, mask and sizes.
 
+- `native`: one query per sequence on one CPU, in C++; what is filled of the KV cache is read (`native_attention`).
 - `decode`: one query per sequence; keys and values of the KV cache are read in place.
 - `flash`: Pallas kernels for Hopper GPUs and `Causal` masks; no scores in memory (`attention_flash`).
 - `cudnn`: cuDNN's fused attention on Ampere, Ada and Blackwell GPUs, for `Causal` masks from position 0; no scores in
@@ -23,10 +24,12 @@ from sharding.log_once import log_once
 from sphinx_jax.kernels import attention_flash
 from sphinx_jax.kernels.attention_blockwise import blockwise_attention
 from sphinx_jax.kernels.attention_mask import Causal, Mask, dense_mask
+from sphinx_jax.kernels.native_attention import attends_natively, native_decode_attention
+from sphinx_jax.kernels.native_library import has_native_kernels
 
 log = logging.getLogger(__name__)
 
-Implementation = Literal["decode", "flash", "cudnn", "dense", "blockwise"]
+Implementation = Literal["native", "decode", "flash", "cudnn", "dense", "blockwise"]
 
 Queries = Float[Array, "batch q_len kv_heads group head_dim"]
 Keys = Float[Array, "batch kv_len kv_heads head_dim"]
@@ -57,13 +60,16 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
 
     Scores and softmax are float32. Keys and values are never repeated: the group is a dimension of the query alone.
     """
+    if q.shape[1] == 1 and isinstance(mask, Causal) and mask.start is not None and attends_natively(q, k):
+        _log_implementation(q, "native")
+        return native_decode_attention(q[:, 0], k, v, mask.start + 1)[:, None]
     is_slice = isinstance(mask, Causal) and mask.kv_len is not None and mask.kv_len < k.shape[1]
     if isinstance(mask, Causal) and mask.kv_len is not None:
         k, v, mask = k[:, : mask.kv_len], v[:, : mask.kv_len], Causal(mask.start)
     if q.shape[1] == 1:
         _log_implementation(q, "decode")
         function = _decode_attention
-        if is_slice and not copies_kv_slices(sharding.platform()):
+        if is_slice and kv_slice_cost() == 1:
             function = _decode_attention_of_slice
         decode = sharded_map(function, (_QUERY_AXES, _KEY_AXES, _KEY_AXES, _MASK_AXES), _QUERY_AXES, ())
         return decode(q, k, v, dense_mask(mask, 1, k.shape[1]))
@@ -81,9 +87,15 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
     return sharded_map(_local_dense_or_blockwise, in_axes, _QUERY_AXES, ())(q, k, v, mask)
 
 
-def copies_kv_slices(platform: str) -> bool:
-    """Whether decode steps on `platform` copy the first positions of a longer KV cache before they read them."""
-    return platform == "cpu"
+def kv_slice_cost() -> int | None:
+    """How many times decode steps pass over the part of a KV cache that they are to read (`Causal.kv_len`).
+
+    GPUs read it in place. XLA:CPU copies it first: it is read, written and read again. None: no program for a part is
+    needed, as one for all of the cache reads what is filled.
+    """
+    if sharding.platform() != "cpu":
+        return 1
+    return None if has_native_kernels() else 3
 
 
 def _log_implementation(q: Queries, implementation: Implementation) -> None:

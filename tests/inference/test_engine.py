@@ -268,10 +268,11 @@ def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
 
 def test_decode_steps_read_a_bucket_or_the_whole_cache():
     lengths = 1, 256, 257, 1024, 1025, 2048, 2049, 4000
-    assert [kv_bucket(n, 4096, True) for n in lengths] == [256, 256, 512, 1024, 4096, 4096, 4096, 4096]
-    assert [kv_bucket(n, 4096, False) for n in lengths] == [256, 256, 512, 1024, 2048, 2048, 4096, 4096]
-    for cache_len, copies in itertools.product((64, 700, 6144), (True, False)):
-        sizes = [(n, kv_bucket(n, cache_len, copies)) for n in range(1, 6145, 7)]
+    assert [kv_bucket(n, 4096, 3) for n in lengths] == [256, 256, 512, 1024, 4096, 4096, 4096, 4096]
+    assert [kv_bucket(n, 4096, 1) for n in lengths] == [256, 256, 512, 1024, 2048, 2048, 4096, 4096]
+    assert [kv_bucket(n, 4096, None) for n in lengths] == [4096] * len(lengths)
+    for cache_len, slice_cost in itertools.product((64, 700, 6144), (3, 1, None)):
+        sizes = [(n, kv_bucket(n, cache_len, slice_cost)) for n in range(1, 6145, 7)]
         assert all(min(n, cache_len) <= size <= cache_len for n, size in sizes)
 
 

@@ -109,10 +109,12 @@ def test_chunk(chunk_attention, length):
     assert relative_error(attend_from(start, q, k, v), chunk_attention(start, q, k, v)) < 1e-6
 
 
-@pytest.mark.parametrize("copies", [True, False])
-def test_decode_of_a_part_of_the_cache(chunk_attention, monkeypatch, copies):
-    """Read in place, as on GPUs, or not: what is past the part is not read, whatever it holds."""
-    monkeypatch.setitem(attention.__globals__, "copies_kv_slices", lambda platform: copies)
+@pytest.mark.parametrize("slice_cost", [1, 3, None])
+def test_decode_of_a_part_of_the_cache(chunk_attention, monkeypatch, slice_cost):
+    """Read in place, as on GPUs, copied, or in C++: what is past the part is not read, whatever it holds."""
+    if slice_cost is not None:
+        monkeypatch.setitem(attention.__globals__, "attends_natively", lambda q, k: False)
+        monkeypatch.setitem(attention.__globals__, "kv_slice_cost", lambda: slice_cost)
     start = np.array([0, 5, 14])
     q, k, v, _, _ = draw_chunk(jnp.float32, start, 1, 40)
     filled = jnp.arange(40)[:, None, None] < 16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.kernels import native_matvec
+from sphinx_jax.kernels import native_library, native_matvec
 from sphinx_jax.kernels.linear import gathered_matvecs, matmul, matvec
 
 
@@ -40,7 +40,7 @@ def test_gradients_with_many_dimensions_match_einsum():
 
 
 def test_gathered_matvec_is_one_kernel_on_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(native_matvec, "has_library", lambda: False)
+    monkeypatch.setattr(native_library, "has_library", lambda: False)
     shapes = (1, 512), (8, 512, 2, 1024)
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     program = jax.jit(gathered_matvecs).lower(x, w, jax.ShapeDtypeStruct((1,), jnp.int32))

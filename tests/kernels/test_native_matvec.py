@@ -1,7 +1,4 @@
-"""Products of the compiled library against float64, and what happens where it cannot be compiled."""
-
-import logging
-import shutil
+"""Products of the compiled library against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +6,7 @@ import numpy as np
 import pytest
 
 import sharding
-from sphinx_jax.kernels import native_matvec
+from sphinx_jax.kernels import native_library, native_matvec
 from sphinx_jax.kernels.linear import dot, gathered_matvecs, matmul
 from sphinx_jax.kernels.moe import moe_ffn
 from sphinx_jax.kernels.quantized import quantize
@@ -22,8 +19,8 @@ def runs(request, monkeypatch):
     """The products in C++, and XLA's loops for a machine without a compiler."""
     monkeypatch.setattr(native_matvec, "MIN_BYTES", 0)
     if request.param == "loops":
-        monkeypatch.setattr(native_matvec, "has_library", lambda: False)
-    elif not native_matvec.has_library():
+        monkeypatch.setattr(native_library, "has_library", lambda: False)
+    elif not native_library.has_library():
         pytest.skip("needs a C++ compiler: apt-get install g++")
     return request.param
 
@@ -69,7 +66,7 @@ def test_projections_of_few_tokens(runs, kind, product, tokens):
 )
 def test_experts_of_few_tokens(monkeypatch, kind, tokens, calls):
     monkeypatch.setattr(native_matvec, "MIN_BYTES", 0)
-    if not native_matvec.has_library():
+    if not native_library.has_library():
         pytest.skip("needs a C++ compiler: apt-get install g++")
     (w_in, exact_in), (w_out, exact_out) = stack_of(kind, 64, (2, 32)), stack_of(kind, 32, (64,))
     random = np.random.default_rng(0)
@@ -88,7 +85,7 @@ def test_experts_of_few_tokens(monkeypatch, kind, tokens, calls):
 
 @pytest.mark.parametrize(("devices", "width", "calls"), [(1, 2048, 1), (1, 64, 0), (2, 2048, 0)])
 def test_large_matrices_of_one_device_are_read_by_the_library(devices, width, calls):
-    if not native_matvec.has_library():
+    if not native_library.has_library():
         pytest.skip("needs a C++ compiler: apt-get install g++")
     x, w, index = jnp.ones((1, 512)), jax.ShapeDtypeStruct((8, 512, width), jnp.float32), jnp.zeros(1, jnp.int32)
     with sharding.mesh_context(sharding.make_mesh(tensor=devices, devices=jax.devices()[:devices])):
@@ -96,45 +93,3 @@ def test_large_matrices_of_one_device_are_read_by_the_library(devices, width, ca
         program = jax.jit(lambda *args: gathered_matvecs(*args)).lower(x, w, index).compile()
     assert (program.as_text() or "").count('custom_call_target="sphinx_matvec"') == calls
     assert devices > 1 or program.memory_analysis().temp_size_in_bytes < 512 * 2048
-
-
-@pytest.fixture
-def load(monkeypatch, tmp_path):
-    """Load the library as a new process would, with a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: None)
-    return native_matvec._load.__wrapped__
-
-
-def test_without_a_compiler(load, monkeypatch, caplog):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-    with caplog.at_level(logging.INFO):
-        assert not load()
-    assert "no C++ compiler" in caplog.text and "apt-get install g++" in caplog.text
-
-
-def test_a_compiler_that_fails(load, monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("CXX", "sh -c 'echo nothing works >&2; exit 1'")
-    assert not load()
-    assert "nothing works" in caplog.text and not list((tmp_path / "cache").rglob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written(load, monkeypatch, caplog, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    monkeypatch.setenv("CXX", "c++")
-    assert not load()
-    assert str(tmp_path / "cache") in caplog.text and "set XDG_CACHE_HOME" in caplog.text
-
-
-def test_the_library_is_compiled_once(load, monkeypatch, tmp_path):
-    compiler = next(filter(None, map(shutil.which, native_matvec.COMPILERS)), None)
-    if compiler is None:
-        pytest.skip("needs a C++ compiler: apt-get install g++")
-    script = tmp_path / "compiler"
-    script.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec {compiler} "$@"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    assert load() and load()
-    assert (tmp_path / "calls").read_text() == "called\n"
-    assert [path.suffix for path in (tmp_path / "cache" / "sphinx-jax").iterdir()] == [".so"]

@@ -1,0 +1,128 @@
+// What the kernels for one CPU share: stored weights as numbers, weighted sums of rows, and threads.
+
+#ifndef SPHINX_JAX_NATIVE_COMMON_H_
+#define SPHINX_JAX_NATIVE_COMMON_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kRows = 8;  // Rows added to a sum between its load and its store.
+constexpr int64_t kBytesPerThread = 1 << 19;  // For less, a thread of the pool wakes too late.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float ToFloat(BFloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Each kind of weights: how they are stored, how many outputs a stored value holds, and output `i` of a value.
+
+struct Float32 {
+  using Stored = float;
+  static constexpr bool kQuantized = false;
+  static constexpr int kOutputs = 1;
+  static float Output(Stored w, int) { return w; }
+};
+
+struct Bf16 {
+  using Stored = BFloat16;
+  static constexpr bool kQuantized = false;
+  static constexpr int kOutputs = 1;
+  static float Output(Stored w, int) { return ToFloat(w); }
+};
+
+struct Int8 {
+  using Stored = int8_t;
+  static constexpr bool kQuantized = true, kHasSteps = false;
+  static constexpr int kOutputs = 1;
+  static float Output(Stored w, int) { return static_cast<int32_t>(w); }
+};
+
+// The first output is in the low four bits, both are in two's complement.
+struct Int4 {
+  using Stored = int8_t;
+  static constexpr bool kQuantized = true, kHasSteps = true;
+  static constexpr int kOutputs = 2;
+  static float Output(Stored w, int i) {
+    return i ? w >> 4 : static_cast<int32_t>(static_cast<uint32_t>(w) << 28) >> 28;
+  }
+};
+
+// sums[column] += sum over rows of x[row] times output `i` of w[row][column]. Rows of `w` are `width` values apart.
+//
+// The compiler makes vectors of the columns: no sum is reordered.
+template <typename Kind, int64_t rows, int i>
+void AddOutput(const float* x, const typename Kind::Stored* __restrict w, int64_t width, int64_t columns,
+               float* __restrict sums) {
+  for (int64_t column = 0; column < columns; ++column) {
+    float sum = sums[column];
+#pragma GCC unroll 8
+    for (int64_t row = 0; row < rows; ++row) sum += x[row] * Kind::Output(w[row * width + column], i);
+    sums[column] = sum;
+  }
+}
+
+// The same for all outputs of a value. sums[kOutputs][columns].
+template <typename Kind, int64_t rows>
+void AddRows(const float* x, const typename Kind::Stored* w, int64_t width, int64_t columns, float* sums) {
+  AddOutput<Kind, rows, 0>(x, w, width, columns, sums);
+  if constexpr (Kind::kOutputs == 2) AddOutput<Kind, rows, 1>(x, w, width, columns, sums + columns);
+}
+
+// The same for any number of rows.
+template <typename Kind>
+void AddRows(const float* x, const typename Kind::Stored* w, int64_t rows, int64_t width, int64_t columns,
+             float* sums) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) AddRows<Kind, kRows>(x + row, w + row * width, width, columns, sums);
+  for (; row < rows; ++row) AddRows<Kind, 1>(x + row, w + row * width, width, columns, sums);
+}
+
+// The number of threads that are worth waking to read so many bytes.
+inline int64_t NumThreads(const ffi::ThreadPool& pool, int64_t bytes) {
+  return std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max<int64_t>(pool.num_threads(), 1));
+}
+
+// Calls work(0), ..., work(count - 1) in this thread and in those of the pool that come in time.
+//
+// A thread of the pool that starts late finds nothing left: this call only waits for work that has been begun, so
+// programs that run at the same time and share the pool do not wait for each other.
+template <typename Work>
+void ForEach(ffi::ThreadPool& pool, int64_t count, int64_t num_threads, Work work) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto run = [shared, count, work] {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
+      work(i);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 1; i < std::min(num_threads, count); ++i) {
+    auto task = run;
+    pool.Schedule(std::move(task));
+  }
+  run();
+  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+}  // namespace
+
+#endif  // SPHINX_JAX_NATIVE_COMMON_H_
