@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (out_dim,), names[1:], nnx.initializers.zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        y = matmul(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -101,8 +101,9 @@ class CheckpointReader:
         }
         for path in leaves.keys() | self._matched.keys():
             filled = sum(math.prod(mapping.shape) for mapping, _ in self._matched.get(path, []))
-            padding = vocab_padding(source.config.language, path)
-            if path not in leaves or filled != leaves[path].size - padding:
+            shape = leaves[path].shape if path in leaves else ()
+            padding = vocab_padding(source.config.language, path, shape)
+            if path not in leaves or filled != math.prod(shape) - padding:
                 raise ValueError(f"the {source.format} layout does not fill {path}: {filled} numbers")
             if padding:
                 self._padded_paths.add(path)

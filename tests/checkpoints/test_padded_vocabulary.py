@@ -124,6 +124,28 @@ def test_resaved_model_has_no_padding(params, tokenizer_bytes, tmp_path):
     assert tensors["lm_head.weight"].shape == (VOCAB, 32)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_head(params, tokenizer_bytes, tmp_path, kind):
+    """Integers and scales of the vocabulary alone are stored, whichever way the checkpoint is written."""
+    checkpoints.save(tmp_path / "model", CONFIG, params, tokenizer_bytes)
+    mesh = sharding.make_mesh(data=2, expert=4)
+    model = sphinx_jax.load(tmp_path / "model", mesh, quantize=kind)
+    head = model.engine.params["language"]["head"]["kernel"]
+    original = np.asarray(params["language"]["head"]["kernel"])[:, :VOCAB]
+    error = np.abs(np.asarray(head.astype(jnp.float32))[:, :VOCAB] - original).max(axis=0)
+    # Half a step; a step is rounded to bfloat16.
+    assert np.all(error <= np.abs(original).max(axis=0) / 127 * 0.5 * (1 + 2**-8))
+    model.save(tmp_path / "saved")
+    checkpoints.convert(tmp_path / "model", tmp_path / "converted", "native", quantize=kind)
+    for path in (tmp_path / "saved", tmp_path / "converted"):
+        stored = checkpoints.open(path).shards[0]
+        assert stored["language.head.kernel.values"].shape == (32, VOCAB)
+        assert stored["language.head.kernel.scales"].shape == (1, VOCAB)
+        loaded = sphinx_jax.load(path, mesh).engine.params["language"]["head"]["kernel"]
+        jax.tree.map(np.testing.assert_array_equal, loaded, head)
+        assert not np.asarray(loaded.values)[:, VOCAB:].any()
+
+
 def test_accessory_shards_must_divide_the_vocabulary(params, tokenizer_bytes, tmp_path):
     with pytest.raises(sphinx_jax.UserError, match="--shards 2 does not divide the vocabulary, 307"):
         checkpoints.save(tmp_path / "out", CONFIG, params, tokenizer_bytes, "accessory", 2)

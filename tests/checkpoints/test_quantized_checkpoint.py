@@ -176,6 +176,6 @@ def test_another_layout_is_refused(stored, tmp_path):
     assert "a layout that this program does not read" in refused(quantized={"dtype": ["int4"]})
     assert "contradict each other" in refused(version=1)
     assert "contradict each other" in refused(quantized=None)
-    for version in (2, 3):
+    for version in (2, 3, 4):
         assert "convert the unquantized checkpoint again" in refused(version=version)
-    assert "reads versions 1 and 4" in refused(version=99)
+    assert "reads versions 1 and 5" in refused(version=99)

@@ -18,7 +18,7 @@ from sphinx_jax.quantization import abstract_quantized, abstract_quantized_param
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.55), ("int4", 0.34)])
 def test_bytes_of_the_real_model(kind, most):
-    """Encoders, embedding and head included, which stay as they are; on 8 devices each holds its eighth."""
+    """Encoders and embedding included, which stay as they are; on 8 devices each holds its eighth."""
     mesh = sharding.make_mesh(tensor=8)
     _, params = sharding.abstract_params(
         lambda rngs: SphinxMoE(preset("sphinx-moe"), unstacked=True, rngs=rngs), mesh, dtype=jnp.bfloat16

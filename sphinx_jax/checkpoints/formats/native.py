@@ -6,6 +6,7 @@ either way. Of a quantized parameter each array is stored, under the parameter's
 what they are quantized to, and the layers are unstacked.
 """
 
+import functools
 import gc
 import itertools
 import os
@@ -34,8 +35,8 @@ from sphinx_jax.kernels.quantized import GROUP_SIZE, Quantized, QuantizedDtype
 from sphinx_jax.quantization import quantized as to_quantized
 from sphinx_jax.quantization import quantized_dtype
 
-_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 4
-_OLD_QUANTIZED_VERSIONS = (2, 3)
+_FORMAT, _VERSION, _QUANTIZED_VERSION = "sphinx-jax", 1, 5
+_OLD_QUANTIZED_VERSIONS = (2, 3, 4)
 _LAYERS = ("language", "layers")
 
 # Of a dict in the metadata of a tree, as Orbax numbers the kinds of keys.
@@ -168,7 +169,7 @@ def _without_padding(config: SphinxConfig, params: Params) -> Params:
         index = vocab_index(config.language, path)
         leaf = params["language"].get(module, {}).get(name)
         if index and leaf is not None:
-            unpadded = _slice_replicated(index, leaf)
+            unpadded = jax.tree.map(functools.partial(_slice_replicated, index), leaf)
             params = {**params, "language": {**params["language"], module: {name: unpadded}}}
     return params
 

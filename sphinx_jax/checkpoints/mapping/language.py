@@ -14,6 +14,7 @@ Five styles hold the same numbers:
 Published matrices are [out, in], parameters [in, ..., out].
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -27,15 +28,19 @@ EMBEDDING, HEAD = ("language", "embedding", "table"), ("language", "head", "kern
 
 
 def vocab_index(config: DecoderConfig, path: tuple[str | int, ...]) -> Index:
-    """The index that selects what files hold of the parameter at `path`: all but the padding of the vocabulary."""
-    if path not in (EMBEDDING, HEAD) or config.padded_vocab_size == config.vocab_size:
+    """The index that selects what files hold of the array at `path`: all but the padding of the vocabulary.
+
+    The path is that of a parameter, or of one of the arrays of a quantized one.
+    """
+    param = path[: len(HEAD)]
+    if param not in (EMBEDDING, HEAD) or config.padded_vocab_size == config.vocab_size:
         return ()
     tokens = slice(0, config.vocab_size)
-    return (tokens,) if path == EMBEDDING else (ALL, tokens)
+    return (tokens,) if param == EMBEDDING else (ALL, tokens)
 
 
 def unpadded_shape(config: DecoderConfig, path: tuple[str | int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that files hold of the parameter of `shape` at `path`."""
+    """The shape that files hold of the array of `shape` at `path`."""
     index = vocab_index(config, path)
     return tuple(
         len(range(size)[index[i]]) if i < len(index) else size  # pyright: ignore[reportArgumentType]
@@ -43,9 +48,9 @@ def unpadded_shape(config: DecoderConfig, path: tuple[str | int, ...], shape: tu
     )
 
 
-def vocab_padding(config: DecoderConfig, path: tuple[str | int, ...]) -> int:
-    """Elements of the parameter at `path` that are padding of the vocabulary."""
-    return (config.padded_vocab_size - config.vocab_size) * config.dim if path in (EMBEDDING, HEAD) else 0
+def vocab_padding(config: DecoderConfig, path: tuple[str | int, ...], shape: tuple[int, ...]) -> int:
+    """Elements of the array of `shape` at `path` that are padding of the vocabulary."""
+    return math.prod(shape) - math.prod(unpadded_shape(config, path, shape))
 
 
 Style = Literal["sparse", "base", "mistral_sparse", "hugging_face", "hugging_face_fused"]
