@@ -1,8 +1,8 @@
 // Attention of one query for each sequence on a CPU, accumulated in float32; the KV cache is read in place.
 //
 // XLA:CPU multiplies each query by the keys of all heads, to the end of the cache, with one thread.
-// Here threads share parts of the sequences, and read what is filled, each part once and in order. The parts, and so the
-// results, do not depend on the number of threads.
+// Here threads share parts of the sequences, and read what is filled, each part once and in order. The parts, and so
+// the results, do not depend on the number of threads.
 
 #ifndef SPHINX_JAX_NATIVE_ATTENTION_H_
 #define SPHINX_JAX_NATIVE_ATTENTION_H_
@@ -60,7 +60,7 @@ inline float Dot(const float* x, const typename Kind::Stored* y, int64_t length)
   std::memcpy(halves, &sums, sizeof sums);
   halves[0] += halves[1];
   float sum = (halves[0][0] + halves[0][2]) + (halves[0][1] + halves[0][3]);
-  for (; i < length; ++i) sum += x[i] * Kind::Output(y[i], 0);
+  for (; i < length; ++i) sum += x[i] * Kind::Number(y[i]);
   return sum;
 }
 
@@ -185,7 +185,8 @@ void AttendAll(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
   }
   std::vector<float> partials(parts.size() * shape.PartialSize());
   const float* queries = q.typed_data();
-  const auto *keys = static_cast<const Stored*>(k.untyped_data()), *values = static_cast<const Stored*>(v.untyped_data());
+  const auto* keys = static_cast<const Stored*>(k.untyped_data());
+  const auto* values = static_cast<const Stored*>(v.untyped_data());
   int64_t size = shape.Heads() * shape.dim;
   // A thread that comes too late copies these pointers, and does not use them.
   ForEach(pool, static_cast<int64_t>(parts.size()), NumThreads(pool, bytes),

@@ -31,58 +31,30 @@ inline float ToFloat(BFloat16 x) {
   return value;
 }
 
-// Each kind of weights: how they are stored, how many outputs a stored value holds, and output `i` of a value.
+// Each kind of weights: how they are stored, and a stored value as a number.
 
 struct Float32 {
   using Stored = float;
-  static constexpr bool kQuantized = false;
-  static constexpr int kOutputs = 1;
-  static float Output(Stored w, int) { return w; }
+  static float Number(Stored w) { return w; }
 };
 
 struct Bf16 {
   using Stored = BFloat16;
-  static constexpr bool kQuantized = false;
-  static constexpr int kOutputs = 1;
-  static float Output(Stored w, int) { return ToFloat(w); }
+  static float Number(Stored w) { return ToFloat(w); }
 };
 
-struct Int8 {
-  using Stored = int8_t;
-  static constexpr bool kQuantized = true, kHasSteps = false;
-  static constexpr int kOutputs = 1;
-  static float Output(Stored w, int) { return static_cast<int32_t>(w); }
-};
-
-// The first output is in the low four bits, both are in two's complement.
-struct Int4 {
-  using Stored = int8_t;
-  static constexpr bool kQuantized = true, kHasSteps = true;
-  static constexpr int kOutputs = 2;
-  static float Output(Stored w, int i) {
-    return i ? w >> 4 : static_cast<int32_t>(static_cast<uint32_t>(w) << 28) >> 28;
-  }
-};
-
-// sums[column] += sum over rows of x[row] times output `i` of w[row][column]. Rows of `w` are `width` values apart.
+// sums[column] += sum over rows of x[row] times w[row][column]. Rows of `w` are `width` values apart.
 //
 // The compiler makes vectors of the columns: no sum is reordered.
-template <typename Kind, int64_t rows, int i>
-void AddOutput(const float* x, const typename Kind::Stored* __restrict w, int64_t width, int64_t columns,
-               float* __restrict sums) {
+template <typename Kind, int64_t rows>
+void AddRows(const float* x, const typename Kind::Stored* __restrict w, int64_t width, int64_t columns,
+             float* __restrict sums) {
   for (int64_t column = 0; column < columns; ++column) {
     float sum = sums[column];
 #pragma GCC unroll 8
-    for (int64_t row = 0; row < rows; ++row) sum += x[row] * Kind::Output(w[row * width + column], i);
+    for (int64_t row = 0; row < rows; ++row) sum += x[row] * Kind::Number(w[row * width + column]);
     sums[column] = sum;
   }
-}
-
-// The same for all outputs of a value. sums[kOutputs][columns].
-template <typename Kind, int64_t rows>
-void AddRows(const float* x, const typename Kind::Stored* w, int64_t width, int64_t columns, float* sums) {
-  AddOutput<Kind, rows, 0>(x, w, width, columns, sums);
-  if constexpr (Kind::kOutputs == 2) AddOutput<Kind, rows, 1>(x, w, width, columns, sums + columns);
 }
 
 // The same for any number of rows.

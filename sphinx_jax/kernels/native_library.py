@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
 
-HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("common", "matvec", "attention"))
+HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("common", "integers", "matvec", "attention"))
 
 COMPILERS = "c++", "g++", "clang++"
 

@@ -1,34 +1,79 @@
 // Matrix-vector products on a CPU: y[i] = x[i] @ w[index[i]], accumulated in float32; the stored weights are read once.
 //
 // XLA:CPU copies a matrix out of its stack before a product, or sums its rows in a loop of one thread.
-// Here threads share the columns. Each output is the sum over its rows in order, whatever the number of threads is.
+// Here threads share tiles of some rows and columns: long pieces of rows, which the CPU fetches ahead. The tiles, and
+// so the results, do not depend on the number of threads.
 
 #ifndef SPHINX_JAX_NATIVE_MATVEC_H_
 #define SPHINX_JAX_NATIVE_MATVEC_H_
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "native_common.h"
+#include "native_integers.h"
 
 namespace {
 
-constexpr int64_t kChunksPerThread = 4;
-constexpr int64_t kMinColumns = 64;  // A cache line of the smallest weights.
+constexpr int64_t kTileBytes = 2048;  // Of a row.
+constexpr int64_t kMaxParts = 8;  // Of the rows: each has sums of its own, which are added up at the end.
 
 struct Arguments {
   int64_t num_rows, width, num_outputs;  // Of a matrix: `width` stored values in a row.
-  const void* values;
+  const void* values = nullptr;
   // Of quantized weights [matrix, number of groups, num_outputs]; steps and zeros of int4 alone.
   int64_t num_scales = 1, num_steps = 1;
   const BFloat16* scales = nullptr;
   const int8_t* steps = nullptr;
   const int8_t* zeros = nullptr;
+
+  int64_t NumGroups() const { return std::max(num_scales, num_steps); }
+  int64_t GroupRows() const { return num_rows / NumGroups(); }
 };
 
-// y += the sums of a group of rows, as numbers instead of integers. `x_sum` is the sum of the group's inputs.
+// The rows of a part: whole groups, or whole blocks of a group.
+inline int64_t PartRows(const Arguments& a) {
+  int64_t rows = (a.num_rows + kMaxParts * kBlock - 1) / (kMaxParts * kBlock) * kBlock, group = a.GroupRows();
+  return group < rows ? rows / group * group : rows;
+}
+
+// The inputs of a product: numbers, and for quantized weights as integers.
+struct Inputs {
+  const float* numbers;
+  const Rounded* rounded;
+};
+
+// Rows and columns of a matrix.
+struct Tile {
+  int64_t matrix, first_row, rows, first_column, columns;
+};
+
+// y[columns of the tile] = x @ tile.
+template <typename Kind>
+void Multiply(const Arguments& a, const Inputs& x, const Tile& tile, float* y) {
+  const auto* w = static_cast<const typename Kind::Stored*>(a.values) +
+                  (tile.matrix * a.num_rows + tile.first_row) * a.width + tile.first_column;
+  y += tile.first_column;
+  std::fill(y, y + tile.columns, 0.0f);
+  AddRows<Kind>(x.numbers + tile.first_row, w, tile.rows, a.width, tile.columns, y);
+}
+
+// sums[outputs of a value][column] = inputs times rows, which are in one group, from the integers of its blocks.
+template <typename Kind>
+void SumBlocks(const Rounded& x, int64_t first_row, int64_t rows, const typename Kind::Stored* w, int64_t width,
+               int64_t columns, std::vector<int32_t>& integers, std::vector<float>& sums) {
+  std::fill(sums.begin(), sums.end(), 0.0f);
+  for (int64_t row = 0; row < rows; row += kBlock) {
+    std::fill(integers.begin(), integers.end(), 0);
+    AddIntegers<Kind>(x.values.data() + first_row + row, w + row * width, std::min(kBlock, rows - row), width, columns,
+                      integers.data());
+    float scale = x.ScaleOf(first_row + row);
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += scale * static_cast<float>(integers[i]);
+  }
+}
+
+// y += the sums of a group times the scales of its weights. `x_sum` is the sum of the group's inputs.
 template <typename Kind>
 void AddGroup(const float* __restrict sums, float x_sum, const BFloat16* __restrict scales,
               const int8_t* __restrict steps, const int8_t* __restrict zeros, int64_t columns, float* __restrict y) {
@@ -46,32 +91,32 @@ void AddGroup(const float* __restrict sums, float x_sum, const BFloat16* __restr
   }
 }
 
-// y[outputs of the columns from `first` on] = x @ matrix.
+// The same as Multiply for quantized weights. A group with zeros is never divided: it has fewer rows than a part.
 template <typename Kind>
-void Columns(const Arguments& a, const float* x, int64_t matrix, int64_t first, int64_t columns, float* y) {
-  const auto* w = static_cast<const typename Kind::Stored*>(a.values) + matrix * a.num_rows * a.width + first;
-  int64_t first_output = first * Kind::kOutputs;
+void MultiplyQuantized(const Arguments& a, const Inputs& x, const Tile& tile, float* y) {
+  int64_t groups = a.NumGroups(), group_rows = a.GroupRows(), end = tile.first_row + tile.rows;
+  int64_t first_output = tile.first_column * Kind::kOutputs, outputs = tile.columns * Kind::kOutputs;
   y += first_output;
-  std::fill(y, y + columns * Kind::kOutputs, 0.0f);
-  if constexpr (!Kind::kQuantized) {
-    AddRows<Kind>(x, w, a.num_rows, a.width, columns, y);
-  } else {
-    std::vector<float> sums(columns * Kind::kOutputs);
-    int64_t groups = std::max(a.num_scales, a.num_steps), rows = a.num_rows / groups;
-    for (int64_t group = 0; group < groups; ++group, x += rows, w += rows * a.width) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      AddRows<Kind>(x, w, rows, a.width, columns, sums.data());
-      int64_t of_scales = (matrix * a.num_scales + group * a.num_scales / groups) * a.num_outputs + first_output;
-      int64_t of_steps = (matrix * groups + group) * a.num_outputs + first_output;
-      AddGroup<Kind>(sums.data(), std::accumulate(x, x + rows, 0.0f), a.scales + of_scales,
-                     a.steps ? a.steps + of_steps : nullptr, a.zeros ? a.zeros + of_steps : nullptr, columns, y);
-    }
+  std::fill(y, y + outputs, 0.0f);
+  std::vector<int32_t> integers(outputs);
+  std::vector<float> sums(outputs);
+  for (int64_t row = tile.first_row; row < end;) {
+    int64_t group = row / group_rows, rows = std::min(end, (group + 1) * group_rows) - row;
+    const auto* w = static_cast<const typename Kind::Stored*>(a.values) +
+                    (tile.matrix * a.num_rows + row) * a.width + tile.first_column;
+    SumBlocks<Kind>(*x.rounded, row, rows, w, a.width, tile.columns, integers, sums);
+    int64_t of_scales = (tile.matrix * a.num_scales + group * a.num_scales / groups) * a.num_outputs + first_output;
+    int64_t of_steps = (tile.matrix * groups + group) * a.num_outputs + first_output;
+    AddGroup<Kind>(sums.data(), x.rounded->sums[group], a.scales + of_scales, a.steps ? a.steps + of_steps : nullptr,
+                   a.zeros ? a.zeros + of_steps : nullptr, tile.columns, y);
+    row += rows;
   }
 }
 
 ffi::Error Matvec(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values, ffi::Buffer<ffi::S32> index,
                   ffi::RemainingArgs quantization, ffi::ResultBuffer<ffi::F32> y) {
-  Arguments a{.num_rows = x.dimensions()[1], .width = values.dimensions()[2], .num_outputs = y->dimensions()[1]};
+  Arguments a{};
+  a.num_rows = x.dimensions()[1], a.width = values.dimensions()[2], a.num_outputs = y->dimensions()[1];
   a.values = values.untyped_data();
   if (quantization.size() > 0) {
     auto scales = quantization.get<ffi::Buffer<ffi::BF16>>(0);
@@ -88,29 +133,46 @@ ffi::Error Matvec(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
     a.zeros = zeros->typed_data();
     a.num_steps = steps->dimensions()[1];
   }
-  void (*columns_of)(const Arguments&, const float*, int64_t, int64_t, int64_t, float*) = nullptr;
+  void (*multiply)(const Arguments&, const Inputs&, const Tile&, float*) = nullptr;
   switch (values.element_type()) {
-    case ffi::F32: columns_of = Columns<Float32>; break;
-    case ffi::BF16: columns_of = Columns<Bf16>; break;
-    case ffi::S8: columns_of = Columns<Int8>; break;
-    case ffi::U8: columns_of = Columns<Int4>; break;
+    case ffi::F32: multiply = Multiply<Float32>; break;
+    case ffi::BF16: multiply = Multiply<Bf16>; break;
+    case ffi::S8: multiply = MultiplyQuantized<Int8>; break;
+    case ffi::U8: multiply = MultiplyQuantized<Int4>; break;
     default: return ffi::Error::InvalidArgument("no weights of this type");
   }
-  int64_t products = x.dimensions()[0], last = values.dimensions()[0] - 1;
-  int64_t bytes = products * static_cast<int64_t>(values.size_bytes()) / values.dimensions()[0];
-  int64_t num_threads = NumThreads(pool, bytes);
-  int64_t size = a.width * products / (num_threads * kChunksPerThread) / kMinColumns * kMinColumns;
-  size = std::clamp<int64_t>(size, std::min<int64_t>(kMinColumns, a.width), a.width);
-  int64_t chunks = (a.width + size - 1) / size;
+  int64_t products = x.dimensions()[0], matrices = values.dimensions()[0];
+  int64_t matrix_bytes = static_cast<int64_t>(values.size_bytes()) / matrices;
+  // Rows of two tiles and less stay whole.
+  int64_t row_bytes = matrix_bytes / a.num_rows, columns = a.width;
+  if (row_bytes > 2 * kTileBytes) columns = kTileBytes * a.width / row_bytes;
+  int64_t chunks = (a.width + columns - 1) / columns;
+  int64_t part_rows = PartRows(a), parts = (a.num_rows + part_rows - 1) / part_rows;
   const float* inputs = x.typed_data();
-  const int32_t* matrices = index.typed_data();
-  float* outputs = y->typed_data();
-  ForEach(pool, products * chunks, num_threads, [=](int64_t i) {
-    int64_t product = i / chunks, first = i % chunks * size;
-    int64_t matrix = std::clamp<int64_t>(matrices[product], 0, last);
-    columns_of(a, inputs + product * a.num_rows, matrix, first, std::min(size, a.width - first),
-               outputs + product * a.num_outputs);
-  });
+  std::vector<Rounded> rounded;
+  for (int64_t i = 0; i < products && a.scales; ++i) {
+    rounded.emplace_back(inputs + i * a.num_rows, a.num_rows, a.GroupRows());
+  }
+  std::vector<float> partial_sums(parts > 1 ? products * parts * a.num_outputs : 0);
+  float* outputs = parts > 1 ? partial_sums.data() : y->typed_data();
+  ForEach(pool, products * parts * chunks, NumThreads(pool, products * matrix_bytes),
+          [=, chosen = index.typed_data(), rounded = rounded.data()](int64_t i) {
+            int64_t part = i / chunks, product = part / parts;
+            int64_t first_row = part % parts * part_rows, first_column = i % chunks * columns;
+            Tile tile{std::clamp<int64_t>(chosen[product], 0, matrices - 1), first_row,
+                      std::min(part_rows, a.num_rows - first_row), first_column,
+                      std::min(columns, a.width - first_column)};
+            multiply(a, {inputs + product * a.num_rows, rounded + product}, tile, outputs + part * a.num_outputs);
+          });
+  for (int64_t product = 0; product < products && parts > 1; ++product) {
+    const float* sums = outputs + product * parts * a.num_outputs;
+    float* out = y->typed_data() + product * a.num_outputs;
+    std::copy(sums, sums + a.num_outputs, out);
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* more = sums + part * a.num_outputs;
+      for (int64_t output = 0; output < a.num_outputs; ++output) out[output] += more[output];
+    }
+  }
   return ffi::Error::Success();
 }
 
