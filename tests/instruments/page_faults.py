@@ -1,6 +1,8 @@
-"""Program: page faults of six training steps of a preset, and the time of one, as one JSON line.
+"""Program: page faults of six training steps of a preset, and the tokens per second, as JSON lines.
 
-python -m tests.instruments.page_faults PRESET BATCH_SIZE [keep]    with `keep`, as train.py sets malloc
+python -m tests.instruments.page_faults PRESET BATCH_SIZE [keep | both]
+
+With `keep`, malloc is set as train.py does; with `both`, a line before that and `REPETITIONS` lines after it.
 """
 
 import json
@@ -13,17 +15,22 @@ import numpy as np
 
 import sharding
 from sphinx_jax.cli.startup import keep_freed_memory, prepare_process
-from sphinx_jax.config import preset
+from sphinx_jax.config import PRESETS, DecoderConfig, SphinxConfig, preset
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.train_state import init_state
 from sphinx_jax.training.trainer import initial_params, shard_batch
 
-WARM_UP, STEPS, LENGTH = 6, 6, 256
+WARM_UP, STEPS, REPETITIONS, LENGTH = 6, 6, 4, 256
+
+# Compiled in seconds, and its activations are as large as nano's.
+PRESETS["small"] = lambda: SphinxConfig(
+    DecoderConfig(64, 128, 1, num_heads=4, num_kv_heads=4, num_experts=4, vocab_size=512), None
+)
 
 
-def main(name: str, batch_size: int, keep: bool) -> None:
-    if keep:
+def main(name: str, batch_size: int, mode: str = "") -> None:
+    if mode:
         prepare_process()
     config, random = preset(name), np.random.default_rng(0)
     tokens = random.integers(3, config.language.vocab_size, (batch_size, LENGTH)).astype(np.int32)
@@ -37,25 +44,34 @@ def main(name: str, batch_size: int, keep: bool) -> None:
     state = init_state(params, program.optimizer, mesh)
     sharded = shard_batch(batch, mesh)
     compiled = program.step.compile((program.state, sharded, {}), mesh)
-    if keep:
+
+    def run(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state = jax.block_until_ready(compiled(state, sharded, {})[0])
+
+    def measure() -> None:
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        run(STEPS)
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        values = {
+            "faults": after.ru_minflt - before.ru_minflt,
+            "tokens_per_second": STEPS * tokens.size / seconds,
+            "user": after.ru_utime - before.ru_utime,
+            "sys": after.ru_stime - before.ru_stime,
+            "peak_mib": after.ru_maxrss // 1024,
+        }
+        print(json.dumps(values), flush=True)
+
+    if mode == "both":
+        run(WARM_UP)
+        measure()
+    if mode:
         keep_freed_memory()
-    for step in range(-WARM_UP, STEPS):
-        if step == 0:
-            before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        state = jax.block_until_ready(compiled(state, sharded, {})[0])
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-    print(
-        json.dumps(
-            {
-                "faults": after.ru_minflt - before.ru_minflt,
-                "tokens_per_second": STEPS * tokens.size / seconds,
-                "user": after.ru_utime - before.ru_utime,
-                "sys": after.ru_stime - before.ru_stime,
-                "peak_mib": after.ru_maxrss // 1024,
-            }
-        )
-    )
+    run(WARM_UP)
+    for _ in range(REPETITIONS if mode == "both" else 1):
+        measure()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), "keep" in sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
