@@ -19,7 +19,8 @@ from sphinx_jax.config import PRESETS, DecoderConfig, SphinxConfig, preset
 from sphinx_jax.training.program import train_program
 from sphinx_jax.training.train_config import TrainConfig
 from sphinx_jax.training.train_state import init_state
-from sphinx_jax.training.trainer import initial_params, shard_batch
+from sphinx_jax.training.trainer import shard_batch
+from tests.instruments.step_memory import constant_params
 
 WARM_UP, STEPS, REPETITIONS, LENGTH = 6, 6, 4, 256
 
@@ -40,8 +41,7 @@ def main(name: str, batch_size: int, mode: str = "") -> None:
         batch["images"] = random.integers(0, 256, (batch_size, size, size, 3), np.uint8)
     mesh = sharding.make_mesh()
     program = train_program(config, TrainConfig(batch_size=batch_size), mesh)
-    params = {name: initial_params(program, name, None) for name in program.state.params}
-    state = init_state(params, program.optimizer, mesh)
+    state = init_state(constant_params(program), program.optimizer, mesh)
     sharded = shard_batch(batch, mesh)
     compiled = program.step.compile((program.state, sharded, {}), mesh)
 
