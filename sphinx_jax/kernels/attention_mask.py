@@ -15,7 +15,7 @@ class Causal(NamedTuple):
     start: Int[Array, "batch"] | None = None
     """Position of the first query. None: queries and keys have the same positions, from 0."""
     kv_len: int | None = None
-    """Static: keys and values past the first `kv_len` are not read at all. None: all of them may be."""
+    """Static: no query needs keys and values past the first `kv_len`. None: they may need all."""
 
 
 Mask = Bool[Array, "#batch q_len kv_len"] | Causal | None

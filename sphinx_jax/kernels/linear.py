@@ -13,7 +13,7 @@ from sphinx_jax.kernels.quantized import Quantized, Weight
 from sphinx_jax.kernels.quantized_matmul import quantized_matvec, quantized_product
 from sphinx_jax.kernels.single_cpu_kernel import single_cpu_kernel
 
-MAX_NATIVE_ROWS = 8
+MAX_NATIVE_ROWS = 32
 """Of a product with a quantized matrix on a CPU. `native_matvec` reads the integers for each row; XLA writes and reads
 the matrix in the dtype of `x` once."""
 

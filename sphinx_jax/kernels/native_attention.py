@@ -20,7 +20,7 @@ def native_decode_attention(
 ) -> Float[Array, "batch kv_heads group head_dim"]:
     """softmax(q k' / sqrt(head_dim)) v over the first `lengths` positions of each sequence, at least one of them.
 
-    Later positions are not read. Accumulated in float32.
+    Later positions are not read. Accumulated in float32. There is no gradient: decode steps need none.
     """
     result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = jax.ffi.ffi_call("sphinx_decode_attention", result, vmap_method="sequential")

@@ -43,7 +43,7 @@ _loading = threading.Lock()
 def has_native_kernels() -> bool:
     """Whether the target is one CPU that has the library. The first call compiles it, unless an earlier process did.
 
-    Simulated devices run XLA's programs, like the devices that they stand for.
+    Several simulated devices run XLA's programs, like the devices that they stand for.
     """
     return sharding.platform() == "cpu" and sharding.device_count() == 1 and has_library()
 

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kTileBytes = 2048;  // Of a row.
-constexpr int64_t kMaxParts = 8;  // Of the rows: each has sums of its own, which are added up at the end.
+constexpr int64_t kParts = 8;  // Of the rows, about: each has sums of its own, which are added up at the end.
 
 struct Arguments {
   int64_t num_rows, width, num_outputs;  // Of a matrix: `width` stored values in a row.
@@ -32,10 +32,10 @@ struct Arguments {
   int64_t GroupRows() const { return num_rows / NumGroups(); }
 };
 
-// The rows of a part: whole groups, or whole blocks of a group.
+// The rows of a part: whole groups, or whole blocks of the only group. So a part begins where a block does.
 inline int64_t PartRows(const Arguments& a) {
-  int64_t rows = (a.num_rows + kMaxParts * kBlock - 1) / (kMaxParts * kBlock) * kBlock, group = a.GroupRows();
-  return group < rows ? rows / group * group : rows;
+  int64_t rows = (a.num_rows + kParts * kBlock - 1) / (kParts * kBlock) * kBlock, group = a.GroupRows();
+  return a.NumGroups() == 1 ? rows : std::max<int64_t>(1, rows / group) * group;
 }
 
 // The inputs of a product: numbers, and for quantized weights as integers.
@@ -91,7 +91,7 @@ void AddGroup(const float* __restrict sums, float x_sum, const BFloat16* __restr
   }
 }
 
-// The same as Multiply for quantized weights. A group with zeros is never divided: it has fewer rows than a part.
+// The same as Multiply for quantized weights. A group with zeros is never divided: there are several.
 template <typename Kind>
 void MultiplyQuantized(const Arguments& a, const Inputs& x, const Tile& tile, float* y) {
   int64_t groups = a.NumGroups(), group_rows = a.GroupRows(), end = tile.first_row + tile.rows;

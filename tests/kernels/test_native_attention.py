@@ -7,7 +7,7 @@ import pytest
 
 import sharding
 from sphinx_jax.kernels import native_library
-from sphinx_jax.kernels.attention import attention
+from sphinx_jax.kernels.attention import attention, kv_slice_cost
 from sphinx_jax.kernels.attention_mask import Causal
 
 pytestmark = pytest.mark.skipif(not native_library.has_library(), reason="needs a C++ compiler: apt-get install g++")
@@ -64,6 +64,12 @@ def test_equal_and_extreme_scores(scale):
     q, k, v = draw(jnp.float32, (40, 7), 48, 2, 3, 16, scale)
     actual, _ = attend(q, k, v, jnp.array((40, 7)))
     np.testing.assert_allclose(actual, expected(q, k, v, (40, 7)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_devices", "cost"), [(1, None), (2, 3)])
+def test_one_program_serves_every_length_on_one_cpu(num_devices, cost):
+    with sharding.mesh_context(sharding.make_mesh(data=num_devices, devices=jax.devices()[:num_devices])):
+        assert kv_slice_cost() == cost
 
 
 def test_simulated_devices_run_what_they_stand_for():

@@ -1,5 +1,8 @@
 """Products of the compiled library against float64."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ from sphinx_jax.kernels.quantized import quantize
 
 NUM_MATRICES = 5
 
-ROUNDED = 5e-5
+ROUNDED = 1e-4
 """Tolerance, relative by norm, of products with quantized weights in C++, which round inputs to 16 bits."""
 
 
@@ -41,10 +44,12 @@ def stack_of(kind, length, outputs):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int8 by heads", "int4"])
-@pytest.mark.parametrize(("length", "outputs"), [(64, (2, 352)), (36, (10,)), (512, (2, 1024))])
+@pytest.mark.parametrize(("length", "outputs"), [(64, (2, 352)), (36, (10,)), (512, (2, 1024)), (1280, (40,))])
 def test_products_with_matrices_of_a_stack(runs, kind, length, outputs):
     stored, exact = stack_of(kind, length, outputs)
     x = jax.random.normal(jax.random.key(1), (3, length), jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+    # The last block of 256 inputs, or of a head's, is larger than the others.
+    x = x.at[:, -length // 20 :].multiply(100)
     index = np.array([4, 0, 4])
     # A function of its own: jax would reuse what it traced for the other kind.
     y = jax.jit(lambda *args: gathered_matvecs(*args))(x, stored, jnp.asarray(index))
@@ -56,7 +61,7 @@ def test_products_with_matrices_of_a_stack(runs, kind, length, outputs):
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("product", [matmul, dot])
-@pytest.mark.parametrize("tokens", [1, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 32, 33])
 def test_projections_of_few_tokens(runs, kind, product, tokens):
     stored, exact = stack_of(kind, 64, (96,))
     x = jax.random.normal(jax.random.key(1), (tokens, 1, 64))
@@ -109,15 +114,16 @@ def test_inputs_of_any_size(runs, kind):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_without_vector_instructions(monkeypatch, tmp_path, kind):
     """The same integers are summed on a CPU without AVX2: no bit differs."""
-    if not native_library.has_library():
-        pytest.skip("needs a C++ compiler: apt-get install g++")
+    compiler = next(filter(None, map(shutil.which, native_library.COMPILERS)), None)
+    if compiler is None or " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a C++ compiler and a CPU with AVX2")
     monkeypatch.setattr(native_matvec, "MIN_BYTES", 0)
     stored, _ = stack_of(kind, 300, (2, 40))
     x = jax.random.normal(jax.random.key(1), (3, 300))
     index = jnp.array([4, 0, 4])
     with_vectors = jax.jit(lambda *args: gathered_matvecs(*args))(x, stored, index)
     script = tmp_path / "compiler"
-    script.write_text('#!/bin/sh\nexec c++ "$@" -U__AVX2__\n')
+    script.write_text(f'#!/bin/sh\nexec {compiler} "$@" -U__AVX2__\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
