@@ -213,7 +213,7 @@ class OffloadPrograms:
         def function(
             layer: dict, carry: Carry, positions: Positions, cache: LayerCache, done: Bool[Array, "num_seqs"]
         ) -> tuple[Carry, Selection, LayerCache | None]:
-            mask = Causal(positions[:, 0], kv_len)
+            mask = Causal(jnp.where(done, 0, positions[:, 0]), kv_len)
             return self._attend(layer, carry, positions, mask, cache, ~done[:, None])
 
         sizes = len(cache.k), 1

@@ -343,7 +343,9 @@ def decode(
     def body(carry: tuple[Int[Array, ""], State, Sampled]) -> tuple[Int[Array, ""], State, Sampled]:
         step, state, so_far = carry
         x, positions = decode_embed(model, state)
-        mask, rank_mask = Causal(state.length, kv_len), as_factors(state.rank_mask, x)
+        # A sequence that is done may have any length; its output is not used.
+        mask = Causal(jnp.where(state.done, 0, state.length), kv_len)
+        rank_mask = as_factors(state.rank_mask, x)
         hidden, cache, _ = model.language(x, positions, mask, state.cache, rank_mask=rank_mask)
         rest, new = decode_finish(model, vocab_size, state.without_cache, hidden, stops, wants_top)
         return step + 1, rest._replace(cache=cache, prefixes=state.prefixes), _put_column(so_far, new, step)
