@@ -24,7 +24,7 @@ from sphinx_jax.quantization import quantized
 
 
 def load_quantized(source: CheckpointSource, mesh: Mesh, dtype: str, kind: QuantizedDtype) -> Loaded:
-    """The checkpoint's model with stacked layers: attention and experts quantized to `kind`, the rest in `dtype`.
+    """The checkpoint's model with stacked layers: its matrices quantized to `kind`, the rest in `dtype`.
 
     Each device holds the result and one unquantized matrix of one layer. Raises UserError as `reader.load` does, and
     if the checkpoint is stored quantized.

@@ -50,8 +50,8 @@ class TrainConfig:
     lora_target_modules: LoraTargets | None = None
     """Matrices with a LoRA adapter: attention, or all, the experts included; all by default."""
     quantize: QuantizedDtype | None = None
-    """With --stage lora: quantize the frozen matrices of attention and experts as they are read, to a half or a third
-    of bfloat16's memory (docs/fine-tuning.md)."""
+    """With --stage lora: quantize the frozen matrices of attention, experts and head as they are read, to a half or a
+    third of bfloat16's memory (docs/fine-tuning.md)."""
     dtype: ComputeDtype = "float32"
     """Compute dtype. Master weights are always float32."""
     remat: Remat = "none"
