@@ -266,6 +266,21 @@ def test_no_memory_for_the_kv_cache_says_what_would_fit(model, monkeypatch):
         model.engine.new_state(StateShape(1, 64))
 
 
+def test_a_sequence_that_is_done_is_not_read_to_its_length(model):
+    """A batch slot whose sequence was long costs nothing more: what it attends to shows in what it writes."""
+    engine = model.engine
+    state = engine.new_state(StateShape(2, CACHE_LEN))
+    length, done, limit = np.array([50, 3], np.int32), np.array([True, False]), np.full(2, CACHE_LEN, np.int32)
+    stale = [layer._replace(k=layer.k.at[0, 1:].set(np.nan), v=layer.v.at[0, 1:].set(np.nan)) for layer in state.cache]
+    changed = {"length": length, "done": done, "limit": limit}
+    changed = {name: jax.device_put(array, getattr(state, name).sharding) for name, array in changed.items()}
+    state = state._replace(cache=stale, **changed)
+    state, sampled = engine.decode(state, np.zeros(2, bool), 1, 0, CACHE_LEN, False)
+    assert np.isfinite(np.asarray(sampled.logprobs)[1, 0])
+    for layer in state.cache:
+        assert np.isfinite(layer.k[0, 50]).all() and np.isnan(layer.k[0, 49]).all()
+
+
 def test_decode_steps_read_a_bucket_or_the_whole_cache():
     lengths = 1, 256, 257, 1024, 1025, 2048, 2049, 4000
     assert [kv_bucket(n, 4096, 3) for n in lengths] == [256, 256, 512, 1024, 4096, 4096, 4096, 4096]
