@@ -127,11 +127,11 @@ def plan(options: AnsweringOptions, max_num_seqs: NumSeqs) -> int:
     )
 
 
-def start_process(options: ModelOptions, catch_sigterm: bool = False) -> int:
+def start_process(options: ModelOptions) -> int:
     """Join the other processes and set what jax's devices need; returns the number of processes.
 
-    Call it before jax's devices are used. `catch_sigterm`: of several processes; the caller then handles the signal."""
-    processes = sharding.start_processes(options.processes, catch_sigterm=catch_sigterm)
+    Call it before jax's devices are used."""
+    processes = sharding.start_processes(options.processes, catch_sigterm=False)
     if processes > 1:
         common.divert_native_stdout()
     common.enable_compilation_cache()

@@ -14,6 +14,7 @@ The server listens at once; /health says when it is ready, and so does the last 
 
 import functools
 import logging
+import signal
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
     check_options(options)
     if options.planning.plan:
         return plan(options, options.max_num_seqs)
-    # Of a signal to all of them, the others hear from process 0, once it has answered what was asked.
-    start_process(options, catch_sigterm=True)
+    start_process(options)
+    if not sharding.is_primary_process():
+        # Of a signal to all of them, the others hear from process 0, once it has answered what was asked.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     listeners: list[socket.socket] = []
 
     def prepare() -> Settings:

@@ -12,7 +12,7 @@ class PreemptionGuard:
     """While entered, SIGTERM requests a stop instead of ending the process. Enter it in the main thread.
 
     With several processes `jax.distributed` handles the signal: its coordination service tells all of them to stop at
-    the same step, without a collective per step.
+    the same step, without a collective per step. After the last step they ignore it.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,8 @@ class PreemptionGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous_handler)
+        # jax's service would tell all processes, and wait three minutes for those that have already left it.
+        signal.signal(signal.SIGTERM, self._previous_handler if jax.process_count() == 1 else signal.SIG_IGN)
 
     def _request_stop(self, _: int, __: FrameType | None) -> None:
         self._stop = True

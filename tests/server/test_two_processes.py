@@ -43,6 +43,11 @@ def two(tmp_path):
             process.wait()
 
 
+def listens(server):
+    with socket.socket() as client:
+        return client.connect_ex(server.address) == 0
+
+
 def test_two_processes_serve_what_one_does_and_end_together(two, held_out):
     server, second, log = two
     model = sphinx_jax.load(sphinx_jax.SHIPPED, sharding.make_mesh(), "float32", max_model_len=CONTEXT)
@@ -59,8 +64,13 @@ def test_two_processes_serve_what_one_does_and_end_together(two, held_out):
     begin(server, {"stream": True}).close()
     server.wait_until_idle(10)
     assert server.chat("Why?", **sampled).json["choices"][0]["message"]["content"] == expected.text
-    # Both end with the first.
+    # Both end with the first, also if the signal comes to the second when the first waits for it alone.
+    second.send_signal(signal.SIGSTOP)
     server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not listens(server))
+    time.sleep(3)
+    second.send_signal(signal.SIGTERM)
+    second.send_signal(signal.SIGCONT)
     assert (server.process.wait(SECONDS), second.wait(SECONDS)) == (0, 0), log.read_text()
 
 
