@@ -119,7 +119,8 @@ void Attend(const Shape& shape, const float* q, const typename Kind::Stored* k, 
             int64_t positions, float* partial) {
   int64_t heads = shape.Heads(), dim = shape.dim, stride = shape.Stride();
   float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  std::vector<float> weights(heads * positions);
+  static thread_local std::vector<float> kept;
+  float* weights = AtLeast(heads * positions, kept);
   for (int64_t position = 0; position < positions; ++position) {
     for (int64_t head = 0; head < heads; ++head) {
       const float* query = q + head * dim;
@@ -129,7 +130,7 @@ void Attend(const Shape& shape, const float* q, const typename Kind::Stored* k, 
   }
   float *largest = partial, *total = partial + heads, *sums = partial + 2 * heads;
   for (int64_t head = 0; head < heads; ++head) {
-    float* row = weights.data() + head * positions;
+    float* row = weights + head * positions;
     float top = Reduce(row, positions, -std::numeric_limits<float>::infinity(), Max);
     for (int64_t i = 0; i < positions; ++i) row[i] = Exp(row[i] - top);
     largest[head] = top;
@@ -139,7 +140,7 @@ void Attend(const Shape& shape, const float* q, const typename Kind::Stored* k, 
   for (int64_t first = 0; first < positions; first += kRows) {
     int64_t rows = std::min(kRows, positions - first);
     for (int64_t head = 0; head < heads; ++head) {
-      AddRows<Kind>(weights.data() + head * positions + first, v + first * stride + head / shape.group * dim, rows,
+      AddRows<Kind>(weights + head * positions + first, v + first * stride + head / shape.group * dim, rows,
                     stride, dim, sums + head * dim);
     }
   }
@@ -183,20 +184,21 @@ void AttendAll(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
     first_part[i + 1] = static_cast<int64_t>(parts.size());
     bytes += 2 * length * shape.Stride() * static_cast<int64_t>(sizeof(Stored));
   }
-  std::vector<float> partials(parts.size() * shape.PartialSize());
+  static thread_local std::vector<float> kept;
+  float* partials = AtLeast(static_cast<int64_t>(parts.size()) * shape.PartialSize(), kept);
   const float* queries = q.typed_data();
   const auto* keys = static_cast<const Stored*>(k.untyped_data());
   const auto* values = static_cast<const Stored*>(v.untyped_data());
   int64_t size = shape.Heads() * shape.dim;
   // A thread that comes too late copies these pointers, and does not use them.
   ForEach(pool, static_cast<int64_t>(parts.size()), NumThreads(pool, bytes),
-          [=, part = parts.data(), partial = partials.data()](int64_t i) {
+          [=, part = parts.data()](int64_t i) {
             int64_t offset = (part[i].sequence * cache_len + part[i].first) * shape.Stride();
             Attend<Kind>(shape, queries + part[i].sequence * size, keys + offset, values + offset, part[i].positions,
-                         partial + i * shape.PartialSize());
+                         partials + i * shape.PartialSize());
           });
   for (int64_t i = 0; i < batch; ++i) {
-    Merge(shape, partials.data() + first_part[i] * shape.PartialSize(), first_part[i + 1] - first_part[i],
+    Merge(shape, partials + first_part[i] * shape.PartialSize(), first_part[i + 1] - first_part[i],
           out + i * size);
   }
 }

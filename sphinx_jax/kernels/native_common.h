@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -64,6 +65,15 @@ void AddRows(const float* x, const typename Kind::Stored* w, int64_t rows, int64
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) AddRows<Kind, kRows>(x + row, w + row * width, width, columns, sums);
   for (; row < rows; ++row) AddRows<Kind, 1>(x + row, w + row * width, width, columns, sums);
+}
+
+// At least `count` numbers, to be kept in a thread_local vector: the values are those of the last use.
+//
+// malloc takes up to 30 us for a block of some KiB, once its lists hold what was freed while the weights were read.
+template <typename T>
+T* AtLeast(int64_t count, std::vector<T>& kept) {
+  if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+  return kept.data();
 }
 
 // The number of threads that are worth waking to read so many bytes.

@@ -58,9 +58,13 @@ struct Rounded {
   std::vector<float> scales;  // Of each block of each group.
   std::vector<float> sums;  // Of the rounded inputs of each group.
 
-  int64_t group_size;
+  int64_t group_size = 1;
 
-  Rounded(const float* x, int64_t length, int64_t group_size) : values(length), group_size(group_size) {
+  void Set(const float* x, int64_t length, int64_t size) {
+    group_size = size;
+    values.resize(length);
+    scales.clear();
+    sums.clear();
     for (int64_t group = 0; group < length; group += group_size) {
       sums.push_back(0.0f);
       for (int64_t first = group; first < group + group_size; first += kBlock) {

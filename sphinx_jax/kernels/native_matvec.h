@@ -62,14 +62,15 @@ void Multiply(const Arguments& a, const Inputs& x, const Tile& tile, float* y) {
 // sums[outputs of a value][column] = inputs times rows, which are in one group, from the integers of its blocks.
 template <typename Kind>
 void SumBlocks(const Rounded& x, int64_t first_row, int64_t rows, const typename Kind::Stored* w, int64_t width,
-               int64_t columns, std::vector<int32_t>& integers, std::vector<float>& sums) {
-  std::fill(sums.begin(), sums.end(), 0.0f);
+               int64_t columns, int32_t* integers, float* sums) {
+  int64_t outputs = columns * Kind::kOutputs;
+  std::fill(sums, sums + outputs, 0.0f);
   for (int64_t row = 0; row < rows; row += kBlock) {
-    std::fill(integers.begin(), integers.end(), 0);
+    std::fill(integers, integers + outputs, 0);
     AddIntegers<Kind>(x.values.data() + first_row + row, w + row * width, std::min(kBlock, rows - row), width, columns,
-                      integers.data());
+                      integers);
     float scale = x.ScaleOf(first_row + row);
-    for (size_t i = 0; i < sums.size(); ++i) sums[i] += scale * static_cast<float>(integers[i]);
+    for (int64_t i = 0; i < outputs; ++i) sums[i] += scale * static_cast<float>(integers[i]);
   }
 }
 
@@ -98,8 +99,10 @@ void MultiplyQuantized(const Arguments& a, const Inputs& x, const Tile& tile, fl
   int64_t first_output = tile.first_column * Kind::kOutputs, outputs = tile.columns * Kind::kOutputs;
   y += first_output;
   std::fill(y, y + outputs, 0.0f);
-  std::vector<int32_t> integers(outputs);
-  std::vector<float> sums(outputs);
+  static thread_local std::vector<int32_t> kept_integers;
+  static thread_local std::vector<float> kept_sums;
+  int32_t* integers = AtLeast(outputs, kept_integers);
+  float* sums = AtLeast(outputs, kept_sums);
   for (int64_t row = tile.first_row; row < end;) {
     int64_t group = row / group_rows, rows = std::min(end, (group + 1) * group_rows) - row;
     const auto* w = static_cast<const typename Kind::Stored*>(a.values) +
@@ -107,7 +110,7 @@ void MultiplyQuantized(const Arguments& a, const Inputs& x, const Tile& tile, fl
     SumBlocks<Kind>(*x.rounded, row, rows, w, a.width, tile.columns, integers, sums);
     int64_t of_scales = (tile.matrix * a.num_scales + group * a.num_scales / groups) * a.num_outputs + first_output;
     int64_t of_steps = (tile.matrix * groups + group) * a.num_outputs + first_output;
-    AddGroup<Kind>(sums.data(), x.rounded->sums[group], a.scales + of_scales, a.steps ? a.steps + of_steps : nullptr,
+    AddGroup<Kind>(sums, x.rounded->sums[group], a.scales + of_scales, a.steps ? a.steps + of_steps : nullptr,
                    a.zeros ? a.zeros + of_steps : nullptr, tile.columns, y);
     row += rows;
   }
@@ -149,14 +152,15 @@ ffi::Error Matvec(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   int64_t chunks = (a.width + columns - 1) / columns;
   int64_t part_rows = PartRows(a), parts = (a.num_rows + part_rows - 1) / part_rows;
   const float* inputs = x.typed_data();
-  std::vector<Rounded> rounded;
+  static thread_local std::vector<Rounded> kept_rounded;
+  const Rounded* rounded = AtLeast(products, kept_rounded);
   for (int64_t i = 0; i < products && a.scales; ++i) {
-    rounded.emplace_back(inputs + i * a.num_rows, a.num_rows, a.GroupRows());
+    kept_rounded[i].Set(inputs + i * a.num_rows, a.num_rows, a.GroupRows());
   }
-  std::vector<float> partial_sums(parts > 1 ? products * parts * a.num_outputs : 0);
-  float* outputs = parts > 1 ? partial_sums.data() : y->typed_data();
+  static thread_local std::vector<float> partial_sums;
+  float* outputs = parts > 1 ? AtLeast(products * parts * a.num_outputs, partial_sums) : y->typed_data();
   ForEach(pool, products * parts * chunks, NumThreads(pool, products * matrix_bytes),
-          [=, chosen = index.typed_data(), rounded = rounded.data()](int64_t i) {
+          [=, chosen = index.typed_data()](int64_t i) {
             int64_t part = i / chunks, product = part / parts;
             int64_t first_row = part % parts * part_rows, first_column = i % chunks * columns;
             Tile tile{std::clamp<int64_t>(chosen[product], 0, matrices - 1), first_row,
