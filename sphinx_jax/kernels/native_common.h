@@ -19,7 +19,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kRows = 8;  // Rows added to a sum between its load and its store.
-constexpr int64_t kBytesPerThread = 1 << 19;  // For less, a thread of the pool wakes too late.
+constexpr int64_t kBytesPerThread = 1 << 16;  // Those of the pool spin between two calls, and come in time.
 
 struct BFloat16 {
   uint16_t bits;

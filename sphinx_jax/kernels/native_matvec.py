@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int
 from sphinx_jax.kernels.native_library import has_native_kernels
 from sphinx_jax.kernels.quantized import Quantized, Weight
 
-MIN_BYTES = 2**18
-"""Of a matrix. Of smaller ones, as those of `nano`, XLA's loops read each in less time than a call takes."""
+MIN_BYTES = 2**17
+"""Of a matrix. Of smaller ones, as most of `nano`, XLA's loops read each in less time than a call takes."""
 
 _STORED_DTYPES = jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8
 """Of weights, of int8 values and of packed int4 values."""
