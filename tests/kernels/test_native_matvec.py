@@ -136,7 +136,7 @@ def test_without_vector_instructions(monkeypatch, tmp_path, kind):
     np.testing.assert_array_equal(with_vectors, without)
 
 
-@pytest.mark.parametrize(("devices", "width", "calls"), [(1, 2048, 1), (1, 64, 0), (2, 2048, 0)])
+@pytest.mark.parametrize(("devices", "width", "calls"), [(1, 2048, 1), (1, 32, 0), (2, 2048, 0)])
 def test_large_matrices_of_one_device_are_read_by_the_library(devices, width, calls):
     if not native_library.has_library():
         pytest.skip("needs a C++ compiler: apt-get install g++")
